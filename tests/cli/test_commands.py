@@ -1,0 +1,154 @@
+"""The commands that use a model, run on a tiny random one: what they print, write and refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unimm.pipeline import load
+
+
+def test_caption_of_one_picture_is_a_plain_line(unimm, tiny: Path, picture: Path) -> None:
+    done = unimm("caption", picture, "--model", tiny)
+    assert (done.code, done.err) == (0, "")
+    assert done.out == load(tiny).caption(picture) + "\n"
+
+
+def test_captions_as_json_are_one_document(unimm, tiny: Path, picture: Path) -> None:
+    done = unimm("caption", picture, "--json", picture, "--model", tiny)  # options may stand in between
+    caption = load(tiny).caption(picture)
+    assert done.code == 0
+    assert json.loads(done.out) == [{"image": str(picture), "caption": caption}] * 2
+
+
+def test_ask_takes_several_pictures_and_one_question(unimm, tiny: Path, picture: Path) -> None:
+    done = unimm("ask", picture, picture, "what is this?", "--json", "--model", tiny)
+    answer = load(tiny).ask([[picture, picture]], ["what is this?"])[0]
+    assert json.loads(done.out) == {
+        "images": [str(picture)] * 2,
+        "question": "what is this?",
+        "answer": answer,
+    }
+
+
+def test_draw_writes_n_of_each_prompt(unimm, tiny: Path, tmp_path: Path) -> None:
+    prompts = ["a red apple", "what?"]
+    done = unimm("draw", *prompts, "-n", 2, "--seed", 7, "-o", tmp_path / "new", "--json", "--model", tiny)
+    rows = json.loads(done.out)
+    assert [(row["prompt"], row["seed"], row["index"]) for row in rows] == [
+        ("a red apple", 7, 0), ("a red apple", 7, 1), ("what?", 7, 2), ("what?", 7, 3)
+    ]  # fmt: skip
+    for row, drawing in zip(rows, load(tiny).draw(prompts, n=2, seed=7), strict=True):
+        with Image.open(row["image"]) as image:
+            assert np.array_equal(np.asarray(image), np.asarray(drawing))
+    assert len(list((tmp_path / "new").iterdir())) == 4
+
+
+def test_draw_without_a_seed_tells_the_one_it_took(unimm, tiny: Path, tmp_path: Path) -> None:
+    row = json.loads(unimm("draw", "hi", "-o", tmp_path, "--json", "--model", tiny).out)[0]
+    again = load(tiny).draw(["hi"], seed=row["seed"])[0]
+    with Image.open(row["image"]) as image:
+        assert np.array_equal(np.asarray(image), np.asarray(again))
+
+
+def test_draw_passes_its_options_on(unimm, tiny: Path, tmp_path: Path) -> None:
+    options = ["--guidance-scale", 2, "--temperature", 0, "--top-k", 3, "--top-p", 0.9, "--size", "32x32"]
+    row = json.loads(unimm("draw", "hi", "-o", tmp_path, "--json", "--model", tiny, *options).out)[0]
+    greedy = load(tiny).draw(["hi"], guidance_scale=2, temperature=0)[0]
+    with Image.open(row["image"]) as image:
+        assert np.array_equal(np.asarray(image), np.asarray(greedy))
+
+
+def test_info_tells_parts_and_parameters(unimm, tiny: Path) -> None:
+    document = json.loads(unimm("info", tiny, "--json").out)
+    model = load(tiny).model
+    assert document["parameters"]["decoder"] == sum(p.numel() for p in model.decoder.parameters())
+    assert document["context"] == 64
+    assert document["draws"] == "32x32"
+    assert "parameters.decoder" in unimm("info", tiny).out
+
+
+def test_demo_writes_its_sheet(unimm, tiny: Path, tmp_path: Path) -> None:
+    done = unimm("demo", "-o", tmp_path / "out", "--model", tiny, "--json")
+    report = json.loads(done.out)
+    assert done.code == 0
+    assert {row["split"] for row in report["captions"]} == {"seen", "vendor"}
+    assert all(row["right"] == (row["answer"] == row["truth"]) for row in report["answers"])
+    with Image.open(report["sheet"]) as sheet:
+        assert sheet.width > 1000
+
+
+# --- mistakes: one line on stderr, nothing on stdout, status 2 ----------------------------------------------
+
+
+def refused(done, words: str) -> None:
+    """Check that a run was refused on one line that has these words."""
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("unimm: ")
+    assert done.err.count("\n") == 1
+    assert words in done.err
+
+
+def test_pictures_are_checked_before_the_model(unimm, tmp_path: Path) -> None:
+    (tmp_path / "words.png").write_text("just some words")
+    refused(unimm("caption", tmp_path / "nothing.png", "--model", "no/model"), "nothing.png: no such file")
+    refused(unimm("ask", tmp_path / "words.png", "what?", "--model", "no/model"), "words.png: not a picture")
+
+
+def test_question_that_is_a_file_was_forgotten(unimm, picture: Path) -> None:
+    refused(unimm("ask", picture, picture), "after the pictures comes a question")
+    refused(unimm("ask", "what is this?"), "after the pictures comes a question")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["a", ""], "prompt: empty"),
+        (["a", "word " * 100], "prompt: "),
+        (["a", "--guidance-scale", "nan"], "guidance_scale: nan"),
+        (["a", "--guidance-scale", "inf"], "guidance_scale: inf"),
+        (["a", "--temperature", "-1"], "temperature: -1"),
+        (["a", "--top-p", "0"], "top_p: 0"),
+        (["a", "--top-k", "0"], "top_k: 0"),
+        (["a", "--size", "64"], "--size: expected WIDTHxHEIGHT"),
+        (["a", "--size", "64x32"], "this model draws 32x32"),
+        (["a", "--seed", "-3"], "seed: negative"),
+        (["a", "-n", "0"], "expected a whole number of at least 1"),
+        (["a", "--device", "abacus"], "device: 'abacus'"),
+        (["a", "--dtype", "int3"], "dtype: 'int3'"),
+        (["a", "--colour"], "unrecognized arguments: --colour"),
+        ([], "required: PROMPT"),
+    ],
+)
+def test_draw_refuses(unimm, tiny: Path, tmp_path: Path, arguments: list[str], words: str) -> None:
+    refused(unimm("draw", *arguments, "-o", tmp_path / "out", "--model", tiny), words)
+
+
+def test_folder_that_is_a_file(unimm, tiny: Path, picture: Path) -> None:
+    refused(unimm("draw", "a", "-o", picture, "--model", tiny), "apple.png: cannot be used as a folder")
+    refused(unimm("demo", "-o", picture, "--model", tiny), "apple.png: cannot be used as a folder")
+
+
+def test_model_that_is_broken(unimm, tiny: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused(unimm("draw", "a", "-o", tmp_path, "--model", broken), "model.safetensors: truncated")
+    weights.unlink()
+    refused(unimm("draw", "a", "-o", tmp_path, "--model", broken), "model.safetensors: missing")
+    refused(unimm("info", tmp_path / "nowhere"), "nowhere: no such folder")
+
+
+def test_note_of_an_animation_goes_to_stderr(unimm, tiny: Path, tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    done = unimm("caption", tmp_path / "a.gif", "--json", "--model", tiny)
+    assert done.code == 0
+    assert done.err == f"unimm: note: {tmp_path / 'a.gif'}: has 2 frames; only the first is used\n"
+    assert len(json.loads(done.out)) == 1

@@ -1,0 +1,59 @@
+"""For all tests: no network, and a tiny unified model with random weights."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+import unimm
+from unimm.configuration import UniMMConfig
+from unimm.data.text import train_text_tokenizer
+from unimm.layout import ImageLayout
+from unimm.modeling import UniMMModel
+from unimm.pipeline import UniMM
+from unimm.processing import UniMMProcessor
+from unimm.tokenizers.model import ImageTokenizerConfig
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model that draws 4 x 4 codes on 32 x 32 pixels."""
+    torch.manual_seed(0)
+    words = train_text_tokenizer(["a red apple on a blue background", "what is this?"], 300)
+    names = ["<begin_of_image>", "<end_of_image>", "<image_placeholder>", "<image>"]
+    begin, end, feature, code = words.convert_tokens_to_ids(names)
+    sizes = ImageTokenizerConfig(
+        image_size=32, patch_size=4, block_out_channels=(8, 16), norm_num_groups=4, latent_channels=8,
+        codebook_size=32, codebook_dim=4,
+    )  # fmt: skip
+    vision = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    config = UniMMConfig(
+        decoder={
+            "model_type": "llama", "vocab_size": len(words), "hidden_size": 32, "intermediate_size": 64,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 128,
+            "pad_token_id": words.pad_token_id, "bos_token_id": words.bos_token_id,
+            "eos_token_id": words.eos_token_id,
+        },
+        vision={
+            "name": "vit_base_patch16_siglip_224", "image_size": 32, "tokens": 16, "width": 16,
+            "kwargs": vision, "merge": 2,
+        },
+        generation={"codes": 32, "dim": 4, "image_size": 32, "stride": 8},
+        image_tokenizer=sizes.to_dict(),
+        layout=vars(ImageLayout(begin, end, feature, code, features=4, grid=(4, 4))),
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("tiny")
+    UniMM(UniMMModel(config), UniMMProcessor.from_config(config, words)).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny: Path) -> UniMM:
+    """The tiny model, loaded; tests must leave its weights alone."""
+    return unimm.load(tiny)

@@ -1,0 +1,79 @@
+"""The recipe folders stay folders, hide no library, and every recipe in them parses and builds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from unimm.evaluation import load_evaluation
+from unimm.recipes import FOLDERS, list_recipes
+from unimm.training.recipe import TASKS, load_recipe
+
+ROOT = Path(__file__).parents[1]
+TASK_OF = {info.path: yaml.safe_load(info.path.read_text())["task"] for info in list_recipes()}
+FIRST = ("tokenizer", "siglip")  # tasks that start from nothing; the others start from what these export
+
+
+def paths_of(*tasks: str) -> list[Path]:
+    """The shipped recipes of some tasks."""
+    return [path for path, task in TASK_OF.items() if task in tasks]
+
+
+def test_tokenizers_is_the_hugging_face_library_even_at_the_root() -> None:
+    code = "import tokenizers; print(tokenizers.__file__); tokenizers.Tokenizer"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "site-packages" in Path(done.stdout.strip()).parts
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_recipe_folders_are_no_packages(folder: str) -> None:
+    assert (ROOT / folder).is_dir()
+    assert not list((ROOT / folder).rglob("__init__.py"))
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_programs_in_recipe_folders_are_thin(folder: str) -> None:
+    for program in (ROOT / folder).rglob("*.py"):
+        assert len(program.read_text().splitlines()) <= 40, f"{program}: move the work into unimm/"
+
+
+def test_every_task_has_a_recipe_and_every_recipe_a_task() -> None:
+    assert set(TASK_OF.values()) == {*TASKS, "evaluation"}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with the exports of every first recipe, untrained."""
+    folder = tmp_path_factory.mktemp("recipes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # the recipes write to and read from folders relative to it
+        for path in paths_of(*FIRST):
+            recipe = load_recipe(path)
+            task = recipe.build_task()
+            task.export(task.build(), Path(recipe.output) / "export")
+    return folder
+
+
+@pytest.mark.parametrize("path", paths_of(*FIRST), ids=lambda path: path.stem)
+def test_first_recipe_builds_and_exports(exported: Path, path: Path) -> None:
+    assert list((exported / load_recipe(path).output / "export").iterdir())
+
+
+@pytest.mark.parametrize("path", paths_of(*set(TASKS) - set(FIRST)), ids=lambda path: path.stem)
+def test_later_recipe_builds_on_the_exports(
+    exported: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(exported)
+    recipe = load_recipe(path)
+    task = recipe.build_task()
+    groups = task.groups(task.build())
+    assert all(set(stage.lr) <= set(groups) for stage in recipe.stages)
+
+
+@pytest.mark.parametrize("path", paths_of("evaluation"), ids=lambda path: path.stem)
+def test_evaluation_recipe_parses(path: Path) -> None:
+    assert load_evaluation(path).output

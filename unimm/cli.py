@@ -1,0 +1,436 @@
+"""The `unimm` command: each subcommand is one call into the library; results are text, tables or JSON.
+
+A command is a row of `COMMANDS`: its words, its arguments, the call that returns a document of plain values,
+and how a person sees that document (`--json` prints it as it is). Nothing heavy is imported before it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import errno
+import os
+import re
+import secrets
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from unimm import __version__
+from unimm.console import (
+    debugging,
+    hide_loading_bars,
+    print_json,
+    print_table,
+    print_tree,
+    progress,
+    quiet_stdout,
+    say,
+)
+from unimm.errors import UserError
+
+Options = argparse.Namespace
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # the disk's fault, not the program's
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One subcommand: its words, a line of help, its arguments, what it does and how the result is shown."""
+
+    words: str
+    summary: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[Options], Any]
+    show: Callable[[Any], None]
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser that reports a mistake on one line."""
+
+    def error(self, message: str) -> Any:
+        command = self.prog.removeprefix("unimm ")
+        raise UserError(f"{command}: {message} (see `{self.prog} --help`)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit status: 0, 2 for a mistake of the user, 130 when interrupted."""
+    try:
+        _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+    except UserError as error:
+        if debugging():
+            raise
+        say(str(error))
+        return 2
+    except KeyboardInterrupt:
+        say("stopped")
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except OSError as error:
+        if debugging() or error.errno not in UNWRITABLE:
+            raise
+        say(f"{error.filename or 'the output'}: cannot be written ({error.strerror})")
+        return 2
+    return 0
+
+
+def _dispatch(arguments: list[str]) -> None:
+    """Find the command, parse its arguments, run it and show what it returns."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help(COMMANDS))
+        return
+    if arguments[0] == "--version":
+        print(f"unimm {__version__}")
+        return
+    command, rest = _find(arguments)
+    if command is None:
+        return
+    parser = _Parser(prog=f"unimm {command.words}", description=command.summary, allow_abbrev=False)
+    command.arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON document")
+    options = parser.parse_intermixed_args(rest)
+    with quiet_stdout():
+        document = command.run(options)
+    if options.json:
+        print_json(document)
+    else:
+        command.show(document)
+
+
+def _find(arguments: list[str]) -> tuple[Command | None, list[str]]:
+    """Return the command that the first words name, and the rest; None once a group's help is shown."""
+    for count in (2, 1):
+        words = " ".join(arguments[:count])
+        for command in COMMANDS:
+            if len(arguments) >= count and command.words == words:
+                return command, arguments[count:]
+    group = [command for command in COMMANDS if command.words.startswith(f"{arguments[0]} ")]
+    if group and arguments[1:2] in (["-h"], ["--help"]):
+        print(_help(group))
+        return None, []
+    if group:
+        known = ", ".join(command.words.split()[1] for command in group)
+        raise UserError(f"{arguments[0]}: say which: {known} (see `unimm {arguments[0]} --help`)")
+    close = difflib.get_close_matches(arguments[0], [command.words.split()[0] for command in COMMANDS], n=1)
+    hint = f"did you mean {close[0]}?" if close else "`unimm --help` lists them"
+    raise UserError(f"there is no command {arguments[0]!r}; {hint}")
+
+
+def _help(commands: Sequence[Command]) -> str:
+    """List commands with a line each."""
+    width = max(len(command.words) for command in commands) + 2
+    lines = [f"  {command.words:<{width}}{command.summary}" for command in commands]
+    head = ["usage: unimm COMMAND [ARGUMENT ...]   (unimm COMMAND --help tells more)", "", "commands:"]
+    return "\n".join([*head, *lines])
+
+
+# --- the model: demo, caption, ask, draw, info -------------------------------------------------------------
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="SOURCE", help="a folder or hub id (default: the embedded model)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 ... (default: auto)")
+
+
+def _load(options: Options) -> Any:
+    import unimm
+
+    hide_loading_bars()
+    with progress("loading the model"):
+        return unimm.load(options.model, device=options.device, dtype=options.dtype)
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", default=".", metavar="DIR", help="where the contact sheet goes")
+    _model_arguments(parser)
+
+
+def _demo(options: Options) -> Any:
+    from unimm.demo import run
+
+    hide_loading_bars()
+    return dataclasses.asdict(run(options.output, options.model, options.device, options.dtype))
+
+
+def _show_demo(report: dict[str, Any]) -> None:
+    captions = [(row["split"], row["truth"], row["caption"], row["right"]) for row in report["captions"]]
+    print_table(("split", "scene", "caption", "right"), captions, "Captions of held-out scenes")
+    fields = ("split", "scene", "question", "answer", "right")
+    print_table(fields, [[row[field] for field in fields] for row in report["answers"]], "Answers")
+    print(f"Drew {len(report['prompts'])} prompts, such as: {report['prompts'][0]}")
+    print(f"Contact sheet: {report['sheet']}  ({report['seconds']:.0f} s)")
+
+
+def _caption_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
+    _model_arguments(parser)
+
+
+def _caption(options: Options) -> Any:
+    from unimm.images import read_image
+
+    pictures = [
+        read_image(path) for path in options.images
+    ]  # before the model is loaded: mistakes show at once
+    captions = _load(options).caption(pictures)
+    return [{"image": path, "caption": said} for path, said in zip(options.images, captions, strict=True)]
+
+
+def _show_captions(rows: list[dict[str, str]]) -> None:
+    if len(rows) == 1:
+        print(rows[0]["caption"])
+    else:
+        print_table(("image", "caption"), [(row["image"], row["caption"]) for row in rows])
+
+
+def _ask_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "items", nargs="+", metavar="IMAGE ... QUESTION", help="picture files, then one question"
+    )
+    _model_arguments(parser)
+
+
+def _ask(options: Options) -> Any:
+    from unimm.images import read_image
+
+    *paths, question = options.items
+    if not paths or os.path.isfile(question):
+        raise UserError(f"ask: after the pictures comes a question; {question!r} is the last argument")
+    pictures = [read_image(path) for path in paths]
+    answers = _load(options).ask([pictures], [question])  # one question about all of the pictures
+    return {"images": paths, "question": question, "answer": answers[0]}
+
+
+def _draw_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw")
+    parser.add_argument("-o", "--output", default=".", metavar="DIR", help="folder for the drawings")
+    parser.add_argument(
+        "-n", type=_positive, default=1, metavar="N", help="drawings of each prompt (default: 1)"
+    )
+    parser.add_argument("--seed", type=int, help="the same seed draws the same pictures")
+    parser.add_argument("--guidance-scale", type=float, default=5.0, metavar="X", help="default: 5")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="0 is greedy (default: 1)"
+    )
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest codes")
+    parser.add_argument("--top-p", type=float, metavar="P", help="sample among codes that make up P")
+    parser.add_argument("--size", type=_size, metavar="WxH", help="in pixels, where the model draws several")
+    _model_arguments(parser)
+
+
+def _draw(options: Options) -> Any:
+    from unimm.images import save_image
+
+    folder = Path(options.output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be used as a folder ({error.strerror})") from None
+    seed = (
+        secrets.randbelow(2**31) if options.seed is None else options.seed
+    )  # told, so it can be drawn again
+    um = _load(options)
+    with progress("drawing") as report:
+        drawings = um.draw(
+            options.prompts,
+            n=options.n,
+            guidance_scale=options.guidance_scale,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=seed,
+            size=options.size,
+            on_progress=report,
+        )
+    rows = []
+    for index, drawing in enumerate(drawings):
+        prompt = options.prompts[index // options.n]
+        path = folder / f"{_slug(prompt)}-{seed}-{index}.png"
+        save_image(drawing, path)
+        rows.append({"prompt": prompt, "seed": seed, "index": index, "image": str(path)})
+    return rows
+
+
+def _show_drawings(rows: list[dict[str, Any]]) -> None:
+    print_table(("prompt", "image"), [(row["prompt"], row["image"]) for row in rows])
+
+
+def _info_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", nargs="?", metavar="SOURCE", help="a folder or hub id (default: the embedded)"
+    )
+
+
+def _info(options: Options) -> Any:
+    from unimm.pipeline import describe
+
+    return describe(options.source)
+
+
+# --- recipes: train, tokenizer, eval, recipes --------------------------------------------------------------
+
+
+def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="values to set, as stages[0].steps=100"
+    )
+
+
+def _train(options: Options, task: str | None = None) -> Any:
+    from unimm.recipes import find_recipe
+    from unimm.training.recipe import load_recipe
+
+    path = find_recipe(options.recipe)
+    recipe = load_recipe(path, options.overrides)
+    if task is not None and recipe.task != task:
+        raise UserError(f"{path}: task: expected {task}, got {recipe.task}; use `unimm train` for it")
+    from unimm.training.trainer import train
+
+    hide_loading_bars()
+    return {"output": str(train(recipe, quiet=options.json))}
+
+
+def _train_tokenizer(options: Options) -> Any:
+    return _train(options, "tokenizer")
+
+
+def _show_trained(document: dict[str, str]) -> None:
+    print(f"Trained: {document['output']}")
+
+
+def _evaluate_tokenizer(options: Options) -> Any:
+    from unimm.recipes import find_recipe
+    from unimm.tokenizers.evaluate import evaluate_recipe
+
+    hide_loading_bars()
+    return evaluate_recipe(find_recipe(options.recipe), options.overrides)
+
+
+def _evaluate(options: Options) -> Any:
+    from unimm.evaluation import evaluate_recipe
+    from unimm.recipes import find_recipe
+
+    hide_loading_bars()
+    return evaluate_recipe(find_recipe(options.recipe), options.overrides)
+
+
+def _show_evaluation(document: dict[str, Any]) -> None:
+    from unimm.evaluation import print_report
+
+    print_report(document)
+
+
+def _no_arguments(parser: argparse.ArgumentParser) -> None:
+    """For commands that have only `--json`."""
+
+
+def _recipes(options: Options) -> Any:
+    from unimm.recipes import list_recipes
+
+    return [{"name": info.name, "summary": info.summary, "path": str(info.path)} for info in list_recipes()]
+
+
+def _show_recipes(rows: list[dict[str, str]]) -> None:
+    print_table(("recipe", "what it is"), [(row["name"], row["summary"]) for row in rows])
+
+
+def _copy_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="as `unimm recipes` lists it")
+    parser.add_argument(
+        "dest", nargs="?", metavar="DEST", help="file or folder (default: the working directory)"
+    )
+
+
+def _copy_recipe(options: Options) -> Any:
+    from unimm.recipes import copy_recipe
+
+    return {"copied": str(copy_recipe(options.name, options.dest))}
+
+
+def _show_copied(document: dict[str, str]) -> None:
+    print(f"Copied to {document['copied']}")
+
+
+# --- data: preview, pack -----------------------------------------------------------------------------------
+
+
+def _preview_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", default="preview.png", metavar="FILE", help="default: preview.png")
+    splits = ("train", "seen", "composed", "vendor")
+    parser.add_argument("--split", default="train", choices=splits, help="default: train")
+    parser.add_argument("--seed", type=int, default=0, help="of the scenes (default: 0)")
+
+
+def _preview(options: Options) -> Any:
+    from unimm.data.preview import contact_sheet
+    from unimm.images import save_image
+
+    save_image(contact_sheet(split=options.split, seed=options.seed), options.output)
+    return {"sheet": options.output}
+
+
+def _show_sheet(document: dict[str, str]) -> None:
+    print(f"Contact sheet: {document['sheet']}")
+
+
+def _pack_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("modules", metavar="NODE_MODULES", help="folder with the npm packages of the artwork")
+    parser.add_argument("folder", metavar="DIR", help="where the packed artwork goes")
+
+
+def _pack(options: Options) -> Any:
+    from unimm.data.pack import pack
+
+    return pack(Path(options.modules), Path(options.folder))
+
+
+# --- small parsers -----------------------------------------------------------------------------------------
+
+
+def _positive(text: str) -> int:
+    """Parse a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Parse WIDTHxHEIGHT."""
+    match = re.fullmatch(r"([1-9]\d{0,5})[xX×]([1-9]\d{0,5})", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT in pixels, as 64x64, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def _slug(text: str) -> str:
+    """Turn a prompt into the beginning of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower())[:60].strip("-") or "drawing"
+
+
+COMMANDS = (
+    Command("demo", "caption, ask and draw; write a contact sheet", _demo_arguments, _demo, _show_demo),
+    Command("caption", "say what pictures show", _caption_arguments, _caption, _show_captions),
+    Command("ask", "ask a question about pictures", _ask_arguments, _ask, lambda row: print(row["answer"])),
+    Command("draw", "draw what prompts say", _draw_arguments, _draw, _show_drawings),
+    Command("info", "what a model is made of", _info_arguments, _info, print_tree),
+    Command("train", "train by a recipe", _recipe_arguments, _train, _show_trained),
+    Command("eval", "evaluate a model by a recipe", _recipe_arguments, _evaluate, _show_evaluation),
+    Command(
+        "tokenizer train", "train an image tokenizer", _recipe_arguments, _train_tokenizer, _show_trained
+    ),
+    Command(
+        "tokenizer eval", "evaluate an image tokenizer", _recipe_arguments, _evaluate_tokenizer, print_tree
+    ),
+    Command("recipes", "list the recipes that ship with unimm", _no_arguments, _recipes, _show_recipes),
+    Command("recipes copy", "copy a recipe out, to edit it", _copy_arguments, _copy_recipe, _show_copied),
+    Command(
+        "data preview", "show scenes of a data set on a sheet", _preview_arguments, _preview, _show_sheet
+    ),
+    Command("data pack", "pack the artwork from npm packages", _pack_arguments, _pack, print_tree),
+)
