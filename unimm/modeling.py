@@ -1,0 +1,274 @@
+"""The unified model: one decoder over a stream of text tokens, image features and image codes.
+
+Shape suffixes: B batch, T positions of the stream, C decoder width, V text vocabulary, K code vocabulary,
+N images to understand, M images as codes, h x w grid of codes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from unimm.configuration import UniMMConfig
+from unimm.layout import ImageLayout
+from unimm.tokenizers.model import ImageTokenizer
+from unimm.vision import Connector, VisionTower, mlp, scatter_rows
+
+IGNORED = -100  # a label that no loss counts, as everywhere in transformers
+LOSS_CHUNK = 4096  # positions whose logits exist at once
+
+
+@dataclasses.dataclass
+class UniMMOutput(ModelOutput):
+    """What a forward pass gives.
+
+    Attributes:
+        loss: scalar mean over all counted positions, with labels.
+        logits: text logits [B, T, V], without labels.
+        text_loss: scalar sum over the `text_count` text positions.
+        code_loss: scalar sum over the `code_count` code positions.
+        past_key_values: the cache, if one was used.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    text_loss: Tensor | None = None
+    code_loss: Tensor | None = None
+    text_count: int | None = None
+    code_count: int | None = None
+    past_key_values: Any = None
+
+
+class CodeEmbedding(nn.Module):
+    """Embeds image codes: a small table, a learned place in the grid, and a connector to the decoder's width.
+
+    Args:
+        codes: size of the code vocabulary K.
+        dim: dimension of the table.
+        width: the decoder's width C.
+        depth: linear layers of the connector.
+        places: length of the table of places, 0 for none (Janus has none and leaves places to the decoder).
+    """
+
+    def __init__(self, codes: int, dim: int, width: int, depth: int, places: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(codes, dim)
+        self.connector = mlp(dim, width, depth)
+        self.places = nn.Embedding(places, width) if places else None
+
+    def forward(self, codes: Tensor, start: int = 0) -> Tensor:
+        """Return [B, L, C] for codes [B, L] that begin at place `start` of their image."""
+        embedded: Tensor = self.connector(self.table(codes))
+        if self.places is not None:
+            embedded = embedded + self.places.weight[start : start + codes.shape[1]]
+        return embedded
+
+
+class UniMMModel(PreTrainedModel):
+    """Decoder, understanding encoder, code embedding and the two heads, assembled from a `UniMMConfig`.
+
+    The text head is the decoder's own. The image tokenizer belongs to the model so that one folder holds all,
+    but takes no part in `forward`: pictures to generate come in as codes.
+    """
+
+    config: UniMMConfig
+    config_class = UniMMConfig
+    base_model_prefix = "unimm"
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+
+    def __init__(self, config: UniMMConfig) -> None:
+        super().__init__(config)
+        decoder_config = config.decoder_config()
+        width = decoder_config.hidden_size
+        self.decoder = AutoModelForCausalLM.from_config(decoder_config)
+        self.vision: VisionTower | None = None
+        self.connector: Connector | None = None
+        self.code_embedding: CodeEmbedding | None = None
+        self.code_head: nn.Sequential | None = None
+        self.image_tokenizer: ImageTokenizer | None = None
+        if (vision := config.vision_config()) is not None:
+            self.vision = VisionTower(vision)
+            self.connector = Connector(vision.width, width, config.connector_depth, vision.merge)
+        if (generation := config.generation_config()) is not None:
+            places = generation.grid**2 if generation.places else 0
+            depth = config.connector_depth
+            self.code_embedding = CodeEmbedding(generation.codes, generation.dim, width, depth, places)
+            self.code_head = nn.Sequential(
+                nn.Linear(width, width), nn.GELU(), nn.Linear(width, generation.codes)
+            )
+            assert config.image_tokenizer is not None
+            options = dict(config.image_tokenizer)
+            self.image_tokenizer = AutoModel.from_config(
+                AutoConfig.for_model(options.pop("model_type"), **options)
+            )
+            self.image_tokenizer.requires_grad_(False)
+        self.layout = ImageLayout(**config.layout)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise our own layers; the decoder, the encoder and the tokenizer initialise theirs."""
+        ours = (self.connector, self.code_embedding, self.code_head)
+        if module not in ours:
+            return
+        for layer in module.modules():
+            if isinstance(layer, nn.Linear | nn.Embedding):
+                nn.init.normal_(layer.weight, std=0.02)
+            if isinstance(layer, nn.Linear) and layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the table of text tokens."""
+        return self.decoder.get_input_embeddings()
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Return the trainable parts that this model has, by the names that recipes use."""
+        parts = {
+            "decoder": self.decoder,
+            "vision": self.vision,
+            "connector": self.connector,
+            "code_embedding": self.code_embedding,
+            "code_head": self.code_head,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def train(self, mode: bool = True) -> UniMMModel:
+        """Switch to training; the image tokenizer stays as it is, since its codes must not move."""
+        super().train(mode)
+        if self.image_tokenizer is not None:
+            self.image_tokenizer.eval()
+        return self
+
+    def embed(
+        self, input_ids: Tensor, pixel_values: Tensor | None = None, image_codes: Tensor | None = None
+    ) -> Tensor:
+        """Return the stream [B, T, C].
+
+        Args:
+            input_ids: [B, T], with the layout's placeholders where images stand.
+            pixel_values: float [N, 3, H, W] in [-1, 1], images to understand in the order of the stream.
+            image_codes: int64 [M, h, w], images as codes in the order of the stream.
+
+        Raises:
+            ValueError: the images do not fill the placeholders, or the model lacks the part that reads them.
+        """
+        stream_BTC: Tensor = self.get_input_embeddings()(input_ids)
+        if pixel_values is not None:
+            if self.vision is None or self.connector is None:
+                raise ValueError("pixel_values: this model has no understanding encoder")
+            features = self.connector(self.vision(pixel_values.to(self.dtype)))
+            mask = self.layout.feature_positions(input_ids)
+            stream_BTC = scatter_rows(
+                stream_BTC, mask, features.flatten(0, 1), "pixel_values: image features"
+            )
+        if image_codes is not None:
+            embedded = self.embed_codes(image_codes.flatten(1))
+            mask = self.layout.code_positions(input_ids)
+            stream_BTC = scatter_rows(stream_BTC, mask, embedded.flatten(0, 1), "image_codes: codes")
+        return stream_BTC
+
+    def embed_codes(self, codes: Tensor, start: int = 0) -> Tensor:
+        """Return [B, L, C] for codes [B, L] that begin at place `start` of their image."""
+        if self.code_embedding is None:
+            raise ValueError("image_codes: this model has no code vocabulary, so it cannot draw")
+        embedded: Tensor = self.code_embedding(codes, start)
+        return embedded
+
+    def decode(self, stream: Tensor, **options: Any) -> Any:
+        """Run the decoder without its head: [B, T, C] to an output with `last_hidden_state` [B, T, C]."""
+        return self.decoder.get_decoder()(inputs_embeds=stream, **options)
+
+    def code_logits(self, hidden: Tensor) -> Tensor:
+        """Return [..., K] for hidden states [..., C]."""
+        assert self.code_head is not None
+        logits: Tensor = self.code_head(hidden)
+        return logits
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_codes: Tensor | None = None,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **options: Any,
+    ) -> UniMMOutput:
+        """Run the model.
+
+        Args:
+            input_ids: [B, T], with the layout's placeholders where images stand.
+            attention_mask: [B, T] with 0 at padding, or bool [B, 1, T, T] with True where a row may look.
+            pixel_values: float [N, 3, H, W] in [-1, 1].
+            image_codes: int64 [M, h, w].
+            labels: [B, T], aligned with `input_ids` (shifted here); at code positions the code, else a text
+                token, and -100 where nothing is to be learnt.
+            position_ids: [B, T]; by default counted over the attended positions.
+            **options: what else the decoder takes (`past_key_values`, `use_cache`).
+
+        Returns:
+            With labels the losses and no logits (they are never held whole); without, text logits [B, T, V].
+        """
+        stream_BTC = self.embed(input_ids, pixel_values, image_codes)
+        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+            position_ids = positions(attention_mask)
+        output = self.decode(stream_BTC, attention_mask=attention_mask, position_ids=position_ids, **options)
+        hidden_BTC = output.last_hidden_state
+        if labels is None:
+            logits = self.decoder.get_output_embeddings()(hidden_BTC)
+            return UniMMOutput(logits=logits, past_key_values=output.past_key_values)
+        return self.losses(hidden_BTC, input_ids, labels)
+
+    def losses(self, hidden: Tensor, input_ids: Tensor, labels: Tensor) -> UniMMOutput:
+        """Return summed text and code losses; each head sees its own positions and no others."""
+        hidden, targets = hidden[:, :-1], labels[:, 1:]
+        counted = targets != IGNORED
+        is_code = self.layout.code_positions(input_ids[:, 1:])
+        text, code = counted & ~is_code, counted & is_code
+        text_loss = summed_loss(self.decoder.get_output_embeddings(), hidden[text], targets[text])
+        code_loss = text_loss.new_zeros(())
+        if self.code_head is not None:
+            code_loss = summed_loss(self.code_head, hidden[code], targets[code])
+        text_count, code_count = int(text.sum()), int(code.sum())
+        return UniMMOutput(
+            loss=(text_loss + code_loss) / max(text_count + code_count, 1),
+            text_loss=text_loss,
+            code_loss=code_loss,
+            text_count=text_count,
+            code_count=code_count,
+        )
+
+
+def positions(attention_mask: Tensor) -> Tensor:
+    """Return position ids [B, T] that count attended positions only, so that left padding shifts nothing."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def _chunk_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+
+
+def summed_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross-entropy summed over positions, without ever holding the logits of more than a chunk.
+
+    Args:
+        head: maps [P, C] to logits.
+        hidden: [P, C].
+        targets: int64 [P].
+    """
+    if len(targets) <= LOSS_CHUNK:
+        return _chunk_loss(head, hidden, targets)
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for part, target in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
+        total = total + checkpoint(_chunk_loss, head, part, target, use_reentrant=False)
+    return total
+
+
+AutoModel.register(UniMMConfig, UniMMModel)
