@@ -1,0 +1,341 @@
+"""The user's object: `UniMM` captions, answers and draws; `load` makes one from a folder, a hub id or the package."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeAlias, overload
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from unimm.configuration import UniMMConfig
+from unimm.errors import UserError
+from unimm.modeling import UniMMModel
+from unimm.processing import UniMMProcessor
+from unimm.sampling.choose import check_options, streams
+from unimm.sampling.images import sample_codes
+from unimm.sampling.text import generate_text
+from unimm.tokenizers.model import ImageTokenizer
+
+Picture: TypeAlias = "str | Path | Image.Image"
+EMBEDDED = "embedded"  # folder of the model that ships with the package
+CAPTION_REQUEST = "describe the picture"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Progress: TypeAlias = Callable[[int, int], None]
+
+
+class UniMM:
+    """A unified model with its processor.
+
+    Attributes:
+        model: the `UniMMModel`, in eval mode.
+        processor: words and pictures to inputs and back.
+        batch_size: most prompts (for drawings) or questions that go through the model at once.
+    """
+
+    def __init__(self, model: UniMMModel, processor: UniMMProcessor, batch_size: int = 64) -> None:
+        self.model = model.eval()
+        self.processor = processor
+        self.batch_size = batch_size
+
+    @property
+    def image_tokenizer(self) -> ImageTokenizer:
+        """What turns pictures into codes and back.
+
+        Raises:
+            ValueError: the model cannot draw.
+        """
+        if self.model.image_tokenizer is None:
+            raise ValueError("this model has no image tokenizer, so it cannot draw")
+        return self.model.image_tokenizer
+
+    @overload
+    def caption(self, images: Picture) -> str: ...
+    @overload
+    def caption(self, images: Sequence[Picture]) -> list[str]: ...
+    def caption(self, images: Picture | Sequence[Picture]) -> str | list[str]:
+        """Say what pictures show.
+
+        Args:
+            images: a PIL image or a path, or a list of them.
+
+        Returns:
+            A text, or a list of texts for a list.
+
+        Raises:
+            UserError: a picture cannot be read.
+        """
+        if isinstance(images, str | Path | Image.Image):
+            return self._answer([CAPTION_REQUEST], [[images]])[0]
+        return self._answer([CAPTION_REQUEST] * len(images), [[image] for image in images])
+
+    @overload
+    def ask(self, images: Picture, questions: str) -> str: ...
+    @overload
+    def ask(
+        self, images: Picture | Sequence[Picture | Sequence[Picture]], questions: str | Sequence[str]
+    ) -> str | list[str]: ...
+    def ask(
+        self, images: Picture | Sequence[Picture | Sequence[Picture]], questions: str | Sequence[str]
+    ) -> str | list[str]:
+        """Answer questions about pictures, all in one batch.
+
+        Args:
+            images: one picture, or one entry for each question; an entry may be a list of several pictures.
+            questions: one question, or a list.
+
+        Returns:
+            A text for one question about one picture, else a list of texts. One question goes to every picture
+            of a list, and one picture serves every question of a list.
+
+        Raises:
+            UserError: a picture cannot be read, a question is empty or too long, or the numbers do not match.
+        """
+        one_picture, one_question = isinstance(images, str | Path | Image.Image), isinstance(questions, str)
+        asked: list[str] = [questions] if isinstance(questions, str) else list(questions)
+        shown: list[Any] = [images] if isinstance(images, str | Path | Image.Image) else list(images)
+        if one_picture:
+            shown = shown * len(asked)
+        elif one_question:
+            asked = asked * len(shown)
+        if len(shown) != len(asked):
+            raise UserError(f"questions: {len(asked)} questions for {len(shown)} images; give one for each")
+        if any(not question.strip() for question in asked):
+            raise UserError("question: empty; ask something")
+        entries = [[entry] if isinstance(entry, str | Path | Image.Image) else list(entry) for entry in shown]
+        answers = self._answer(asked, entries)
+        return answers[0] if one_picture and one_question else answers
+
+    def _answer(self, questions: Sequence[str], images: Sequence[Sequence[Picture]]) -> list[str]:
+        answers: list[str] = []
+        for start in range(0, len(questions), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            inputs = self.processor(questions[part], images[part])
+            answers += generate_text(self.model, self.processor, inputs)
+        return answers
+
+    def draw(
+        self,
+        prompts: str | Sequence[str],
+        n: int = 1,
+        guidance_scale: float = 5.0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | Sequence[int] | None = None,
+        size: tuple[int, int] | None = None,
+        return_codes: bool = False,
+        on_progress: Progress | None = None,
+    ) -> Any:
+        """Draw pictures.
+
+        Args:
+            prompts: a text, or a list of texts of any lengths.
+            n: drawings of each prompt; they follow one another in the result.
+            guidance_scale: how hard to follow the prompt; 1 is no guidance.
+            temperature: 0 takes the likeliest code at every step.
+            top_k: keep the k likeliest codes.
+            top_p: keep the likeliest codes of this mass.
+            seed: a number, giving image i the stream of (seed, i), or one number for each image, giving it the
+                stream of (seed[i], 0); the same prompt and stream give the same image in any batch.
+            size: (width, height) in pixels; the model's own if left out.
+            return_codes: also return the codes.
+            on_progress: called with codes done and codes in all.
+
+        Returns:
+            A list of PIL images; with `return_codes` also their codes, int64 [B, h, w].
+
+        Raises:
+            UserError: a prompt is empty or too long, or an option makes no sense.
+        """
+        check_options(guidance_scale, temperature, top_k, top_p)
+        if n < 1:
+            raise UserError(f"n: {n}; give 1 or more")
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = [text for text in texts for _ in range(n)]
+        tokenizer, grid = self.image_tokenizer, self._grid(size)
+        steps = len(self.model.layout.drawing_steps(*grid))
+        for text in texts:  # all are checked before the first is drawn
+            self.processor.drawing_ids(text, steps)
+        uniforms = streams(seed, len(texts), steps)
+        codes = [torch.empty((0, *grid), dtype=torch.long, device=self.model.device)]
+        for start in range(0, len(texts), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            report = None
+            if on_progress is not None:
+                done, size_of_part, total = start * steps, len(texts[part]), len(texts) * steps
+                report = _reporter(on_progress, done, size_of_part, total)
+            codes.append(
+                sample_codes(
+                    self.model,
+                    self.processor,
+                    texts[part],
+                    uniforms[part],
+                    guidance_scale,
+                    temperature,
+                    top_k,
+                    top_p,
+                    grid,
+                    report,
+                )
+            )
+        drawn = torch.cat(codes)
+        images = [image for part in drawn.split(self.batch_size) for image in self._pictures(tokenizer, part)]
+        return (images, drawn) if return_codes else images
+
+    def _pictures(self, tokenizer: ImageTokenizer, codes: Tensor) -> list[Image.Image]:
+        return self.processor.to_images(tokenizer.decode(codes)) if len(codes) else []
+
+    def _grid(self, size: tuple[int, int] | None) -> tuple[int, int]:
+        """Return rows and columns of codes for a size in pixels."""
+        rows, columns = self.model.layout.grid
+        if size is None:
+            return rows, columns
+        stride = self.image_tokenizer.stride
+        if size != (columns * stride, rows * stride):
+            own = f"{columns * stride}x{rows * stride}"
+            raise UserError(f"size: {size[0]}x{size[1]}; this model draws {own} only")
+        return rows, columns
+
+    def save(self, folder: str | Path) -> None:
+        """Write everything to a folder: safetensors, `config.json` and the processor's files.
+
+        The files are written beside the folder first, so that an old one stays whole if the disk fills up.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        from unimm.saving import write_folder
+
+        def write(target: Path) -> None:
+            self.model.save_pretrained(target)
+            self.processor.save_pretrained(target)
+
+        write_folder(Path(folder), write)
+
+
+def _reporter(report: Progress, done: int, images: int, total: int) -> Callable[[int], None]:
+    return lambda step: report(done + step * images, total)
+
+
+def embedded_model() -> Path:
+    """Return the folder of the model that ships with the package."""
+    folder = Path(str(resources.files("unimm"))) / "assets" / EMBEDDED
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder}: the embedded model is missing; reinstall unimm, or name a model")
+    return folder
+
+
+def resolve(source: str | os.PathLike[str] | None) -> Path:
+    """Return the local folder of a source: the embedded model, a folder, or a hub id (downloaded).
+
+    Raises:
+        UserError: there is no such folder, and the hub does not have it or cannot be reached.
+    """
+    if source is None:
+        return embedded_model()
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"{source}: a file, not a model folder; name the folder that holds config.json")
+    if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+        raise UserError(f"{source}: no such folder; give a model folder or a hub id such as owner/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source)))
+    except Exception as error:  # the hub client raises many kinds, all of which mean the same here
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{source}: no such folder, and not to be had from the hub ({reason})") from None
+
+
+def load(
+    source: str | os.PathLike[str] | None = None, device: str = "auto", dtype: str | torch.dtype = "auto"
+) -> UniMM:
+    """Load a model.
+
+    Args:
+        source: None for the model that ships with the package, else a folder or a hub id.
+        device: "auto" takes CUDA, then MPS, then the CPU.
+        dtype: "auto" is bfloat16 on CUDA and float32 elsewhere.
+
+    Raises:
+        UserError: the source is missing, broken, or not a unimm model.
+    """
+    from unimm.saving import check_weights, read_config
+
+    folder = resolve(source)
+    config = read_config(folder)
+    check_weights(folder)
+    place = choose_device(device)
+    config_object = UniMMConfig.from_dict(config)
+    model = UniMMModel.from_pretrained(folder, config=config_object, dtype=choose_dtype(dtype, place))
+    return UniMM(model.to(place), UniMMProcessor.from_pretrained(folder, config_object))
+
+
+def choose_device(device: str) -> torch.device:
+    """Return the device that a name means.
+
+    Raises:
+        UserError: torch knows no such device, or it is not there.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"device: {device!r} is not to be had here; use auto, cpu, cuda or mps") from None
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the number format that a name means on a device.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype not in DTYPES:
+        raise UserError(f"dtype: {dtype!r}; use auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def describe(source: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+    """Say what a model is, from its configuration alone; no weights are read.
+
+    Returns:
+        Family, parts with their parameters, context, image sizes and what the model can do.
+    """
+    from unimm.saving import read_config
+
+    folder = resolve(source)
+    config = UniMMConfig.from_dict(read_config(folder))
+    with torch.device("meta"):
+        model = UniMMModel(config)
+    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts().items()}
+    if model.image_tokenizer is not None:
+        parts["image_tokenizer"] = sum(p.numel() for p in model.image_tokenizer.parameters())
+    vision, generation = config.vision_config(), config.generation_config()
+    decoder = config.decoder_config()
+    return {
+        "source": str(folder if source is not None else "embedded"),
+        "family": config.model_type,
+        "decoder": decoder.model_type,
+        "parameters": parts,
+        "parameters_total": sum(parts.values()),
+        "context": decoder.max_position_embeddings,
+        "understands": f"{vision.image_size}x{vision.image_size}" if vision else None,
+        "draws": f"{generation.image_size}x{generation.image_size}" if generation else None,
+        "can": [*(["caption", "ask"] if vision else []), *(["draw"] if generation else [])],
+    }

@@ -1,0 +1,1 @@
+"""Sampling: guidance, filters, and the samplers of text and of images."""
