@@ -19,6 +19,7 @@ from unimm.processing import UniMMProcessor
 from unimm.sampling.choose import check_options, streams
 from unimm.sampling.images import sample_codes
 from unimm.sampling.text import generate_text
+from unimm.saving import check_weights, no_progress, read_config, write_folder
 from unimm.tokenizers.model import ImageTokenizer
 
 Picture: TypeAlias = "str | Path | Image.Image"
@@ -209,10 +210,9 @@ class UniMM:
         Raises:
             UserError: the folder cannot be written.
         """
-        from unimm.saving import write_folder
-
         def write(target: Path) -> None:
-            self.model.save_pretrained(target)
+            with no_progress():
+                self.model.save_pretrained(target)
             self.processor.save_pretrained(target)
 
         write_folder(Path(folder), write)
@@ -267,14 +267,13 @@ def load(
     Raises:
         UserError: the source is missing, broken, or not a unimm model.
     """
-    from unimm.saving import check_weights, read_config
-
     folder = resolve(source)
     config = read_config(folder)
     check_weights(folder)
     place = choose_device(device)
     config_object = UniMMConfig.from_dict(config)
-    model = UniMMModel.from_pretrained(folder, config=config_object, dtype=choose_dtype(dtype, place))
+    with no_progress():
+        model = UniMMModel.from_pretrained(folder, config=config_object, dtype=choose_dtype(dtype, place))
     return UniMM(model.to(place), UniMMProcessor.from_pretrained(folder, config_object))
 
 
@@ -317,8 +316,6 @@ def describe(source: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     Returns:
         Family, parts with their parameters, context, image sizes and what the model can do.
     """
-    from unimm.saving import read_config
-
     folder = resolve(source)
     config = UniMMConfig.from_dict(read_config(folder))
     with torch.device("meta"):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import struct
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from transformers.utils import logging as hf_logging
 
 from unimm.errors import UserError
 
@@ -37,6 +39,18 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{folder}: cannot be written ({reason}); what was there is unchanged") from None
+
+
+@contextmanager
+def no_progress() -> Iterator[None]:
+    """Keep transformers from drawing a bar for the second that loading or saving takes."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
