@@ -1,0 +1,303 @@
+"""The DeepSpeed engine around a task: start-up, optimizer, one optimisation step, its state for checkpoints.
+
+DeepSpeed always runs the step, with or without a launcher; here it is told only what the recipe says. Weights
+are float32 and replicated on every rank (ZeRO 0); bfloat16 is autocast.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from unimm.training.recipe import near
+
+if TYPE_CHECKING:
+    from unimm.training.recipe import BaseRecipe, Stage
+    from unimm.training.task import Batch, Metrics, Task
+
+
+def pick_device(recipe: BaseRecipe) -> torch.device:
+    """The recipe's device on this rank; `auto` takes CUDA where there is one."""
+    name = recipe.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise recipe.error("device", 'there is no CUDA device here; use "cpu" or "auto"')
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def start_distributed(device: torch.device) -> Any:
+    """Start DeepSpeed's communication, alone or under a launcher, and give the `deepspeed` module.
+
+    Without a launcher this process is a group of one. DeepSpeed's CPU helpers, which it would compile at
+    first use, are declared absent; gloo does their work.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    for name in ("deepspeed", "DeepSpeed", "absl"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if "RANK" not in os.environ:  # no launcher: no port to listen on, none for child processes to inherit
+            os.environ["LOCAL_RANK"] = "0"  # DeepSpeed's engine asks for it
+            store = torch.distributed.HashStore()
+            torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+        atexit.register(_stop_distributed)
+    return deepspeed
+
+
+def _stop_distributed() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The element-wise sum of a CPU tensor over all ranks; alone, the tensor itself."""
+    if torch.distributed.get_world_size() == 1:
+        return tensor
+    on_cuda = torch.distributed.get_backend() == "nccl"
+    moved = tensor.cuda() if on_cuda else tensor.clone()
+    torch.distributed.all_reduce(moved)
+    return moved.cpu()
+
+
+class LossModule(nn.Module):
+    """The task's loss as a forward, so that it runs inside the engine."""
+
+    def __init__(self, task: Task, module: nn.Module, device: str, bfloat16: bool) -> None:
+        super().__init__()
+        self.module = module
+        self._task = task
+        self._device = device
+        self._bfloat16 = bfloat16
+
+    def forward(self, batch: Batch, step: int, totals: Mapping[str, float]) -> tuple[Tensor, Metrics]:
+        """`Task.loss` under the recipe's autocast."""
+        with torch.autocast(self._device, torch.bfloat16, enabled=self._bfloat16):
+            return self._task.loss(self.module, batch, step, totals)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step gave, still on the device so that reading it is the logger's choice."""
+
+    loss: Tensor
+    metrics: dict[str, Any]
+    norm: Tensor
+
+
+def freeze(
+    recipe: BaseRecipe, index: int, groups: Mapping[str, Sequence[nn.Parameter]], module: nn.Module
+) -> None:
+    """Make exactly the stage's groups trainable; modules with nothing but frozen weights go to eval mode.
+
+    Raises:
+        UserError: the stage names a group that the task does not have.
+    """
+    stage = recipe.stages[index]
+    for name in stage.lr:
+        if name not in groups:
+            hint = near(name, groups) or f"; the groups are {', '.join(groups)}"
+            raise recipe.error(f"stages[{index}].lr.{name}", f"no such group of weights{hint}")
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    seen: set[int] = set()
+    for name in stage.lr:
+        for parameter in groups[name]:
+            assert id(parameter) not in seen, f"group {name} shares a parameter with another group"
+            seen.add(id(parameter))
+            parameter.requires_grad_(True)
+    if not seen:
+        raise recipe.error(f"stages[{index}].lr", "these groups hold no weights, so nothing would train")
+    set_modes(module)
+
+
+def set_modes(module: nn.Module) -> None:
+    """Training mode, but eval for modules whose parameters are all frozen (no dropout, statistics rest)."""
+    module.train()
+    for child in module.modules():
+        parameters = list(child.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            child.eval()
+
+
+def decays(name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
+    """Whether weight decay falls on a parameter: matrices and kernels, not biases, norms, embeddings."""
+    leaf = name.rpartition(".")[2]
+    table = isinstance(owner, nn.Embedding) or "embed" in leaf or "token" in leaf
+    return parameter.ndim >= 2 and not table
+
+
+def parameter_groups(
+    module: nn.Module, groups: Mapping[str, Sequence[nn.Parameter]], stage: Stage, weight_decay: float
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """AdamW's parameter groups for a stage, and the parameters' names in the optimizer's order.
+
+    Each group carries `name` and `base_lr` beside what AdamW reads; the schedule multiplies `base_lr`.
+    """
+    owners = dict(module.named_modules())
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    made: list[dict[str, Any]] = []
+    order: list[str] = []
+    for group, rate in stage.lr.items():
+        split: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for parameter in groups[group]:
+            name = names[id(parameter)]
+            split[decays(name, parameter, owners[name.rpartition(".")[0]])].append(parameter)
+        for decayed, parameters in split.items():
+            if parameters:
+                decay = weight_decay if decayed else 0.0
+                made.append(
+                    {"params": parameters, "name": group, "base_lr": rate, "lr": rate, "weight_decay": decay}
+                )
+                order += [names[id(parameter)] for parameter in parameters]
+    return made, order
+
+
+def merge(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `extra` laid over it, mapping by mapping."""
+    result = dict(base)
+    for key, value in extra.items():
+        inner = result.get(key)
+        result[key] = merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return result
+
+
+class Engine:
+    """One stage's optimizer and DeepSpeed engine."""
+
+    def __init__(
+        self,
+        recipe: BaseRecipe,
+        index: int,
+        task: Task,
+        module: nn.Module,
+        groups: Mapping[str, Sequence[nn.Parameter]],
+        device: torch.device,
+    ) -> None:
+        deepspeed = start_distributed(device)
+        self.world = torch.distributed.get_world_size()
+        self.device = device
+        stage, settings = recipe.stages[index], recipe.optimizer
+        if stage.batch % (stage.micro * self.world):
+            message = f"{stage.batch} is not divisible by micro_batch {stage.micro} x {self.world} processes"
+            raise recipe.error(f"stages[{index}].batch", message)
+        parameters, self.names = parameter_groups(module, groups, stage, settings.weight_decay)
+        self.parameters = [parameter for group in parameters for parameter in group["params"]]
+        self._clip = settings.clip
+        self.optimizer = torch.optim.AdamW(
+            parameters, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True
+        )
+        bfloat16 = recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and device.type == "cuda")
+        wrapped = LossModule(task, module, device.type, bfloat16)
+        self._engine, *_ = deepspeed.initialize(
+            model=wrapped, optimizer=self.optimizer, config=self._config(recipe, stage)
+        )
+        if self.world == 1:
+            self._engine.enable_backward_allreduce = False  # nobody to share gradients with
+
+    def _config(self, recipe: BaseRecipe, stage: Stage) -> dict[str, Any]:
+        config = merge(
+            {
+                "train_batch_size": stage.batch,
+                "train_micro_batch_size_per_gpu": stage.micro,
+                "gradient_accumulation_steps": stage.batch // (stage.micro * self.world),
+                "gradient_clipping": 0.0,  # done below, where the norm is known
+                "zero_optimization": {"stage": 0},
+                "zero_allow_untested_optimizer": True,
+                "steps_per_print": 1 << 60,
+            },
+            recipe.deepspeed,
+        )
+        if config["zero_optimization"].get("stage") != 0:
+            message = "expected 0: this trainer replicates weights and optimizer on every rank"
+            raise recipe.error("deepspeed.zero_optimization.stage", message)
+        return config
+
+    def step(
+        self, batches: Sequence[Batch], totals: Mapping[str, float], step: int, factor: float
+    ) -> StepResult:
+        """Forward and backward every micro-batch, clip by the true global norm, and update.
+
+        Args:
+            batches: this rank's micro-batches, on the CPU.
+            totals: the whole step's targets over all ranks.
+            step: steps done before, over all stages.
+            factor: what the base learning rates are multiplied by.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        loss_sum = norm = torch.zeros((), device=self.device)
+        sums: dict[str, Any] = {}
+        for position, batch in enumerate(batches):
+            moved = {
+                key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+                for key, value in batch.items()
+            }
+            loss, metrics = self._engine(moved, step, totals)
+            # The loss is divided by the whole step's totals already: undo the engine's mean over ranks, and
+            # keep it from dividing by the number of micro-batches. The product matters alone too: handed the
+            # forward's own output, DeepSpeed 0.19 divides in spite of `scale_wrt_gas=False`.
+            self._engine.backward(loss * self.world, scale_wrt_gas=False)
+            loss_sum = loss_sum + loss.detach()
+            for key, value in metrics.items():
+                value = value.detach() if isinstance(value, Tensor) else value
+                sums[key] = sums[key] + value if key in sums else value
+            if position == len(batches) - 1:
+                norm = self._clip_gradients()
+            self._engine.step()
+        return StepResult(loss_sum, sums, norm)
+
+    def _clip_gradients(self) -> Tensor:
+        """Scale the gradients to at most the recipe's norm; gives the norm before.
+
+        The engine reports no norm for float32 without ZeRO, and clips again if told to, so both are done
+        here, after the reduction over ranks and before its update.
+        """
+        with_gradient = [parameter for parameter in self.parameters if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in with_gradient if p.grad is not None])
+        if self._clip is not None:
+            nn.utils.clip_grads_with_norm_(with_gradient, self._clip, norm)
+        return norm
+
+    def rates(self) -> dict[str, float]:
+        """The learning rate of each group as of the last step."""
+        return {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """The optimizer's state as `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`, `step.<parameter>`."""
+        state = self.optimizer.state
+        return {
+            f"{kind}.{name}": value
+            for name, parameter in zip(self.names, self.parameters, strict=True)
+            for kind, value in state.get(parameter, {}).items()
+        }
+
+    def load_optimizer_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `optimizer_tensors` gave."""
+        position = {name: number for number, name in enumerate(self.names)}
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            kind, _, name = key.partition(".")
+            state.setdefault(position[name], {})[kind] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def close(self) -> None:
+        """Let go of the engine; the module and its weights stay."""
+        self._engine.destroy()

@@ -1,0 +1,194 @@
+"""What a run tells: JSON lines, TensorBoard, and a progress bar (or plain lines where nobody watches).
+
+Numbers stay on the device between two log lines; a line holds their means since the last one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from unimm.training.engine import sum_over_ranks
+
+if TYPE_CHECKING:
+    from unimm.training.engine import StepResult
+    from unimm.training.recipe import BaseRecipe
+
+
+class RunLog:
+    """The log of one run; only the first rank has one that writes.
+
+    Args:
+        recipe: for `output`, `logging` and the number of steps.
+        start: steps already done; later lines of an earlier try are cut off.
+        active: whether this rank writes.
+        quiet: nothing on the console.
+    """
+
+    def __init__(self, recipe: BaseRecipe, start: int, *, active: bool = True, quiet: bool = False) -> None:
+        self._every = recipe.logging.every
+        self._total = sum(stage.steps for stage in recipe.stages)
+        self._active = active
+        self._console = Console(quiet=quiet or not active, highlight=False, soft_wrap=True)
+        self._sums: dict[str, Any] = {}
+        self._count = 0
+        self._samples = 0.0
+        self._targets: dict[str, float] = {}
+        self._since = time.perf_counter()
+        self._tensorboard: Any = None
+        if active:
+            self._open(Path(recipe.output), recipe.logging.tensorboard, start)
+        self._bar = self._progress(start)
+
+    def _open(self, output: Path, tensorboard: bool, start: int) -> None:
+        output.mkdir(parents=True, exist_ok=True)
+        path = output / "metrics.jsonl"
+        truncate_lines(path, start)
+        self._file = path.open("a", encoding="utf-8")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(output / "tensorboard"), purge_step=start + 1)
+
+    def _progress(self, start: int) -> tuple[Progress, Any] | None:
+        if not self._console.is_terminal or self._console.quiet:
+            return None
+        columns = ("{task.description}", BarColumn(), "{task.completed}/{task.total}", TimeRemainingColumn())
+        progress = Progress(*columns, TextColumn("{task.fields[line]}"), console=self._console)
+        progress.start()
+        return progress, progress.add_task("", total=self._total, completed=start, line="")
+
+    def say(self, line: str) -> None:
+        """One line for people."""
+        self._console.print(line, markup=False)
+
+    def step(
+        self,
+        result: StepResult,
+        *,
+        step: int,
+        stage: str,
+        rates: Mapping[str, float],
+        samples: int,
+        targets: Mapping[str, float],
+        last: bool = False,
+    ) -> dict[str, float] | None:
+        """Take in one step; at every `logging.every`-th (and the `last` of a stage) write a line.
+
+        Returns:
+            The means of the line (with `loss` and `grad_norm`) where one was due, else None.
+        """
+        values = {"loss": result.loss, "grad_norm": result.norm, **result.metrics}
+        for key, value in values.items():
+            self._sums[key] = self._sums[key] + value if key in self._sums else value
+        self._count += 1
+        self._samples += samples
+        for kind, count in targets.items():
+            self._targets[kind] = self._targets.get(kind, 0.0) + count
+        if self._bar and not (step % self._every == 0 or last):
+            self._bar[0].update(self._bar[1], completed=step, description=stage)
+        if step % self._every and not last:
+            return None
+        return self._write(step, stage, rates)
+
+    def _write(self, step: int, stage: str, rates: Mapping[str, float]) -> dict[str, float]:
+        means = self._means()
+        elapsed = max(time.perf_counter() - self._since, 1e-9)
+        samples = self._samples / elapsed
+        tokens = sum(count for kind, count in self._targets.items() if "token" in kind) / elapsed
+        left = (self._total - step) * elapsed / self._count
+        if self._active:
+            line = {
+                "step": step,
+                "stage": stage,
+                **means,
+                "samples_per_second": samples,
+                "tokens_per_second": tokens,
+            }
+            line |= {f"lr/{name}": rate for name, rate in rates.items()}
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+            self._to_tensorboard(line, step)
+            self._show(step, stage, means, max(rates.values()), f"{samples:.1f} samples/s", tokens, left)
+        self._sums, self._targets, self._samples, self._count = {}, {}, 0.0, 0
+        self._since = time.perf_counter()
+        return means
+
+    def _means(self) -> dict[str, float]:
+        """Means per step since the last line, over all ranks: losses add up, the norm is the same on each."""
+        values = [torch.as_tensor(value, dtype=torch.float32).cpu() for value in self._sums.values()]
+        sums = sum_over_ranks(torch.stack(values))
+        means = dict(zip(self._sums, (sums / self._count).tolist(), strict=True))
+        means["grad_norm"] /= torch.distributed.get_world_size()
+        return means
+
+    def _to_tensorboard(self, line: Mapping[str, Any], step: int) -> None:
+        if self._tensorboard is not None:
+            for key, value in line.items():
+                if isinstance(value, float):
+                    self._tensorboard.add_scalar(key, value, step)
+
+    def _show(
+        self,
+        step: int,
+        stage: str,
+        means: Mapping[str, float],
+        rate: float,
+        speed: str,
+        tokens: float,
+        left: float,
+    ) -> None:
+        text = f"loss {means['loss']:.4f}  lr {rate:.2e}  {speed}"
+        if tokens:
+            text += f"  {tokens:,.0f} tokens/s"
+        if self._bar:
+            self._bar[0].update(self._bar[1], completed=step, description=stage, line=text)
+            return
+        extra = "".join(f"  {key} {value:.4g}" for key, value in means.items() if key != "loss")
+        self.say(f"{stage} {step}/{self._total}  {text}{extra}  left {_clock(left)}")
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Do not count what happens inside (a preview, a checkpoint) into the speeds."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if self._bar:
+            self._bar[0].stop()
+        if self._active:
+            self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def truncate_lines(path: Path, step: int) -> None:
+    """Drop the JSON lines of steps after `step`, and a last line that was cut off in writing."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

@@ -1,0 +1,103 @@
+"""What the trainer asks of a thing that it can train: the `Task` protocol.
+
+A task knows its module, its data and its loss; the trainer knows everything else (stages, learning rates,
+accumulation, clipping, averaging, checkpoints, logging). A tokenizer, an encoder and the unified model are
+tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from unimm.training.recipe import Stage
+
+Sample: TypeAlias = dict[str, Any]
+Batch: TypeAlias = "dict[str, Tensor]"
+Metrics: TypeAlias = "Mapping[str, float | Tensor]"
+
+
+class Source(Protocol):
+    """Random access to samples: a `grain.MapDataset`, or anything else that can be indexed without end."""
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at `index`; the same index gives the same sample in every process."""
+        ...
+
+
+class Task(Protocol):
+    """One trainable thing.
+
+    The trainer calls `build`, `groups`, then `dataset` at the start of every stage, and for every step
+    `collate`, `targets` (both in a background thread) and `loss`.
+    """
+
+    def build(self) -> nn.Module:
+        """The whole module: everything with weights to train, and what it needs frozen.
+
+        The trainer seeds python, numpy and torch before the call. Buffers and frozen parameters are
+        checkpointed too.
+        """
+        ...
+
+    def groups(self, module: nn.Module) -> Mapping[str, Sequence[nn.Parameter]]:
+        """Disjoint named groups of parameters.
+
+        A stage's `lr` names the groups that it trains; all other parameters are frozen for that stage, and
+        modules whose own parameters are all frozen run in eval mode.
+        """
+        ...
+
+    def dataset(self, stage: Stage, seed: int) -> Source:
+        """Samples of a stage, already mixed by `stage.mixture`, infinite and random-access.
+
+        Called once at the start of each stage, before its first loss: a task may remember the stage here.
+        Step `s` reads the indices `s * batch` to `(s + 1) * batch - 1`. A sample depends on its index and on
+        `seed` only, never on Python's, numpy's or torch's global random state (it is read in a background
+        thread).
+        """
+        ...
+
+    def collate(self, samples: list[Sample]) -> Batch:
+        """Samples to a micro-batch of CPU tensors; deterministic. The trainer moves tensors to the device."""
+        ...
+
+    def targets(self, batch: Batch) -> Mapping[str, int | float]:
+        """How many loss items of each kind a micro-batch holds, e.g. `{"text_tokens": 311, "images": 8}`.
+
+        The same keys for every micro-batch (0 where there is none). Kinds with `token` in the name add up to
+        the tokens per second that are shown.
+        """
+        ...
+
+    def loss(
+        self, module: nn.Module, batch: Batch, step: int, totals: Mapping[str, float]
+    ) -> tuple[Tensor, Metrics]:
+        """Loss of a micro-batch, to be *added* to those of the step's other micro-batches.
+
+        Args:
+            module: what `build` gave (on the device, training mode, under autocast where the recipe says
+                bfloat16).
+            batch: a micro-batch from `collate`, on the device.
+            step: steps done before this one, over all stages.
+            totals: the sums of `targets` over every micro-batch (and every rank) of the step. Divide sums of
+                item losses by these, and 1 x 8 accumulated gives the same step as 8 x 1.
+
+        Returns:
+            The scalar loss, and numbers to log under the same keys each time; these too are summed over the
+            step's micro-batches. Give detached tensors rather than floats: the trainer reads them only when
+            it logs.
+        """
+        ...
+
+    def preview(self, module: nn.Module, folder: Path, step: int) -> None:
+        """Write samples for people into `folder` (module in eval mode, averaged weights, no gradients)."""
+        ...
+
+    def export(self, module: nn.Module, folder: Path) -> None:
+        """Write the finished artefact into `folder` (module in eval mode, averaged weights)."""
+        ...

@@ -1,0 +1,345 @@
+"""The trainer: runs the stages of a recipe one after another, on DeepSpeed, and can be stopped anywhere.
+
+`train(recipe)` builds the task, goes on from the newest checkpoint if there is one, and ends with the task's
+export. A run that was killed and started again ends with the same weights, bit for bit, as one left alone:
+the data, the random states and the schedule of a step follow from (seed, stage, step) alone.
+
+Also a program: `python -m unimm.training.trainer RECIPE key=value ...`
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from unimm.errors import UserError
+from unimm.training import checkpoint
+from unimm.training.batches import derive_seed, read_ahead
+from unimm.training.engine import Engine, freeze, pick_device, set_modes, start_distributed, sum_over_ranks
+from unimm.training.logging import RunLog
+from unimm.training.recipe import BaseRecipe, load_recipe
+from unimm.training.schedule import lr_factor
+from unimm.training.task import Source
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+def train(recipe: BaseRecipe, *, quiet: bool = False) -> Path:
+    """Run a recipe to its end, from its newest checkpoint if it has one.
+
+    Args:
+        recipe: what to train, and where (`recipe.output`).
+        quiet: print nothing (the log files are written all the same).
+
+    Returns:
+        The folder of the finished artefact, `output/export`.
+
+    Raises:
+        UserError: the recipe does not fit the task or the checkpoint, the loss is no number, or no space is
+            left.
+        SystemExit: with status 0, after SIGTERM and a checkpoint.
+        KeyboardInterrupt: after SIGINT and a checkpoint.
+    """
+    try:
+        with _locked(recipe), _StopSignal() as stop:
+            return Run(recipe, stop, quiet).run()
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        where = error.filename or recipe.output
+        raise UserError(f"{where}: cannot write: {error.strerror}; earlier checkpoints are whole") from error
+
+
+class Run:
+    """The state of one `train` call: the task and its module, where it stands, averages, log."""
+
+    def __init__(self, recipe: BaseRecipe, stop: _StopSignal, quiet: bool) -> None:
+        self.recipe, self.stop = recipe, stop
+        self.output = Path(recipe.output)
+        self.device = pick_device(recipe)
+        start_distributed(self.device)
+        self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        seed_everything(recipe.seed)
+        self.task = recipe.build_task()
+        self.module = self.task.build().to(self.device)
+        self.groups: Mapping[str, Sequence[nn.Parameter]] = self.task.groups(self.module)
+        self.stage, self.stage_step, self.step = 0, 0, 0
+        self.ema: dict[str, Tensor] = {}
+        self.ema_updates = 0
+        self.stopping = False
+        self.snapshot = checkpoint.read_newest(self.output / "checkpoints")
+        if self.snapshot is not None:
+            self._restore(self.snapshot)
+        self.log = RunLog(recipe, self.step, active=self.rank == 0, quiet=quiet)
+        if self.snapshot is not None:
+            self.log.say(f"going on from step {self.step} ({self.output / 'checkpoints'})")
+
+    def _restore(self, snapshot: checkpoint.Snapshot) -> None:
+        checkpoint.check_resumable(snapshot, self.recipe)
+        checkpoint.set_random_states(snapshot.python_rng, snapshot.rng)
+        checkpoint.load_state(self.module, snapshot.model, str(self.output / "checkpoints"))
+        self.stage, self.stage_step, self.step = snapshot.stage, snapshot.stage_step, snapshot.step
+        self.ema = {name: tensor.to(self.device) for name, tensor in snapshot.ema.items()}
+        self.ema_updates = snapshot.ema_updates
+
+    def run(self) -> Path:
+        """All stages that are left, then the export."""
+        stages = self.recipe.stages
+        try:
+            while True:
+                self._run_stage()
+                if self.stage == len(stages) - 1:
+                    return self._export()
+                self._hand_over()
+        finally:
+            self.log.close()
+
+    def _hand_over(self) -> None:
+        """Start the next stage from this one's weights (averaged, where the recipe averages)."""
+        parameters = dict(self.module.named_parameters())
+        with torch.no_grad():
+            for name, average in self.ema.items():
+                parameters[name].copy_(average)
+        self.ema, self.ema_updates, self.snapshot = {}, 0, None
+        self.stage, self.stage_step = self.stage + 1, 0
+
+    def _run_stage(self) -> None:
+        with self.log.aside():
+            engine, source = self._start_stage()
+        if engine is None:
+            return
+        stage = self.recipe.stages[self.stage]
+        try:
+            with read_ahead(self.task, source, stage, self.stage_step, self.rank, self.world) as steps:
+                for batch in steps:
+                    self._step(engine, batch.micro_batches, self._agree(batch.totals))
+        finally:
+            engine.close()
+
+    def _start_stage(self) -> tuple[Engine | None, Source]:
+        """The stage's engine (its state put back in mid-stage; None where no step is left) and data."""
+        recipe, stage = self.recipe, self.recipe.stages[self.stage]
+        freeze(recipe, self.stage, self.groups, self.module)
+        source = self.task.dataset(stage, derive_seed(recipe.seed, self.stage))
+        if self.stage_step >= stage.steps:
+            return None, source
+        engine = Engine(recipe, self.stage, self.task, self.module, self.groups, self.device)
+        if self.snapshot is not None:
+            engine.load_optimizer_tensors(self.snapshot.optimizer)
+            self.snapshot = None
+        if recipe.ema is not None and not self.ema:
+            pairs = zip(engine.names, engine.parameters, strict=True)
+            self.ema = {name: parameter.detach().clone().float() for name, parameter in pairs}
+        return engine, source
+
+    def _agree(self, totals: dict[str, float]) -> dict[str, float]:
+        """The step's totals over all ranks; a stop signal travels along, so that all ranks stop together."""
+        stop, kinds = float(self.stop.number), sorted(totals)
+        mine = torch.tensor([stop, *(totals[kind] for kind in kinds)], dtype=torch.float64)
+        stop, *sums = sum_over_ranks(mine).tolist()
+        self.stopping = stop > 0
+        return dict(zip(kinds, sums, strict=True))
+
+    def _step(
+        self, engine: Engine, batches: Sequence[dict[str, Tensor]], totals: Mapping[str, float]
+    ) -> None:
+        recipe, stage = self.recipe, self.recipe.stages[self.stage]
+        seed_everything(derive_seed(recipe.seed, self.stage, self.stage_step, self.rank))
+        result = engine.step(batches, totals, self.step, lr_factor(stage, self.stage_step))
+        self.step += 1
+        self.stage_step += 1
+        if recipe.ema is not None:
+            self._average(engine, recipe.ema)
+        last = self.stage_step == stage.steps
+        means = self.log.step(
+            result,
+            step=self.step,
+            stage=stage.name,
+            rates=engine.rates(),
+            samples=stage.batch,
+            targets=totals,
+            last=last,
+        )
+        saving = self.step % recipe.checkpoint.every == 0 or last or self.stopping
+        if means is not None:
+            self._check(means)
+        elif saving:
+            self._check({"grad_norm": float(result.norm)})
+        every = recipe.logging.samples_every
+        if every and (self.step % every == 0 or last):
+            self._preview()
+        if saving:
+            self._save(engine)
+        if self.stopping and not last:
+            self.log.say(f"stopped at step {self.step}; run the same recipe again to go on")
+            if self.stop.number == signal.SIGINT:
+                raise KeyboardInterrupt
+            raise SystemExit(0)
+
+    def _check(self, means: Mapping[str, float]) -> None:
+        """Stop, before anything is saved, once the loss or its gradient is no number."""
+        for name, value in means.items():
+            if name in ("loss", "grad_norm") and not math.isfinite(value):
+                message = f"{name} is {value} at step {self.step}; lower the rate or lengthen the warmup"
+                raise self.recipe.error(f"stages[{self.stage}].lr", message)
+
+    def _average(self, engine: Engine, decay: float) -> None:
+        """Move the averaged weights; early on the decay is lower, so that the start is forgotten."""
+        self.ema_updates += 1
+        decay = min(decay, (1 + self.ema_updates) / (10 + self.ema_updates))
+        averages = [self.ema[name] for name in engine.names]
+        move = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        move(averages, engine.parameters, self.ema_updates)
+
+    def _save(self, engine: Engine) -> None:
+        with self.log.aside():
+            if self.rank == 0:
+                checkpoint.write_checkpoint(
+                    self.output / "checkpoints", self._snapshot(engine), self.recipe.checkpoint.keep
+                )
+            self._wait()
+
+    def _snapshot(self, engine: Engine) -> checkpoint.Snapshot:
+        python_rng, rng = checkpoint.random_states()
+        return checkpoint.Snapshot(
+            stage=self.stage,
+            stage_step=self.stage_step,
+            step=self.step,
+            recipe=self.recipe.model_dump(mode="json"),
+            model=checkpoint.distinct_state(self.module),
+            optimizer=engine.optimizer_tensors(),
+            ema=self.ema,
+            ema_updates=self.ema_updates,
+            python_rng=python_rng,
+            rng=rng,
+        )
+
+    def _preview(self) -> None:
+        folder = self.output / "samples"
+        with self.log.aside():
+            if self.rank == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                with self._finished_module():
+                    self.task.preview(self.module, folder, self.step)
+            self._wait()
+
+    def _export(self) -> Path:
+        """The artefact, written beside and moved into place."""
+        target = self.output / "export"
+        if self.rank == 0:
+            temporary = self.output / ".export.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            with self._finished_module():
+                self.task.export(self.module, temporary)
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
+            self.log.say(f"done: {target}")
+        self._wait()
+        return target
+
+    @contextmanager
+    def _finished_module(self) -> Iterator[None]:
+        """Eval mode, averaged weights, no gradients; everything as before afterwards."""
+        parameters = dict(self.module.named_parameters())
+        raw = {name: parameters[name].detach().clone() for name in self.ema}
+        self.module.eval()
+        seed_everything(self.recipe.seed)
+        try:
+            with torch.no_grad():
+                for name, average in self.ema.items():
+                    parameters[name].copy_(average)
+                yield
+        finally:
+            with torch.no_grad():
+                for name, value in raw.items():
+                    parameters[name].copy_(value)
+            set_modes(self.module)
+
+    def _wait(self) -> None:
+        if self.world > 1:
+            torch.distributed.barrier()
+
+
+@contextmanager
+def _locked(recipe: BaseRecipe) -> Iterator[None]:
+    """Hold the output folder, so that two runs never write into one; a dead process holds nothing."""
+    output = Path(recipe.output)
+    output.mkdir(parents=True, exist_ok=True)
+    if int(os.environ.get("RANK", "0")):
+        yield
+        return
+    with (output / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise recipe.error("output", f"another run is writing into {output}") from None
+        yield
+
+
+def seed_everything(seed: int) -> None:
+    """Set Python's, numpy's and torch's global generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+class _StopSignal:
+    """Notes SIGTERM and SIGINT instead of dying of them; a second one does its usual work."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> _StopSignal:
+        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.number = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._before = {}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`RECIPE key=value ...`: train it; gives the exit status."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: python -m unimm.training.trainer RECIPE.yaml [key=value ...]")
+        return 0 if arguments else 2
+    try:
+        train(load_recipe(arguments[0], arguments[1:]))
+    except UserError as error:
+        print(f"unimm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
