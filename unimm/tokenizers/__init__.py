@@ -1,0 +1,1 @@
+"""Image tokenizers: the model, its training losses and task, and its evaluation."""

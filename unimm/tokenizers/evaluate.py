@@ -1,0 +1,142 @@
+"""How good an image tokenizer is on each split: PSNR, SSIM, use and perplexity of the codes, and sheets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unimm.data.emojiscenes import EmojiScenes, Split
+from unimm.errors import UserError
+from unimm.images import atomic_write, save_image, to_tensor
+from unimm.tokenizers.metrics import codebook_use, comparison, psnr
+from unimm.tokenizers.model import ImageTokenizer
+from unimm.tokenizers.task import TokenizerRecipe
+from unimm.training.recipe import load_recipe
+
+BATCH = 50  # pictures in a forward pass
+SHEET = 48  # pictures on a sheet
+
+
+def load_tokenizer(folder: str | Path) -> ImageTokenizer:
+    """Load a trained tokenizer in eval mode.
+
+    Raises:
+        UserError: the folder has no tokenizer, or its weights are missing, damaged or do not fit.
+    """
+    folder = Path(folder)
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: no {name} here; train the tokenizer first, or name its folder")
+    try:
+        model, report = ImageTokenizer.from_pretrained(folder, output_loading_info=True)
+    except Exception as error:  # transformers and safetensors have errors of their own
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder}: the tokenizer cannot be loaded ({reason})") from error
+    # transformers would fill a missing weight at random and only warn
+    if lacking := sorted(report["missing_keys"]):
+        lack = f"{len(lacking)} weights are missing, such as {lacking[0]}"
+        raise UserError(f"{folder}/model.safetensors: {lack}")
+    model.eval()
+    assert isinstance(model, ImageTokenizer)
+    return model
+
+
+def batches(split: Split, samples: int, seed: int, size: int) -> Iterator[Tensor]:
+    """Yield the first scenes of a split as pixels float [B, 3, H, W] in [-1, 1]."""
+    scenes = EmojiScenes(split, seed=seed, size=size, length=samples)
+    for start in range(0, samples, BATCH):
+        stop = min(start + BATCH, samples)
+        yield to_tensor(np.stack([scenes[index].render() for index in range(start, stop)]))
+
+
+def evaluate_split(
+    tokenizer: ImageTokenizer, split: Split, samples: int, seed: int, sheet: Path | None = None
+) -> dict[str, float]:
+    """Reconstruct scenes of a split.
+
+    Args:
+        tokenizer: in eval mode, on any device.
+        split: a split of EmojiScenes.
+        samples: number of scenes.
+        seed: which scenes.
+        sheet: where to write the first of them over their reconstructions.
+
+    Returns:
+        samples; psnr in dB (mean over pictures); ssim (mean); codebook_use (share of codes that occur);
+        perplexity (effective number of codes).
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure  # slow to import
+
+    device = tokenizer.device
+    counts = torch.zeros(tokenizer.config.codebook_size, dtype=torch.long)
+    ratios: list[Tensor] = []
+    similarities: list[Tensor] = []
+    shown: list[tuple[Tensor, Tensor]] = []
+    for pixels in batches(split, samples, seed, tokenizer.config.image_size):
+        codes = tokenizer.encode(pixels.to(device))
+        output = tokenizer.decode(codes).cpu()
+        counts += torch.bincount(codes.flatten().cpu(), minlength=len(counts))
+        ratios.append(psnr(output, pixels))
+        ssim = structural_similarity_index_measure(output, pixels, data_range=(-1.0, 1.0), reduction="none")
+        assert isinstance(ssim, Tensor)
+        similarities.append(ssim.reshape(-1))
+        if len(shown) * BATCH < SHEET:
+            shown.append((pixels, output))
+    if sheet is not None:
+        originals, outputs = (torch.cat(parts)[:SHEET] for parts in zip(*shown, strict=True))
+        save_image(comparison(originals, outputs), sheet)
+    used, perplexity = codebook_use(counts)
+    return {
+        "samples": samples,
+        "psnr": torch.cat(ratios).mean().item(),
+        "ssim": torch.cat(similarities).mean().item(),
+        "codebook_use": used,
+        "perplexity": perplexity,
+    }
+
+
+def evaluate_recipe(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Evaluate the tokenizer that a training recipe made, as its section `evaluation` says.
+
+    Writes `metrics.json` and one sheet of originals over reconstructions for each split.
+
+    Args:
+        path: the recipe's file.
+        overrides: `key=value` settings.
+
+    Returns:
+        tokenizer: its folder; parameters; codebook_size; codes of a picture; and for each split what
+        `evaluate_split` gives.
+
+    Raises:
+        UserError: the recipe is wrong or of another task, or there is no trained tokenizer.
+    """
+    recipe = load_recipe(path, list(overrides))
+    if not isinstance(recipe, TokenizerRecipe):
+        raise UserError(f"{path}: task: expected tokenizer, got {recipe.task}")
+    settings = recipe.evaluation
+    source = Path(settings.tokenizer or Path(recipe.output, "export"))
+    folder = Path(settings.output or Path(recipe.output, "evaluation"))
+    tokenizer = load_tokenizer(source)
+    device = "cuda" if recipe.device != "cpu" and torch.cuda.is_available() else "cpu"
+    tokenizer.to(torch.device(device))
+    folder.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {
+        "tokenizer": str(source),
+        "parameters": tokenizer.num_parameters(),
+        "codebook_size": tokenizer.config.codebook_size,
+        "codes": tokenizer.config.grid_size**2,
+    }
+    for split in get_args(Split):
+        if split in settings.splits:
+            sheet = folder / f"{split}.png"
+            result[split] = evaluate_split(tokenizer, split, settings.samples, settings.seed, sheet)
+    with atomic_write(folder / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result

@@ -1,0 +1,50 @@
+"""How faithful reconstructions are and how well a codebook is used."""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from unimm.images import to_uint8
+
+GAP = 2  # white pixels between pictures of a sheet
+
+
+def psnr(output: Tensor, target: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each picture in dB.
+
+    Args:
+        output: float [B, 3, H, W]; clamped to [-1, 1].
+        target: float [B, 3, H, W] in [-1, 1].
+
+    Returns:
+        float [B], at most 100.
+    """
+    mse = (output.clamp(-1, 1) - target).square().flatten(1).mean(1) / 4  # the peak is 1 - (-1) = 2
+    return -10 * torch.log10(mse.clamp_min(1e-10))
+
+
+def codebook_use(counts: Tensor) -> tuple[float, float]:
+    """Return the share of codes that occur, and the perplexity of their distribution.
+
+    Args:
+        counts: how often each code occurred, [codebook_size].
+    """
+    shares = counts.double() / counts.sum().clamp_min(1)
+    entropy = -(shares * shares.clamp_min(1e-30).log()).sum()
+    return (counts > 0).double().mean().item(), entropy.exp().item()
+
+
+def comparison(originals: Tensor, outputs: Tensor, columns: int = 12) -> Image.Image:
+    """Lay out pictures [B, 3, H, W] in rows, each row of originals over the row of their reconstructions."""
+    tops, bottoms = to_uint8(originals), to_uint8(outputs)  # [B, H, W, 3]
+    count, height, width = tops.shape[:3]
+    rows = -(-count // columns)
+    pair = 2 * height + 2 * GAP
+    sheet = Image.new("RGB", (min(count, columns) * (width + GAP) - GAP, rows * (pair + GAP) - GAP), "white")
+    for number, (top, bottom) in enumerate(zip(tops, bottoms, strict=True)):
+        x, y = number % columns * (width + GAP), number // columns * (pair + GAP)
+        sheet.paste(Image.fromarray(top), (x, y))
+        sheet.paste(Image.fromarray(bottom), (x, y + height + GAP))
+    return sheet
