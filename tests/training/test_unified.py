@@ -1,0 +1,189 @@
+"""The unified task: branches that do not leak, samples that match the prompts, stages, resume after SIGKILL."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import unimm
+from unimm.data.emojiscenes import EmojiScenes
+from unimm.errors import UserError
+from unimm.modeling import IGNORED, UniMMModel
+from unimm.tokenizers.model import ImageTokenizer, ImageTokenizerConfig
+from unimm.training.recipe import load_recipe
+from unimm.training.trainer import train
+from unimm.training.unified import UnifiedOptions, UnifiedTask, branch_mask
+
+SIGLIP: dict[str, Any] = {
+    "task": "siglip",
+    "output": "unused",
+    "model": {
+        "vision": {"embed_dim": 16, "depth": 1, "num_heads": 2},
+        "text": {"vocab_size": 400, "hidden_size": 16, "depth": 1, "corpus": 50},
+    },
+    "stages": [{"name": "none", "steps": 1, "batch": 2, "lr": {"vision": 0.1}}],
+}
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe on tiny encoders with random weights, exported as the two earlier tasks export theirs."""
+    folder = tmp_path_factory.mktemp("unified")
+    torch.manual_seed(0)
+    sizes = ImageTokenizerConfig(
+        image_size=64, patch_size=4, block_out_channels=(8, 16), norm_num_groups=4, latent_channels=8,
+        codebook_size=32, codebook_dim=4,
+    )  # fmt: skip
+    ImageTokenizer(sizes).save_pretrained(folder / "tokenizer")
+    (folder / "siglip.yaml").write_text(yaml.safe_dump(SIGLIP))
+    siglip = load_recipe(folder / "siglip.yaml").build_task()
+    siglip.export(siglip.build(), folder / "vision")
+    decoder = {
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 128,
+    }  # fmt: skip
+    recipe = {
+        "task": "unified",
+        "output": str(folder / "run"),
+        "model": {"decoder": decoder, "vision": str(folder / "vision"), "image_tokenizer": str(folder / "tokenizer")},
+        "data": {"scenes": 32},
+        "stages": [
+            {"name": "one", "steps": 2, "batch": 4, "lr": {"connector": 0.01, "code_head": 0.01},
+             "mixture": {"understanding": 1, "generation": 3}},
+            {"name": "two", "steps": 4, "batch": 4, "lr": {"decoder": 0.01, "vision": 0.01},
+             "mixture": {"understanding": 2, "text": 1, "generation": 1}, "options": {"augment": True}},
+        ],
+        "logging": {"every": 1, "samples_every": 0, "tensorboard": False},
+        "checkpoint": {"every": 1},
+    }  # fmt: skip
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder / "recipe.yaml"
+
+
+@pytest.fixture(scope="module")
+def task(recipe_file: Path) -> UnifiedTask:
+    task = load_recipe(recipe_file).build_task()
+    assert isinstance(task, UnifiedTask)
+    return task
+
+
+def test_branch_mask_by_hand() -> None:
+    mask = branch_mask(torch.tensor([[0, 0, 1, 1, 2]]))
+    assert mask[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 1],
+    ]
+
+
+def test_each_branch_is_the_question_alone(task: UnifiedTask) -> None:
+    """Packed beside other questions, an answer gets the logits that its prompt gives by itself."""
+    torch.manual_seed(0)
+    model = task.build().eval()
+    assert isinstance(model, UniMMModel)
+    scenes = EmojiScenes("train")
+    scene, processor = scenes[3], task.processor
+    sample = task.understanding(np.random.default_rng(0), 3, scenes, UnifiedOptions())
+    batch = task.collate([sample])
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        packed = model(**batch).logits[0]
+        branches = torch.from_numpy(sample["branches"])
+        for number, (_, question, answer) in enumerate(scene.questions(), start=1):
+            prompt = processor.question_ids(question)
+            row = [*prompt, *processor.text_ids(answer), processor.eos]
+            alone = model(input_ids=torch.tensor([row]), pixel_values=batch["pixel_values"]).logits[0]
+            where = (branches == number).nonzero()[:, 0]
+            prefix = int((branches == 0).sum())
+            torch.testing.assert_close(packed[where], alone[prefix:], rtol=1e-4, atol=1e-5)
+            learnt = labels[0, where]
+            assert learnt[learnt != IGNORED].tolist() == row[len(prompt) :]
+
+
+def test_generation_samples_are_prompt_and_codes(task: UnifiedTask) -> None:
+    task.dataset(task.recipe.stages[0], seed=0)
+    scenes = EmojiScenes("train", 0, 64, 32, lattice=8)
+    kept = task.generation(np.random.default_rng(0), 5, scenes, UnifiedOptions(prompt_dropout=0.0))
+    text = task.processor.tokenizer.decode(
+        [i for i in kept["ids"] if i not in task.processor.tokenizer.all_special_ids]
+    )
+    assert text in scenes[5].captions()
+    pixels = torch.from_numpy(scenes[5].render()).permute(2, 0, 1)[None] / 127.5 - 1
+    codes = task.image_tokenizer.encode(pixels)[0]
+    assert torch.equal(kept["codes"], codes)
+    assert kept["labels"][-64:].tolist() == codes.flatten().tolist()
+    assert (kept["labels"][:-64] == IGNORED).all()
+    blank = task.generation(np.random.default_rng(0), 5, scenes, UnifiedOptions(prompt_dropout=0.999))
+    assert set(blank["ids"][1:-65]) == {task.processor.pad} and len(blank["ids"]) == len(kept["ids"])
+
+
+def test_every_step_mixes_kinds_in_their_ratio(task: UnifiedTask) -> None:
+    source = task.dataset(task.recipe.stages[1], seed=0)
+    for start in range(0, 40, 4):
+        kinds = [
+            "pixels" if "pixels" in s else "codes" if "codes" in s else "text"
+            for s in map(source.__getitem__, range(start, start + 4))
+        ]
+        assert sorted(kinds) == ["codes", "pixels", "pixels", "text"]
+
+
+def test_stages_train_what_they_name_and_export_loads(recipe_file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file, [f"output={tmp_path}/run"])
+    start = load_file(recipe_file.parent / "vision" / "vision.safetensors")
+    folder = train(recipe, quiet=True)
+    um = unimm.load(folder)
+    trained = um.model.vision.model.state_dict()
+    assert not torch.equal(trained["blocks.0.attn.qkv.weight"], start["blocks.0.attn.qkv.weight"])
+    first = load_recipe(recipe_file, [f"output={tmp_path}/one", "stages[1].lr={decoder: 0.01}"])
+    frozen = unimm.load(train(first, quiet=True)).model.vision.model.state_dict()
+    assert torch.equal(frozen["blocks.0.attn.qkv.weight"], start["blocks.0.attn.qkv.weight"])
+    assert um.draw("a star", seed=0)[0].size == (64, 64)
+
+
+def test_a_run_killed_and_started_again_ends_with_the_same_weights(recipe_file: Path, tmp_path: Path) -> None:
+    whole = train(load_recipe(recipe_file, [f"output={tmp_path}/whole"]), quiet=True)
+    command = [sys.executable, "-m", "unimm.training.trainer", str(recipe_file), f"output={tmp_path}/cut"]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoints = tmp_path / "cut" / "checkpoints"
+    deadline = time.monotonic() + 300
+    while not (checkpoints.is_dir() and any(checkpoints.glob("step-*3"))) and running.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert running.returncode == -signal.SIGKILL, "it ended before it could be killed"
+    again = train(load_recipe(recipe_file, [f"output={tmp_path}/cut"]), quiet=True)
+    ours, theirs = load_file(whole / "model.safetensors"), load_file(again / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("model.vision=nowhere", "nowhere: no export of a siglip run"),
+        ("model.image_tokenizer=nowhere", "model.image_tokenizer: nowhere holds no image tokenizer"),
+        ("model.initialize=nowhere", "model.initialize: nowhere holds no exported model"),
+        (
+            "stages[0].mixture={pictures: 1}",
+            r"stages\[0\].mixture.pictures: expected one of understanding, text",
+        ),
+        ("stages[0].options={dropout: 1}", "options: dropout: unknown key"),
+        ("model.merge=x", 'model.merge: expected an integer, got "x"'),
+    ],
+)
+def test_bad_recipes_are_named(recipe_file: Path, tmp_path: Path, override: str, line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        train(load_recipe(recipe_file, [f"output={tmp_path}", override]), quiet=True)

@@ -1,0 +1,482 @@
+"""Task `unified`: train the unified model in stages, on understanding, text and generation in every step.
+
+Understanding samples show a picture once and ask many things about it: every question is a branch that sees the
+picture and itself, but no other branch (positions restart, attention does not cross), so no answer can be read
+off another. Generation samples are a caption followed by the image codes, which are computed once and stored.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from unimm.configuration import UniMMConfig
+from unimm.data.augment import Augmentation, augment, draw_numbers
+from unimm.data.emojiscenes import BACKGROUNDS, EmojiScenes, Scene
+from unimm.errors import UserError
+from unimm.images import atomic_write, to_tensor
+from unimm.modeling import IGNORED, UniMMModel
+from unimm.processing import UniMMProcessor
+from unimm.sampling.choose import streams
+from unimm.sampling.images import sample_codes
+from unimm.sampling.text import generate_text
+from unimm.sheet import Card, Line, draw_sheet
+from unimm.sheet import Section as SheetSection
+from unimm.tokenizers.model import ImageTokenizer
+from unimm.training.batches import mix
+from unimm.training.recipe import BaseRecipe, Fraction, Positive, Rate, Section, Stage, validate
+
+if TYPE_CHECKING:
+    from unimm.training.task import Batch, Metrics, Sample
+
+KINDS = ("understanding", "text", "generation")
+CAPTION_REQUESTS = ("describe the picture", "what does the picture show?", "caption this")
+"""Ways to ask for a caption; `UniMM.caption` uses the first."""
+SIDEWAYS = ("left of", "right of")
+PREVIEW_PROMPTS = 16
+
+
+class ModelSection(Section):
+    """The parts: a decoder from nothing, and two encoders that were trained before.
+
+    `vision` is the export of a `siglip` run and `image_tokenizer` that of a `tokenizer` run.
+    """
+
+    decoder: dict[str, Any]
+    vision: str
+    image_tokenizer: str
+    merge: Positive = 2
+    connector_depth: Positive = 2
+    places: bool = True
+    initialize: str | None = None
+    """Folder of an earlier export of the same shape to start from; null: from nothing."""
+
+
+class DataSection(Section):
+    """The scenes to learn drawing from, and how pictures to understand are varied."""
+
+    scenes: Positive = 24_000
+    """Training scenes whose codes are computed."""
+    lattice: Positive = 8
+    """Pixels that their objects' places are multiples of; best the tokenizer's stride."""
+    codes: str | None = None
+    """Where the codes are kept; null: in the run's folder."""
+    augmentation: Augmentation = Augmentation()
+
+
+class LossSection(Section):
+    """Weights of the mean losses over text and over code positions."""
+
+    text: Rate = 1.0
+    code: Rate = 1.0
+
+
+class UnifiedOptions(Section):
+    """What a stage may set under `options`."""
+
+    prompt_dropout: Fraction = 0.1
+    """Share of generation samples whose prompt is blanked, for guidance."""
+    augment: bool = False
+    """Whether pictures to understand are varied in colour and place."""
+
+
+class UnifiedRecipe(BaseRecipe):
+    """Recipe of the task `unified`; groups are the model's parts, the mixture is over `KINDS`."""
+
+    task: Literal["unified"]
+    model: ModelSection
+    data: DataSection = DataSection()
+    loss: LossSection = LossSection()
+    prompts: Annotated[tuple[str, ...], Field(max_length=PREVIEW_PROMPTS, strict=False)] = ()
+    """Drawn at every preview; by default captions of held-out scenes."""
+    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the exported weights; 16 bits halve the file."""
+
+    def build_task(self) -> UnifiedTask:
+        """The task that this recipe describes."""
+        for index, stage in enumerate(self.stages):
+            for kind in stage.mixture:
+                if kind not in KINDS:
+                    raise self.error(f"stages[{index}].mixture.{kind}", f"expected one of {', '.join(KINDS)}")
+        return UnifiedTask(self)
+
+
+def read_vision(folder: Path, merge: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the vision section of a `UniMMConfig` and the encoder's weights, from a `siglip` export."""
+    try:
+        section = dict(json.loads((folder / "vision.json").read_text()))
+        weights = load_file(folder / "vision.safetensors")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: no export of a siglip run ({error}); train the encoder first") from None
+    # The pooling head serves the contrastive loss only.
+    kept = {f"model.{key}": value for key, value in weights.items() if not key.startswith("attn_pool.")}
+    return {**section, "merge": merge}, kept
+
+
+class SceneCodes:
+    """The image codes of the first `scenes` training scenes, computed once and kept in one file.
+
+    Args:
+        path: the safetensors file; made if it is not there.
+        tokenizer: what encodes; another tokenizer's file is refused by its codebook.
+        scenes: the scenes to encode.
+        device: where to encode.
+    """
+
+    def __init__(
+        self, path: Path, tokenizer: ImageTokenizer, scenes: EmojiScenes, device: torch.device
+    ) -> None:
+        mark = f"{float(sum(p.double().abs().sum() for p in tokenizer.parameters())):.6f}"
+        if path.exists():
+            stored = load_file(path)
+            if stored["mark"].numpy().tobytes().decode() == mark and len(stored["codes"]) >= len(scenes):
+                self.codes = stored["codes"]
+                return
+        self.codes = encode_scenes(tokenizer.to(device), scenes, device)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as temporary:
+            save_file(
+                {"codes": self.codes, "mark": torch.frombuffer(bytearray(mark, "ascii"), dtype=torch.uint8)},
+                temporary,
+            )
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Codes [h, w] of a scene."""
+        return self.codes[index].long()
+
+
+def encode_scenes(tokenizer: ImageTokenizer, scenes: EmojiScenes, device: torch.device) -> Tensor:
+    """Return the codes int16 [N, h, w] of all scenes, with a progress bar."""
+    from rich.progress import track
+
+    starts = range(0, len(scenes), 128)
+    codes = []
+    for start in track(starts, "image codes"):
+        stop = min(start + 128, len(scenes))
+        pixels = to_tensor(np.stack([scenes[i].render() for i in range(start, stop)])).to(device)
+        codes.append(tokenizer.encode(pixels).to("cpu", torch.int16))
+    return torch.cat(codes)
+
+
+class Samples:
+    """Random access to samples of one kind."""
+
+    def __init__(
+        self, task: UnifiedTask, kind: str, seed: int, scenes: EmojiScenes, options: UnifiedOptions
+    ) -> None:
+        self.make = {"understanding": task.understanding, "text": task.text, "generation": task.generation}[
+            kind
+        ]
+        self.seed, self.scenes, self.options = seed, scenes, options
+        self.salt = KINDS.index(kind)
+
+    def __len__(self) -> int:
+        return 2**40
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at `index`, which depends on that and the seed alone."""
+        rng = np.random.default_rng([self.seed, int(index), self.salt])
+        return self.make(rng, int(rng.integers(len(self.scenes))), self.scenes, self.options)
+
+
+class UnifiedTask:
+    """Trains and exports a `UniMMModel`; see the module's docstring and `unimm.training.task.Task`."""
+
+    def __init__(self, recipe: UnifiedRecipe) -> None:
+        self.recipe = recipe
+        section = recipe.model
+        vision_folder, tokenizer_folder = Path(section.vision), Path(section.image_tokenizer)
+        vision, self.vision_weights = read_vision(vision_folder, section.merge)
+        if not (tokenizer_folder / "config.json").exists():
+            raise recipe.error(
+                "model.image_tokenizer", f"{tokenizer_folder} holds no image tokenizer; train it first"
+            )
+        self.image_tokenizer = ImageTokenizer.from_pretrained(tokenizer_folder).eval()
+        self.text_tokenizer = AutoTokenizer.from_pretrained(vision_folder)
+        self.config = self._config(vision)
+        self.processor = UniMMProcessor.from_config(self.config, self.text_tokenizer)
+        self.codes: SceneCodes | None = None
+
+    def _config(self, vision: dict[str, Any]) -> UniMMConfig:
+        sizes, words = self.image_tokenizer.config, self.text_tokenizer
+        side = sizes.image_size // sizes.stride
+        names = ["<begin_of_image>", "<end_of_image>", "<image_placeholder>", "<image>"]
+        begin, end, feature, code = words.convert_tokens_to_ids(names)
+        ids = {
+            "pad_token_id": words.pad_token_id,
+            "bos_token_id": words.bos_token_id,
+            "eos_token_id": words.eos_token_id,
+        }
+        return UniMMConfig(
+            decoder={**self.recipe.model.decoder, "vocab_size": len(words), **ids},
+            vision=vision,
+            generation={
+                "codes": sizes.codebook_size,
+                "dim": sizes.codebook_dim,
+                "image_size": sizes.image_size,
+                "stride": sizes.stride,
+                "places": self.recipe.model.places,
+            },
+            image_tokenizer=sizes.to_dict(),
+            layout={
+                "begin": begin,
+                "end": end,
+                "feature": feature,
+                "code": code,
+                "features": vision["tokens"] // vision["merge"] ** 2,
+                "grid": (side, side),
+            },
+            connector_depth=self.recipe.model.connector_depth,
+        )
+
+    def build(self) -> nn.Module:
+        """The model: decoder and connectors from nothing, encoder and image tokenizer as they were trained."""
+        if self.recipe.model.initialize is not None:
+            return self._earlier(Path(self.recipe.model.initialize))
+        model = UniMMModel(self.config)
+        assert (
+            model.vision is not None
+            and model.image_tokenizer is not None
+            and model.code_embedding is not None
+        )
+        model.vision.load_state_dict(self.vision_weights)
+        model.image_tokenizer.load_state_dict(self.image_tokenizer.state_dict())
+        # Codes start out as far apart as the tokenizer has them.
+        codebook = self.image_tokenizer.quantize.codebook
+        with torch.no_grad():
+            model.code_embedding.table.weight.copy_(codebook.reshape(model.code_embedding.table.weight.shape))
+        return model
+
+    def _earlier(self, folder: Path) -> UniMMModel:
+        """An earlier export, once it is known to be of the same shape and on the same codes."""
+        if not (folder / "config.json").exists():
+            raise self.recipe.error("model.initialize", f"{folder} holds no exported model")
+        model = UniMMModel.from_pretrained(folder, dtype=torch.float32)
+        for part in ("decoder", "vision", "generation", "image_tokenizer", "layout"):
+            wanted = getattr(self.config, part)
+            given = {key: value for key, value in getattr(model.config, part).items() if key in wanted}
+            if json.dumps(given, sort_keys=True) != json.dumps(
+                {key: wanted[key] for key in given}, sort_keys=True
+            ):
+                raise self.recipe.error("model.initialize", f"{folder} has another {part} than this recipe")
+        return model
+
+    def groups(self, module: nn.Module) -> dict[str, list[nn.Parameter]]:
+        """One group for each part; the image tokenizer is in none, so it never trains here."""
+        assert isinstance(module, UniMMModel)
+        return {name: list(part.parameters()) for name, part in module.parts().items()}
+
+    def dataset(self, stage: Stage, seed: int) -> Any:
+        """The stage's mixture; image codes are made first, where they are not there yet."""
+        self.options = validate(
+            UnifiedOptions, stage.options, f"{self.recipe.source}: stages.{stage.name}.options"
+        )
+        size = self.image_tokenizer.config.image_size
+        data = self.recipe.data
+        scenes = EmojiScenes("train", self.recipe.seed, size, data.scenes, lattice=data.lattice)
+        if stage.mixture.get("generation", 0) > 0 and self.codes is None:
+            path = Path(data.codes or Path(self.recipe.output) / "codes.safetensors")
+            device = torch.device(
+                "cuda" if torch.cuda.is_available() and self.recipe.device != "cpu" else "cpu"
+            )
+            self.codes = SceneCodes(path, self.image_tokenizer, scenes, device)
+        endless = EmojiScenes("train", seed, self.processor.image_size or size, 2**40)
+        sources = {
+            kind: Samples(self, kind, seed, scenes if kind == "generation" else endless, self.options)
+            for kind in KINDS
+        }
+        return mix(sources, stage.mixture or {"understanding": 1, "generation": 1}, seed, shuffle=False)
+
+    def understanding(
+        self, rng: np.random.Generator, index: int, scenes: EmojiScenes, options: UnifiedOptions
+    ) -> Sample:
+        """A picture, then every question and a caption, each in a branch of its own."""
+        scene, processor = scenes[index], self.processor
+        captions = scene.captions()
+        asked = [(q.question, q.answer) for q in scene.questions()]
+        request = CAPTION_REQUESTS[rng.integers(len(CAPTION_REQUESTS))]
+        asked.append((request, captions[rng.integers(len(captions))]))
+        prefix = [processor.bos, processor.user, *processor.layout.understanding_tokens()]
+        sample = _Branches(prefix)
+        for question, answer in asked:
+            sample.add(
+                [*processor.text_ids(question), processor.assistant],
+                [*processor.text_ids(answer), processor.eos],
+            )
+        return {
+            **sample.arrays(),
+            "pixels": scene.render(),
+            "background": BACKGROUNDS[scene.background],
+            "mirrored": scene.relation not in SIDEWAYS,
+            "draws": draw_numbers(rng) if options.augment else None,
+        }
+
+    def text(
+        self, rng: np.random.Generator, index: int, scenes: EmojiScenes, options: UnifiedOptions
+    ) -> Sample:
+        """A caption as plain text, every token learnt."""
+        captions = scenes[index].captions()
+        sample = _Branches([self.processor.bos])
+        sample.add([], [*self.processor.text_ids(captions[rng.integers(len(captions))]), self.processor.eos])
+        return sample.arrays()
+
+    def generation(
+        self, rng: np.random.Generator, index: int, scenes: EmojiScenes, options: UnifiedOptions
+    ) -> Sample:
+        """A caption, sometimes blanked, then the image's codes."""
+        assert self.codes is not None
+        captions, codes = scenes[index].captions(), self.codes[index]
+        prompt = self.processor.drawing_ids(captions[rng.integers(len(captions))], codes.numel())
+        if rng.random() < options.prompt_dropout:
+            prompt = self.processor.unconditional_ids(prompt)
+        sample = _Branches(prompt)
+        placeholders = self.processor.layout.drawing_steps(*codes.shape)
+        sample.add([], placeholders, codes.flatten().tolist())
+        return {**sample.arrays(), "codes": codes}
+
+    def collate(self, samples: list[Sample]) -> Batch:
+        """Pad to the longest row; pictures and codes are stacked in the order of the stream."""
+        longest = max(len(sample["ids"]) for sample in samples)
+        batch: Batch = {
+            "input_ids": _stack([s["ids"] for s in samples], longest, self.processor.pad),
+            "labels": _stack([s["labels"] for s in samples], longest, IGNORED),
+            "position_ids": _stack([s["positions"] for s in samples], longest, 0),
+        }
+        branches = _stack([s["branches"] for s in samples], longest, 0)
+        batch["attention_mask"] = branch_mask(branches)
+        pictures = [sample for sample in samples if "pixels" in sample]
+        if pictures:
+            batch["pixel_values"] = self._pixels(pictures)
+        if codes := [sample["codes"] for sample in samples if "codes" in sample]:
+            batch["image_codes"] = torch.stack(codes)
+        return batch
+
+    def _pixels(self, pictures: Sequence[Sample]) -> Tensor:
+        pixels = to_tensor(np.stack([sample["pixels"] for sample in pictures]))
+        if pictures[0]["draws"] is None:
+            return pixels
+        return augment(
+            pixels,
+            torch.tensor([sample["background"] for sample in pictures]) / 127.5 - 1,
+            torch.tensor([sample["mirrored"] for sample in pictures]),
+            torch.from_numpy(np.stack([sample["draws"] for sample in pictures])),
+            self.recipe.data.augmentation,
+        )
+
+    def targets(self, batch: Batch) -> dict[str, int | float]:
+        """Positions that the text loss and the code loss count."""
+        counted = batch["labels"] != IGNORED
+        codes = counted & self.processor.layout.code_positions(batch["input_ids"])
+        return {"text_tokens": int((counted & ~codes).sum()), "code_tokens": int(codes.sum())}
+
+    def loss(
+        self, module: nn.Module, batch: Batch, step: int, totals: Mapping[str, float]
+    ) -> tuple[Tensor, Metrics]:
+        """Weighted sum of the mean text loss and the mean code loss."""
+        output = module(**batch)
+        text = output.text_loss / max(totals["text_tokens"], 1)
+        code = output.code_loss / max(totals["code_tokens"], 1)
+        weights = self.recipe.loss
+        return weights.text * text + weights.code * code, {
+            "text_loss": text.detach(),
+            "code_loss": code.detach(),
+        }
+
+    @torch.no_grad()
+    def preview(self, module: nn.Module, folder: Path, step: int) -> None:
+        """Draw fixed prompts, caption held-out scenes; a picture and a line of JSON."""
+        assert isinstance(module, UniMMModel) and module.image_tokenizer is not None
+        held_out = EmojiScenes("seen", 7, self.processor.image_size or 64, 64, ("single",))
+        prompts = list(self.recipe.prompts) or [held_out[i].captions()[0] for i in range(PREVIEW_PROMPTS)]
+        uniforms = streams(0, len(prompts), len(module.layout.drawing_steps()))
+        codes = sample_codes(module, self.processor, prompts, uniforms)
+        folder.mkdir(parents=True, exist_ok=True)
+        drawings = self.processor.to_images(module.image_tokenizer.decode(codes))
+        cards = [Card([drawing], [Line(prompt)]) for drawing, prompt in zip(drawings, prompts, strict=True)]
+        sheet = draw_sheet("Drawings", f"step {step}", [SheetSection("Fixed prompts and seeds", cards)])
+        sheet.save(folder / f"{step:06d}.png")
+        line: dict[str, Any] = {"step": step}
+        for split in ("seen", "vendor"):
+            scenes = list(EmojiScenes(split, 7, self.processor.image_size or 64, 128, ("single",)))
+            captions = caption_scenes(module, self.processor, scenes)
+            line[split] = float(np.mean([_names(s, c) for s, c in zip(scenes, captions, strict=True)]))
+            line[f"{split}_captions"] = captions[:4]
+        with (folder / "captions.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def export(self, module: nn.Module, folder: Path) -> None:
+        """Write a folder that `unimm.load` takes."""
+        assert isinstance(module, UniMMModel)
+        folder.mkdir(parents=True, exist_ok=True)
+        dtype = getattr(torch, self.recipe.export_dtype)
+        copy.deepcopy(module).to(dtype).save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+
+def caption_scenes(model: UniMMModel, processor: UniMMProcessor, scenes: Sequence[Scene]) -> list[str]:
+    """Caption scenes in one batch."""
+    from PIL import Image
+
+    pictures = [[Image.fromarray(scene.render())] for scene in scenes]
+    inputs = processor([CAPTION_REQUESTS[0]] * len(pictures), pictures)
+    return generate_text(model, processor, inputs, max_new_tokens=32)
+
+
+def _names(scene: Scene, caption: str) -> bool:
+    """Whether a caption is one of those that the scene has."""
+    return caption in scene.captions()
+
+
+class _Branches:
+    """Builds one row: a shared prefix, then branches that each see the prefix and themselves only."""
+
+    def __init__(self, prefix: Sequence[int]) -> None:
+        self.prefix = len(prefix)
+        self.ids = list(prefix)
+        self.labels = [IGNORED] * len(prefix)
+        self.positions = list(range(len(prefix)))
+        self.branches = [0] * len(prefix)
+
+    def add(self, given: Sequence[int], learnt: Sequence[int], labels: Sequence[int] | None = None) -> None:
+        """Add a branch: tokens that are given, then tokens to learn (`labels` where they differ from the tokens)."""
+        length, number = len(given) + len(learnt), self.branches[-1] + 1
+        self.ids += [*given, *learnt]
+        self.labels += [IGNORED] * len(given) + list(learnt if labels is None else labels)
+        self.positions += range(self.prefix, self.prefix + length)
+        self.branches += [number] * length
+
+    def arrays(self) -> dict[str, NDArray[np.int64]]:
+        """The row as arrays [T]."""
+        rows = {
+            "ids": self.ids,
+            "labels": self.labels,
+            "positions": self.positions,
+            "branches": self.branches,
+        }
+        return {name: np.array(values, np.int64) for name, values in rows.items()}
+
+
+def _stack(rows: Sequence[NDArray[np.int64]], length: int, fill: int) -> Tensor:
+    """Rows [T_i] as one tensor [B, length], filled up on the right."""
+    stacked = np.full((len(rows), length), fill, np.int64)
+    for i, row in enumerate(rows):
+        stacked[i, : len(row)] = row
+    return torch.from_numpy(stacked)
+
+
+def branch_mask(branches: Tensor) -> Tensor:
+    """Return who may look where: bool [B, 1, T, T] for branch numbers [B, T], 0 being the shared prefix."""
+    query, key = branches[:, :, None], branches[:, None, :]
+    order = torch.ones(branches.shape[1], branches.shape[1], dtype=torch.bool).tril()
+    return (order & ((key == 0) | (key == query)))[:, None]
