@@ -109,7 +109,6 @@ class UniMMModel(PreTrainedModel):
             self.image_tokenizer = AutoModel.from_config(
                 AutoConfig.for_model(options.pop("model_type"), **options)
             )
-            self.image_tokenizer.requires_grad_(False)
         self.layout = ImageLayout(**config.layout)
         self.post_init()
 

@@ -18,8 +18,8 @@ def test_wilson_interval_by_hand() -> None:
     low, high = Score(8, 10).interval()
     assert low == pytest.approx(0.4902, abs=1e-4)
     assert high == pytest.approx(0.9433, abs=1e-4)
-    assert Score(10, 10).interval()[1] == 1.0
-    assert Score(0, 10).interval()[0] == 0.0
+    assert Score(10, 10).interval()[1] == pytest.approx(1.0)
+    assert Score(0, 10).interval()[0] == pytest.approx(0.0)
     assert Score.of([True, False, True, True]) == Score(3, 4)
 
 

@@ -155,17 +155,23 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of the tiny recipe, trained for real."""
     folder = tmp_path_factory.mktemp("tokenizer")
     torch.set_num_threads(1)
-    train(load(f"output={folder}", "stages[0].steps=80", "loss.adversarial.start=70"), quiet=True)
+    changes = [
+        "stages[0].steps=56",
+        "loss.adversarial.start=50",
+        "logging.samples_every=60",
+        "checkpoint.every=60",
+    ]
+    train(load(f"output={folder}", "logging.tensorboard=false", *changes), quiet=True)
     return folder
 
 
 def test_training_learns_and_shows_what_it_does(run: Path) -> None:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["psnr"] > lines[0]["psnr"] + 1.5
+    assert lines[-1]["psnr"] > lines[0]["psnr"] + 1
     assert lines[0]["discriminator"] == 0 and lines[-1]["discriminator"] > 0
     previews = [json.loads(line) for line in (run / "samples" / "psnr.jsonl").read_text().splitlines()]
-    assert previews[-1]["step"] == 84 and {"seen", "vendor"} < set(previews[-1])
-    assert Image.open(run / "samples" / "vendor-0000084.png").size == (12 * 34 - 2, 2 * 70 - 2)
+    assert previews[-1]["step"] == 60 and {"seen", "vendor"} < set(previews[-1])
+    assert Image.open(run / "samples" / "vendor-0000060.png").size == (12 * 34 - 2, 2 * 70 - 2)
 
 
 def test_evaluation_of_the_export(run: Path) -> None:

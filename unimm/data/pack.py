@@ -116,7 +116,7 @@ class Family:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if properties.get("vFlip"):
             picture = picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
-        if picture.getextrema()[3][1] == 0:
+        if picture.getchannel("A").getbbox() is None:
             raise UserError(f"{self.name}: an icon renders to nothing")
         return picture
 

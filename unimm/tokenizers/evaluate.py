@@ -14,6 +14,7 @@ from torch import Tensor
 from unimm.data.emojiscenes import EmojiScenes, Split
 from unimm.errors import UserError
 from unimm.images import atomic_write, save_image, to_tensor
+from unimm.saving import no_progress
 from unimm.tokenizers.metrics import codebook_use, comparison, psnr
 from unimm.tokenizers.model import ImageTokenizer
 from unimm.tokenizers.task import TokenizerRecipe
@@ -34,16 +35,18 @@ def load_tokenizer(folder: str | Path) -> ImageTokenizer:
         if not (folder / name).is_file():
             raise UserError(f"{folder}: no {name} here; train the tokenizer first, or name its folder")
     try:
-        model, report = ImageTokenizer.from_pretrained(folder, output_loading_info=True)
+        with no_progress():
+            loaded: Any = ImageTokenizer.from_pretrained(folder, output_loading_info=True)
     except Exception as error:  # transformers and safetensors have errors of their own
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: the tokenizer cannot be loaded ({reason})") from error
+    model, report = loaded
     # transformers would fill a missing weight at random and only warn
     if lacking := sorted(report["missing_keys"]):
         lack = f"{len(lacking)} weights are missing, such as {lacking[0]}"
         raise UserError(f"{folder}/model.safetensors: {lack}")
-    model.eval()
     assert isinstance(model, ImageTokenizer)
+    model.eval()
     return model
 
 
@@ -125,7 +128,7 @@ def evaluate_recipe(path: str | Path, overrides: Iterable[str] = ()) -> dict[str
     folder = Path(settings.output or Path(recipe.output, "evaluation"))
     tokenizer = load_tokenizer(source)
     device = "cuda" if recipe.device != "cpu" and torch.cuda.is_available() else "cpu"
-    tokenizer.to(torch.device(device))
+    torch.nn.Module.to(tokenizer, device)  # transformers' own `to` only adds checks, and hides the type
     folder.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
         "tokenizer": str(source),

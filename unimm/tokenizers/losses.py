@@ -7,6 +7,7 @@ whole step, so that accumulating micro-batches gives the gradient of the one lar
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ class PerceptualLoss(nn.Module):
         import timm  # slow to import, and needed for this loss alone
 
         try:
-            self.network = timm.create_model(network, pretrained=True)
+            self.network: Any = timm.create_model(network, pretrained=True)  # a module, with what timm adds
         except Exception as error:  # hub, file and key errors have no common base
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"perceptual network {network!r}: cannot be loaded ({reason})") from error
@@ -141,4 +142,5 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Ten
     """Scale at which both losses pull equally on the last layer (VQGAN, arXiv 2012.09841), at most 1e4."""
     (wanted,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
     (given,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
-    return (wanted.norm() / (given.norm() + 1e-4)).clamp(0.0, 1e4).detach()
+    weight: Tensor = wanted.norm() / (given.norm() + 1e-4)
+    return weight.clamp(0.0, 1e4).detach()

@@ -133,10 +133,10 @@ class ImageTokenizer(PreTrainedModel):
 
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__(config)
-        for channels in config.block_out_channels:
-            if channels % config.norm_num_groups:
+        for width in config.block_out_channels:
+            if width % config.norm_num_groups:
                 groups = f"norm_num_groups={config.norm_num_groups}"
-                raise ValueError(f"block_out_channels: {channels} is not a multiple of {groups}")
+                raise ValueError(f"block_out_channels: {width} is not a multiple of {groups}")
         channels = tuple(config.block_out_channels)
         folded = 3 * config.patch_size**2
         self.encoder = Encoder(
@@ -192,7 +192,7 @@ class ImageTokenizer(PreTrainedModel):
         return self.config.stride
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """Weight of the last convolution, at which an adaptive adversarial weight is measured."""
         return self.decoder.conv_out.weight
 

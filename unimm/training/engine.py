@@ -54,7 +54,7 @@ def start_distributed(device: torch.device) -> Any:
         backend = "nccl" if device.type == "cuda" else "gloo"
         if "RANK" not in os.environ:  # no launcher: no port to listen on, none for child processes to inherit
             os.environ["LOCAL_RANK"] = "0"  # DeepSpeed's engine asks for it
-            store = torch.distributed.HashStore()
+            store = torch.distributed.HashStore()  # type: ignore[attr-defined]
             torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
         atexit.register(_stop_distributed)

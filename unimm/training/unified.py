@@ -137,7 +137,7 @@ class SceneCodes:
     def __init__(
         self, path: Path, tokenizer: ImageTokenizer, scenes: EmojiScenes, device: torch.device
     ) -> None:
-        mark = f"{float(sum(p.double().abs().sum() for p in tokenizer.parameters())):.6f}"
+        mark = f"{sum(p.detach().double().abs().sum().item() for p in tokenizer.parameters()):.6f}"
         if path.exists():
             stored = load_file(path)
             if stored["mark"].numpy().tobytes().decode() == mark and len(stored["codes"]) >= len(scenes):
