@@ -210,6 +210,7 @@ class UniMM:
         Raises:
             UserError: the folder cannot be written.
         """
+
         def write(target: Path) -> None:
             with no_progress():
                 self.model.save_pretrained(target)

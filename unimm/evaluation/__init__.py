@@ -19,13 +19,13 @@ def evaluate_recipe(path: str | Path, overrides: Iterable[str] = ()) -> dict[str
 
 def load_evaluation(path: str | Path, overrides: Iterable[str] = ()) -> Any:
     """Read an evaluation recipe; see `unimm.evaluation.recipe.load_evaluation`."""
-    from unimm.evaluation import recipe
+    from unimm.evaluation.recipe import load_evaluation as load
 
-    return recipe.load_evaluation(path, overrides)
+    return load(path, overrides)
 
 
 def print_report(document: dict[str, Any]) -> None:
     """Print what `evaluate_recipe` returned as tables; see `unimm.evaluation.report.print_report`."""
-    from unimm.evaluation import report
+    from unimm.evaluation.report import print_report as show
 
-    report.print_report(document)
+    show(document)

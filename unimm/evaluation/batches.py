@@ -12,6 +12,7 @@ from rich.progress import track
 from unimm.data.emojiscenes import CANVAS, Scene
 
 if TYPE_CHECKING:
+    from unimm.configuration import UniMMConfig
     from unimm.pipeline import UniMM
 
 BATCH = 64
@@ -27,7 +28,7 @@ def batches(count: int, description: str) -> Iterator[range]:
 
 def picture_size(um: UniMM) -> int:
     """Pixels a side of the scenes for a model: those of its drawings, else of what its encoder sees."""
-    config = um.model.config
+    config: UniMMConfig = um.model.config
     generation, vision = config.generation_config(), config.vision_config()
     if generation is not None:
         return generation.image_size
