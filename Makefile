@@ -13,6 +13,8 @@ ARGS  ?=
 # After set-up nothing reaches for the network.
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
+# Without cached bytecode every start of torch takes half a minute.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test lint setup clean
 .DELETE_ON_ERROR:
