@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from unimm.configuration import UniMMConfig
 from unimm.layout import ImageLayout
@@ -127,7 +127,8 @@ class UniMMModel(PreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the table of text tokens."""
-        return self.decoder.get_input_embeddings()
+        table: nn.Module = self.decoder.get_input_embeddings()
+        return table
 
     def parts(self) -> dict[str, nn.Module]:
         """Return the trainable parts that this model has, by the names that recipes use."""

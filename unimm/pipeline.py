@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, overload
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from unimm.configuration import UniMMConfig
 from unimm.errors import UserError
@@ -50,12 +50,14 @@ class UniMM:
         Raises:
             ValueError: the model cannot draw.
         """
-        if self.model.image_tokenizer is None:
+        tokenizer = self.model.image_tokenizer
+        if tokenizer is None:
             raise ValueError("this model has no image tokenizer, so it cannot draw")
-        return self.model.image_tokenizer
+        assert isinstance(tokenizer, ImageTokenizer)
+        return tokenizer
 
     @overload
-    def caption(self, images: Picture) -> str: ...
+    def caption(self, images: Picture) -> str: ...  # type: ignore[overload-overlap]  # a str is a sequence of str
     @overload
     def caption(self, images: Sequence[Picture]) -> list[str]: ...
     def caption(self, images: Picture | Sequence[Picture]) -> str | list[str]:
@@ -275,7 +277,7 @@ def load(
     config_object = UniMMConfig.from_dict(config)
     with no_progress():
         model = UniMMModel.from_pretrained(folder, config=config_object, dtype=choose_dtype(dtype, place))
-    return UniMM(model.to(place), UniMMProcessor.from_pretrained(folder, config_object))
+    return UniMM(nn.Module.to(model, place), UniMMProcessor.from_pretrained(folder, config_object))
 
 
 def choose_device(device: str) -> torch.device:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import timm
 from torch import Tensor, nn
 
@@ -10,6 +12,8 @@ from unimm.configuration import VisionConfig
 
 class VisionTower(nn.Module):
     """A timm vision transformer that gives its patch features; keys are timm's own, under `model.`."""
+
+    model: Any
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from unimm.errors import UserError
 from unimm.tokenizers import evaluate
-from unimm.tokenizers.metrics import codebook_use, comparison, psnr
+from unimm.tokenizers.metrics import codebook_use, comparison, psnr, ssim
 from unimm.tokenizers.task import Adversarial, Quantization, TokenizerRecipe, TokenizerTask, TokenizerTraining
 from unimm.training.recipe import load_recipe
 from unimm.training.trainer import train
@@ -131,6 +131,18 @@ def test_psnr_by_hand() -> None:
     black, grey = torch.full((2, 3, 4, 4), -1.0), torch.full((2, 3, 4, 4), -0.8)  # 0 and 0.1 of 1
     assert psnr(grey, black).tolist() == pytest.approx([20.0, 20.0], abs=1e-4)
     assert psnr(black - 3, black).tolist() == [100.0, 100.0]
+
+
+def test_ssim_by_hand() -> None:
+    target = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert ssim(target, target).tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
+    # flat pictures have no variance: only the term of their means is left
+    low, high = torch.full((1, 3, 16, 16), 0.2), torch.full((1, 3, 16, 16), 0.8)
+    wanted = (2 * 0.2 * 0.8 + 0.0004) / (0.2**2 + 0.8**2 + 0.0004)
+    assert ssim(low, high).item() == pytest.approx(wanted, abs=1e-4)
+    # a value of torchmetrics 1.9's structural_similarity_index_measure for the same two pictures
+    rows = torch.linspace(-1, 1, 16).expand(1, 3, 16, 16)
+    assert ssim(rows * 0.8, (rows + rows.mT) / 2).item() == pytest.approx(0.2934, abs=1e-4)
 
 
 def test_codebook_use_by_hand() -> None:

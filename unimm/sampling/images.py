@@ -69,7 +69,8 @@ def sample_codes(
         assert wanted == model.layout.code, "a forced token inside a drawing"
         logits = model.code_logits(output.last_hidden_state[:, -1])
         if guided:
-            logits = guide(*logits.float().chunk(2), guidance_scale)
+            conditional, unconditional = logits.float().chunk(2)
+            logits = guide(conditional, unconditional, guidance_scale)
         if temperature == 0:
             chosen = logits.argmax(-1)
         else:

@@ -15,7 +15,7 @@ from unimm.data.emojiscenes import EmojiScenes, Split
 from unimm.errors import UserError
 from unimm.images import atomic_write, save_image, to_tensor
 from unimm.saving import no_progress
-from unimm.tokenizers.metrics import codebook_use, comparison, psnr
+from unimm.tokenizers.metrics import codebook_use, comparison, psnr, ssim
 from unimm.tokenizers.model import ImageTokenizer
 from unimm.tokenizers.task import TokenizerRecipe
 from unimm.training.recipe import load_recipe
@@ -74,8 +74,6 @@ def evaluate_split(
         samples; psnr in dB (mean over pictures); ssim (mean); codebook_use (share of codes that occur);
         perplexity (effective number of codes).
     """
-    from torchmetrics.functional.image import structural_similarity_index_measure  # slow to import
-
     device = tokenizer.device
     counts = torch.zeros(tokenizer.config.codebook_size, dtype=torch.long)
     ratios: list[Tensor] = []
@@ -86,9 +84,7 @@ def evaluate_split(
         output = tokenizer.decode(codes).cpu()
         counts += torch.bincount(codes.flatten().cpu(), minlength=len(counts))
         ratios.append(psnr(output, pixels))
-        ssim = structural_similarity_index_measure(output, pixels, data_range=(-1.0, 1.0), reduction="none")
-        assert isinstance(ssim, Tensor)
-        similarities.append(ssim.reshape(-1))
+        similarities.append(ssim(output, pixels))
         if len(shown) * BATCH < SHEET:
             shown.append((pixels, output))
     if sheet is not None:

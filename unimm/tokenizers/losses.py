@@ -60,13 +60,14 @@ class PerceptualLoss(nn.Module):
 
     mean: Tensor
     std: Tensor
+    network: Any  # a module, with what timm adds to it
 
     def __init__(self, network: str, layers: int = 4) -> None:
         super().__init__()
         import timm  # slow to import, and needed for this loss alone
 
         try:
-            self.network: Any = timm.create_model(network, pretrained=True)  # a module, with what timm adds
+            self.network = timm.create_model(network, pretrained=True)
         except Exception as error:  # hub, file and key errors have no common base
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"perceptual network {network!r}: cannot be loaded ({reason})") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from unimm.images import to_uint8
 
@@ -23,6 +24,29 @@ def psnr(output: Tensor, target: Tensor) -> Tensor:
     """
     mse = (output.clamp(-1, 1) - target).square().flatten(1).mean(1) / 4  # the peak is 1 - (-1) = 2
     return -10 * torch.log10(mse.clamp_min(1e-10))
+
+
+def ssim(output: Tensor, target: Tensor) -> Tensor:
+    """Structural similarity of each picture (Wang et al. 2004): 11-pixel Gaussian window, mean over channels.
+
+    Args:
+        output: float [B, 3, H, W], both sides above 5; clamped to [-1, 1].
+        target: float [B, 3, H, W] in [-1, 1].
+
+    Returns:
+        float [B], at most 1.
+    """
+    reach = torch.arange(-5, 6, dtype=target.dtype, device=target.device)
+    line = torch.exp(-(reach**2) / (2 * 1.5**2))
+    line = line / line.sum()
+    window = torch.outer(line, line).expand(target.shape[1], 1, 11, 11)
+    a, b = output.clamp(-1, 1), target
+    moments = F.pad(torch.cat([a, b, a * a, b * b, a * b]), (5, 5, 5, 5), mode="reflect")
+    mean_a, mean_b, aa, bb, ab = F.conv2d(moments, window, groups=target.shape[1]).chunk(5)
+    small_1, small_2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2  # the range of the values is 2
+    light = (2 * mean_a * mean_b + small_1) / (mean_a**2 + mean_b**2 + small_1)
+    shape = (2 * (ab - mean_a * mean_b) + small_2) / (aa - mean_a**2 + bb - mean_b**2 + small_2)
+    return (light * shape).flatten(1).mean(1)
 
 
 def codebook_use(counts: Tensor) -> tuple[float, float]:

@@ -128,8 +128,8 @@ class SceneCodes:
     """The image codes of the first `scenes` training scenes, computed once and kept in one file.
 
     Args:
-        path: the safetensors file; made if it is not there.
-        tokenizer: what encodes; another tokenizer's file is refused by its codebook.
+        path: the safetensors file; made again if it is of another tokenizer or of other scenes.
+        tokenizer: what encodes.
         scenes: the scenes to encode.
         device: where to encode.
     """
@@ -137,13 +137,14 @@ class SceneCodes:
     def __init__(
         self, path: Path, tokenizer: ImageTokenizer, scenes: EmojiScenes, device: torch.device
     ) -> None:
-        mark = f"{sum(p.detach().double().abs().sum().item() for p in tokenizer.parameters()):.6f}"
+        weights = sum(p.detach().double().abs().sum().item() for p in tokenizer.parameters())
+        mark = f"{weights:.6f} {scenes.seed} {scenes.size} {scenes.lattice}"
         if path.exists():
             stored = load_file(path)
             if stored["mark"].numpy().tobytes().decode() == mark and len(stored["codes"]) >= len(scenes):
                 self.codes = stored["codes"]
                 return
-        self.codes = encode_scenes(tokenizer.to(device), scenes, device)
+        self.codes = encode_scenes(tokenizer, scenes, device)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary:
             save_file(
@@ -160,6 +161,7 @@ def encode_scenes(tokenizer: ImageTokenizer, scenes: EmojiScenes, device: torch.
     """Return the codes int16 [N, h, w] of all scenes, with a progress bar."""
     from rich.progress import track
 
+    nn.Module.to(tokenizer, device)
     starts = range(0, len(scenes), 128)
     codes = []
     for start in track(starts, "image codes"):
@@ -212,7 +214,7 @@ class UnifiedTask:
         sizes, words = self.image_tokenizer.config, self.text_tokenizer
         side = sizes.image_size // sizes.stride
         names = ["<begin_of_image>", "<end_of_image>", "<image_placeholder>", "<image>"]
-        begin, end, feature, code = words.convert_tokens_to_ids(names)
+        begin, end, feature, code = (words.convert_tokens_to_ids(name) for name in names)
         ids = {
             "pad_token_id": words.pad_token_id,
             "bos_token_id": words.bos_token_id,
@@ -292,7 +294,7 @@ class UnifiedTask:
             )
             self.codes = SceneCodes(path, self.image_tokenizer, scenes, device)
         endless = EmojiScenes("train", seed, self.processor.image_size or size, 2**40)
-        sources = {
+        sources: dict[str, Any] = {
             kind: Samples(self, kind, seed, scenes if kind == "generation" else endless, self.options)
             for kind in KINDS
         }
