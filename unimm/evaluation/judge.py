@@ -114,10 +114,10 @@ def fit_probe(features: Tensor, labels: Tensor, classes: int, decay: float) -> t
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = F.cross_entropy(inputs @ weight.T + bias, labels) + decay * weight.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    optimizer.step(closure)
     scaled = (weight / std).detach()
     return scaled, (bias - scaled @ mean).detach()
 

@@ -204,7 +204,7 @@ class Run:
         self.ema_updates += 1
         decay = min(decay, (1 + self.ema_updates) / (10 + self.ema_updates))
         averages = [self.ema[name] for name in engine.names]
-        move = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        move = get_ema_multi_avg_fn(decay)
         move(averages, engine.parameters, self.ema_updates)
 
     def _save(self, engine: Engine) -> None:
