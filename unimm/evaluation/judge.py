@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from unimm.images import atomic_write
 MEAN, SCALE = 127.0, 128.0  # how EfficientNet-lite takes pixels
 CHUNK = 64  # pictures through the features at once
 ITERATIONS = 200  # of L-BFGS
+SOFTEST, SHARPEST = 8, 24  # pixels a side that keep the detail of a softened cut-out
 
 
 class Judge:
@@ -47,7 +49,8 @@ class Judge:
 
     def _cached(self, cache: Path | None) -> tuple[Tensor, Tensor]:
         """The probe from the cache, or fitted and put there."""
-        key = json.dumps({**self.section.model_dump(), "concepts": CONCEPTS, "families": FAMILIES})
+        settings = {**self.section.model_dump(), "softened": [SOFTEST, SHARPEST]}
+        key = json.dumps({**settings, "concepts": CONCEPTS, "families": FAMILIES})
         if cache is not None and cache.exists():
             with safe_open(cache, "pt") as file:
                 if (file.metadata() or {}).get("key") == key:
@@ -60,19 +63,24 @@ class Judge:
         return weight, bias
 
     def _fit(self) -> tuple[Tensor, Tensor]:
-        """Fit the probe on cut-outs of training scenes of one and of two objects."""
+        """Fit the probe on cut-outs of training scenes of one and of two objects.
+
+        Half of them are softened: a drawing that went through a coarse image tokenizer has lost fine detail, and
+        the probe should tell what it shows, not how sharp it is.
+        """
         renders, side = self.section.renders, self.section.side
         singles, pairs = (
             EmojiScenes("train", seed=0, length=renders, kinds=(kind,)) for kind in ("single", "pair")
         )
         crops, labels = [], []
         for index in range(renders):
-            scene = singles[index] if index % 4 else pairs[index]  # objects of pairs are smaller
+            scene = pairs[index] if index // 2 % 4 == 0 else singles[index]  # objects of pairs are smaller
             picture = scene.render()
             placed = scene.objects[0]
             box = Box(placed.x, placed.y, placed.x + placed.size, placed.y + placed.size)
             found = [b for b in find_objects(picture) if _inside(b, box)]
-            crops.append(cut_out(picture, found[0] if found else box, side))
+            crop = cut_out(picture, found[0] if found else box, side)
+            crops.append(soften(crop, SOFTEST + index // 2 % (SHARPEST - SOFTEST + 1)) if index % 2 else crop)
             labels.append(CONCEPTS.index(placed.concept))
         return fit_probe(self.features(crops), torch.tensor(labels), len(CONCEPTS), self.section.decay)
 
@@ -120,6 +128,12 @@ def fit_probe(features: Tensor, labels: Tensor, classes: int, decay: float) -> t
     optimizer.step(closure)
     scaled = (weight / std).detach()
     return scaled, (bias - scaled @ mean).detach()
+
+
+def soften(crop: Pixels, detail: int) -> Pixels:
+    """A picture [side, side, 3] with the detail of `detail` pixels a side."""
+    small = Image.fromarray(crop).resize((detail, detail), Image.Resampling.BOX)
+    return np.asarray(small.resize(crop.shape[1::-1], Image.Resampling.BICUBIC))
 
 
 def _inside(box: Box, outer: Box) -> bool:

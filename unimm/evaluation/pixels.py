@@ -15,7 +15,7 @@ from scipy import ndimage
 from unimm.data.emojiscenes import BACKGROUNDS
 
 Pixels = NDArray[np.uint8]
-THRESHOLD = 20  # of 255 in any channel: further from the background colour is object
+THRESHOLD = 30  # of 255 in any channel: further from the background colour is object
 REACH = 1 / 16  # of the side: parts nearer than this to each other belong to one object
 SMALLEST = 1 / 340  # of the picture's area: a smaller object is a speck
 MARGIN = 1 / 16  # of the side, left around a cut-out object

@@ -230,7 +230,7 @@ class UnifiedTask:
                 "stride": sizes.stride,
                 "places": self.recipe.model.places,
             },
-            image_tokenizer=sizes.to_dict(),
+            image_tokenizer={key: value for key, value in sizes.to_dict().items() if key != "_name_or_path"},
             layout={
                 "begin": begin,
                 "end": end,
