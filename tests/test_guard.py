@@ -42,7 +42,8 @@ def test_programs_in_recipe_folders_are_thin(folder: str) -> None:
 
 
 def test_every_task_has_a_recipe_and_every_recipe_a_task() -> None:
-    assert set(TASK_OF.values()) == {*TASKS, "evaluation"}
+    ours = {name for name, where in TASKS.items() if where.startswith("unimm.")}  # other tests add theirs
+    assert set(TASK_OF.values()) == {*ours, "evaluation"}
 
 
 @pytest.fixture(scope="module")

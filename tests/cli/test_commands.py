@@ -68,7 +68,7 @@ def test_info_tells_parts_and_parameters(unimm, tiny: Path) -> None:
     document = json.loads(unimm("info", tiny, "--json").out)
     model = load(tiny).model
     assert document["parameters"]["decoder"] == sum(p.numel() for p in model.decoder.parameters())
-    assert document["context"] == 64
+    assert document["context"] == 128
     assert document["draws"] == "32x32"
     assert "parameters.decoder" in unimm("info", tiny).out
 

@@ -62,7 +62,7 @@ def test_questions_are_equally_many_and_yes_no_balanced() -> None:
 def test_rules_are_right_about_real_renders(split: str, kind: Kind) -> None:
     scenes = EmojiScenes(split, 1, kinds=(kind,))  # type: ignore[arg-type]
     backgrounds, counts, places = [], [], []
-    for index in range(150):
+    for index in range(300):
         scene = scenes[index]
         picture = scene.render()
         boxes = find_objects(picture)
