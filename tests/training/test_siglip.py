@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from unimm.configuration import VisionConfig
-from unimm.data.augment import DRAWS, Augmentation, augment, draw_numbers
 from unimm.data.emojiscenes import BACKGROUNDS, CONCEPTS, Placed, Scene
 from unimm.errors import UserError
 from unimm.images import to_tensor
+from unimm.training.augment import DRAWS, Augmentation, augment, draw_numbers
 from unimm.training.recipe import load_recipe
 from unimm.training.siglip import SceneSource, SiglipTask, content, sigmoid_loss, truth_table
 from unimm.training.trainer import train

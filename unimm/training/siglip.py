@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import SiglipTextConfig, SiglipTextModel
 
-from unimm.data.augment import Augmentation, augment, draw_numbers
 from unimm.data.concepts import NOUNS, with_article
 from unimm.data.emojiscenes import BACKGROUNDS, CONCEPTS, KINDS, EmojiScenes, Scene, Split
 from unimm.data.text import train_text_tokenizer
 from unimm.images import atomic_write, to_tensor
 from unimm.sheet import Card, Line, draw_sheet
 from unimm.sheet import Section as SheetSection
+from unimm.training.augment import Augmentation, augment, draw_numbers
 from unimm.training.recipe import BaseRecipe, Fraction, Positive, Section, Stage, validate
 
 if TYPE_CHECKING:

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from unimm.configuration import UniMMConfig
-from unimm.data.augment import Augmentation, augment, draw_numbers
 from unimm.data.emojiscenes import BACKGROUNDS, EmojiScenes, Scene
 from unimm.errors import UserError
 from unimm.images import atomic_write, to_tensor
@@ -34,6 +33,7 @@ from unimm.sampling.text import generate_text
 from unimm.sheet import Card, Line, draw_sheet
 from unimm.sheet import Section as SheetSection
 from unimm.tokenizers.model import ImageTokenizer
+from unimm.training.augment import Augmentation, augment, draw_numbers
 from unimm.training.batches import mix
 from unimm.training.recipe import BaseRecipe, Fraction, Positive, Rate, Section, Stage, validate
 
