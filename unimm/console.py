@@ -65,7 +65,7 @@ def hide_loading_bars() -> None:
     """Switch off transformers' bar for loading weights; those for downloads stay."""
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()
 
 
 def _show_warning(

@@ -52,7 +52,8 @@ class UniMMProcessor:
         self.drawing_size = drawing_size
         self.context = context
         self.pad, self.bos, self.eos = tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
-        self.user, self.assistant = (tokenizer.convert_tokens_to_ids(t) for t in ("<user>", "<assistant>"))
+        vocabulary = tokenizer.get_vocab()
+        self.user, self.assistant = vocabulary["<user>"], vocabulary["<assistant>"]
 
     @classmethod
     def from_config(cls, config: UniMMConfig, tokenizer: PreTrainedTokenizerBase) -> UniMMProcessor:

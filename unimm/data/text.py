@@ -63,7 +63,7 @@ def train_text_tokenizer(
     )
     bpe.train_from_iterator(texts, trainer)
     named = {"<pad>", "<bos>", "<eos>"}
-    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token="<pad>",
         bos_token="<bos>",
