@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from unimm.configuration import UniMMConfig
 from unimm.errors import UserError
 from unimm.modeling import UniMMModel
-from unimm.processing import UniMMProcessor
+from unimm.processing import CAPTION_REQUESTS, UniMMProcessor
 from unimm.sampling.choose import check_options, streams
 from unimm.sampling.images import sample_codes
 from unimm.sampling.text import generate_text
@@ -24,7 +24,6 @@ from unimm.tokenizers.model import ImageTokenizer
 
 Picture: TypeAlias = "str | Path | Image.Image"
 EMBEDDED = "embedded"  # folder of the model that ships with the package
-CAPTION_REQUEST = "describe the picture"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Progress: TypeAlias = Callable[[int, int], None]
 
@@ -73,8 +72,8 @@ class UniMM:
             UserError: a picture cannot be read.
         """
         if isinstance(images, str | Path | Image.Image):
-            return self._answer([CAPTION_REQUEST], [[images]])[0]
-        return self._answer([CAPTION_REQUEST] * len(images), [[image] for image in images])
+            return self._answer([CAPTION_REQUESTS[0]], [[images]])[0]
+        return self._answer([CAPTION_REQUESTS[0]] * len(images), [[image] for image in images])
 
     @overload
     def ask(self, images: Picture, questions: str) -> str: ...

@@ -21,6 +21,8 @@ from unimm.errors import UserError
 from unimm.images import atomic_write, read_image, to_tensor, to_uint8
 from unimm.layout import ImageLayout
 
+CAPTION_REQUESTS = ("describe the picture", "what does the picture show?", "caption this")
+"""Ways to ask for a caption in training; `UniMM.caption` uses the first."""
 PROCESSOR_FILE = "processor_config.json"
 
 

@@ -113,6 +113,11 @@ class Scene:
         """The concept of the first object."""
         return self.objects[0].concept
 
+    @property
+    def mirrorable(self) -> bool:
+        """Whether every caption stays true of the mirrored picture."""
+        return self.relation not in ("left of", "right of")
+
     def render(self) -> NDArray[np.uint8]:
         """Draw the scene as RGB [H, W, 3]."""
         canvas = np.empty((self.size, self.size, 3), np.float32)

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
     from unimm.training.task import Batch, Metrics, Sample
 
-SIDEWAYS = ("left of", "right of")
 WATCHED: tuple[Split, ...] = ("seen", "vendor")  # splits of the preview
 SHOWN = 16  # pictures a split on the preview sheet
 Fact = tuple[str, ...]
@@ -266,7 +265,7 @@ class SceneSource:
             "caption": captions[rng.integers(len(captions))],
             "content": content(scene),
             "background": scene.background,
-            "mirrored": scene.relation not in SIDEWAYS,
+            "mirrored": scene.mirrorable,
             "draws": draw_numbers(rng),
         }
 

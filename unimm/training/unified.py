@@ -26,7 +26,7 @@ from unimm.data.emojiscenes import BACKGROUNDS, EmojiScenes, Scene
 from unimm.errors import UserError
 from unimm.images import atomic_write, to_tensor
 from unimm.modeling import IGNORED, UniMMModel
-from unimm.processing import UniMMProcessor
+from unimm.processing import CAPTION_REQUESTS, UniMMProcessor
 from unimm.sampling.choose import streams
 from unimm.sampling.images import sample_codes
 from unimm.sampling.text import generate_text
@@ -41,9 +41,6 @@ if TYPE_CHECKING:
     from unimm.training.task import Batch, Metrics, Sample
 
 KINDS = ("understanding", "text", "generation")
-CAPTION_REQUESTS = ("describe the picture", "what does the picture show?", "caption this")
-"""Ways to ask for a caption; `UniMM.caption` uses the first."""
-SIDEWAYS = ("left of", "right of")
 PREVIEW_PROMPTS = 16
 
 
@@ -320,7 +317,7 @@ class UnifiedTask:
             **sample.arrays(),
             "pixels": scene.render(),
             "background": BACKGROUNDS[scene.background],
-            "mirrored": scene.relation not in SIDEWAYS,
+            "mirrored": scene.mirrorable,
             "draws": draw_numbers(rng) if options.augment else None,
         }
 
@@ -412,7 +409,7 @@ class UnifiedTask:
         for split in ("seen", "vendor"):
             scenes = list(EmojiScenes(split, 7, self.processor.image_size or 64, 128, ("single",)))
             captions = caption_scenes(module, self.processor, scenes)
-            line[split] = float(np.mean([_names(s, c) for s, c in zip(scenes, captions, strict=True)]))
+            line[split] = float(np.mean([c in s.captions() for s, c in zip(scenes, captions, strict=True)]))
             line[f"{split}_captions"] = captions[:4]
         with (folder / "captions.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -433,11 +430,6 @@ def caption_scenes(model: UniMMModel, processor: UniMMProcessor, scenes: Sequenc
     pictures = [[Image.fromarray(scene.render())] for scene in scenes]
     inputs = processor([CAPTION_REQUESTS[0]] * len(pictures), pictures)
     return generate_text(model, processor, inputs, max_new_tokens=32)
-
-
-def _names(scene: Scene, caption: str) -> bool:
-    """Whether a caption is one of those that the scene has."""
-    return caption in scene.captions()
 
 
 class _Branches:
