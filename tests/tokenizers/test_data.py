@@ -39,6 +39,10 @@ def test_mixture_and_augmentation_are_shares() -> None:
     plain = TokenizerPictures(0, 32, {"scenes": 1.0}, 0.0)
     scenes = EmojiScenes("train", seed=0, size=32, length=100)
     assert all(np.array_equal(plain[i]["pixels"], scenes[i].render()) for i in range(20))
+    aligned = TokenizerPictures(0, 32, {"aligned": 1.0}, 0.0, stride=16)
+    lattice = EmojiScenes("train", seed=0, size=32, length=100, lattice=16)
+    assert all(np.array_equal(aligned[i]["pixels"], lattice[i].render()) for i in range(20))
+    assert any(not np.array_equal(aligned[i]["pixels"], plain[i]["pixels"]) for i in range(20))
     changed = TokenizerPictures(0, 32, {"scenes": 1.0}, 1.0)
     different = sum(not np.array_equal(changed[i]["pixels"], plain[i]["pixels"]) for i in range(40))
     assert different > 25

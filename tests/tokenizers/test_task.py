@@ -166,7 +166,6 @@ def test_a_sheet_has_each_reconstruction_under_its_original() -> None:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of the tiny recipe, trained for real."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    torch.set_num_threads(1)
     changes = [
         "stages[0].steps=56",
         "loss.adversarial.start=50",

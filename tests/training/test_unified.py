@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -155,7 +156,10 @@ def test_stages_train_what_they_name_and_export_loads(recipe_file: Path, tmp_pat
 def test_a_run_killed_and_started_again_ends_with_the_same_weights(recipe_file: Path, tmp_path: Path) -> None:
     whole = train(load_recipe(recipe_file, [f"output={tmp_path}/whole"]), quiet=True)
     command = [sys.executable, "-m", "unimm.training.trainer", str(recipe_file), f"output={tmp_path}/cut"]
-    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums come out in another order on others
+    running = subprocess.Popen(
+        command, env=os.environ | threads, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     checkpoints = tmp_path / "cut" / "checkpoints"
     deadline = time.monotonic() + 300
     while not (checkpoints.is_dir() and any(checkpoints.glob("step-*3"))) and running.poll() is None:

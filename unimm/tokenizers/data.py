@@ -7,16 +7,17 @@ out for evaluation are never opened.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from unimm.data.concepts import artwork, sprite
-from unimm.data.emojiscenes import BACKGROUNDS, FAMILIES, EmojiScenes
+from unimm.data.emojiscenes import BACKGROUNDS, FAMILIES, LATTICE, EmojiScenes
 
 Pixels = NDArray[np.uint8]  # [H, W, 3]
-KINDS = ("scenes", "artwork")
+KINDS = ("scenes", "aligned", "artwork")  # `aligned`: scenes whose objects lie on the tokenizer's own grid
 
 # luma and two chroma axes; a turn of the chroma plane changes hue and keeps brightness
 _TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], np.float32)
@@ -70,10 +71,16 @@ class TokenizerPictures:
         size: pixels a side.
         mixture: share of each of `KINDS`.
         augmented: share of pictures that `augment` changes.
+        stride: pixels a side that a code stands for, which `aligned` scenes are laid on.
     """
 
-    def __init__(self, seed: int, size: int, mixture: dict[str, float], augmented: float) -> None:
+    def __init__(
+        self, seed: int, size: int, mixture: dict[str, float], augmented: float, stride: int = LATTICE
+    ) -> None:
         self.scenes = EmojiScenes("train", seed=seed, size=size, length=2**62)
+        self.aligned = EmojiScenes(
+            "train", seed=seed, size=size, length=2**62, lattice=math.lcm(stride, LATTICE)
+        )
         self.seed, self.size, self.augmented = seed, size, augmented
         total = sum(mixture.values())
         self.shares = [mixture.get(kind, 0.0) / total for kind in KINDS]
@@ -81,5 +88,8 @@ class TokenizerPictures:
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = np.random.default_rng([self.seed, 7, index])  # 7: a stream of its own beside the scenes'
         kind = KINDS[rng.choice(len(KINDS), p=self.shares)]
-        pixels = self.scenes[index].render() if kind == "scenes" else free_layout(rng, self.size)
+        if kind == "artwork":
+            pixels = free_layout(rng, self.size)
+        else:
+            pixels = (self.scenes if kind == "scenes" else self.aligned)[index].render()
         return {"pixels": augment(pixels, rng) if rng.random() < self.augmented else pixels}

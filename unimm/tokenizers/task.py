@@ -198,7 +198,7 @@ class TokenizerTask:
         mixture = stage.mixture or {"scenes": 1.0}
         options = validate(Options, stage.options, f"stage {stage.name}: options")
         share = self.recipe.data.augmented if options.augmented is None else options.augmented
-        return TokenizerPictures(seed, self.config.image_size, mixture, share)
+        return TokenizerPictures(seed, self.config.image_size, mixture, share, self.config.stride)
 
     def collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Stack pictures into pixels float [B, 3, H, W]."""

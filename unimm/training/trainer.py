@@ -2,7 +2,8 @@
 
 `train(recipe)` builds the task, goes on from the newest checkpoint if there is one, and ends with the task's
 export. A run that was killed and started again ends with the same weights, bit for bit, as one left alone:
-the data, the random states and the schedule of a step follow from (seed, stage, step) alone.
+the data, the random states and the schedule of a step follow from (seed, stage, step) alone. (On as many
+threads and devices, that is: with others, torch sums in another order.)
 
 Also a program: `python -m unimm.training.trainer RECIPE key=value ...`
 """
