@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -172,6 +173,50 @@ def test_a_run_killed_and_started_again_ends_with_the_same_weights(recipe_file: 
     ours, theirs = load_file(whole / "model.safetensors"), load_file(again / "model.safetensors")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_run_starts_from_parts_of_an_earlier_one(recipe_file: Path, tmp_path: Path) -> None:
+    earlier = train(load_recipe(recipe_file, [f"output={tmp_path}/run"]), quiet=True)
+    trained = UniMMModel.from_pretrained(earlier).parts()
+    chosen = [f"model.initialize={earlier}", "model.initialize_parts=[decoder, code_head]"]
+    torch.manual_seed(1)
+    module = load_recipe(recipe_file, chosen).build_task().build()
+    assert isinstance(module, UniMMModel)
+    same = {
+        name: all(map(torch.equal, part.parameters(), trained[name].parameters()))
+        for name, part in module.parts().items()
+    }
+    assert same == {
+        "decoder": True,
+        "code_head": True,
+        "vision": False,
+        "connector": False,
+        "code_embedding": False,
+    }
+    other = recipe_file.parent / "other"
+    sizes = ImageTokenizer.from_pretrained(recipe_file.parent / "tokenizer").config
+    ImageTokenizer(sizes).save_pretrained(other)
+    with pytest.raises(UserError, match="another image tokenizer than"):
+        load_recipe(recipe_file, [*chosen, f"model.image_tokenizer={other}"]).build_task().build()
+    with pytest.raises(UserError, match="has another decoder than this recipe"):
+        load_recipe(recipe_file, [*chosen, "model.decoder.hidden_size=16"]).build_task().build()
+
+
+def test_two_processes_take_the_steps_of_one(recipe_file: Path, tmp_path: Path) -> None:
+    halves = [f"stages[{stage}].micro_batch=2" for stage in range(2)]
+    train(load_recipe(recipe_file, [f"output={tmp_path}/one", *halves]), quiet=True)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    program = ["-m", "unimm.training.trainer", str(recipe_file), f"output={tmp_path}/two", *halves]
+    threads = {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*launcher, *program], env=os.environ | threads, check=True, capture_output=True)
+    one, two = (
+        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("one", "two")
+    )
+    assert len(one) == len(two) == 6
+    for mine, theirs in zip(one, two, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from unimm.training.task import Batch, Metrics, Sample
 
 KINDS = ("understanding", "text", "generation")
+ALL_PARTS = ("decoder", "vision", "connector", "code_embedding", "code_head")
 PREVIEW_PROMPTS = 16
 
 
@@ -57,7 +58,9 @@ class ModelSection(Section):
     connector_depth: Positive = 2
     places: bool = True
     initialize: str | None = None
-    """Folder of an earlier export of the same shape to start from; null: from nothing."""
+    """Folder of an earlier export, on the same codes, to start from; null: from nothing."""
+    initialize_parts: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = ALL_PARTS
+    """Which parts come from there; the others start as in any run."""
 
 
 class DataSection(Section):
@@ -241,8 +244,6 @@ class UnifiedTask:
 
     def build(self) -> nn.Module:
         """The model: decoder and connectors from nothing, encoder and image tokenizer as they were trained."""
-        if self.recipe.model.initialize is not None:
-            return self._earlier(Path(self.recipe.model.initialize))
         model = UniMMModel(self.config)
         assert (
             model.vision is not None
@@ -255,21 +256,32 @@ class UnifiedTask:
         codebook = self.image_tokenizer.quantize.codebook
         with torch.no_grad():
             model.code_embedding.table.weight.copy_(codebook.reshape(model.code_embedding.table.weight.shape))
+        if self.recipe.model.initialize is not None:
+            self._take_over(model, Path(self.recipe.model.initialize))
         return model
 
-    def _earlier(self, folder: Path) -> UniMMModel:
-        """An earlier export, once it is known to be of the same shape and on the same codes."""
+    def _take_over(self, model: UniMMModel, folder: Path) -> None:
+        """Copy parts of an earlier export, once it is known that they fit and speak of the same codes."""
+        error = self.recipe.error
         if not (folder / "config.json").exists():
-            raise self.recipe.error("model.initialize", f"{folder} holds no exported model")
-        model = UniMMModel.from_pretrained(folder, dtype=torch.float32)
-        for part in ("decoder", "vision", "generation", "image_tokenizer", "layout"):
-            wanted = getattr(self.config, part)
-            given = {key: value for key, value in getattr(model.config, part).items() if key in wanted}
-            if json.dumps(given, sort_keys=True) != json.dumps(
-                {key: wanted[key] for key in given}, sort_keys=True
-            ):
-                raise self.recipe.error("model.initialize", f"{folder} has another {part} than this recipe")
-        return model
+            raise error("model.initialize", f"{folder} holds no exported model")
+        earlier = UniMMModel.from_pretrained(folder, dtype=torch.float32)
+        codebooks = [
+            m.image_tokenizer.quantize.codebook if m.image_tokenizer else None for m in (model, earlier)
+        ]
+        if codebooks[0] is None or codebooks[1] is None or not _close(codebooks[0], codebooks[1]):
+            raise error(
+                "model.initialize", f"{folder} has another image tokenizer than model.image_tokenizer"
+            )
+        ours, theirs = model.parts(), earlier.parts()
+        for name in self.recipe.model.initialize_parts:
+            if name not in ours:
+                raise error("model.initialize_parts", f"{name!r}: expected some of {', '.join(ours)}")
+            wanted = {key: tensor.shape for key, tensor in ours[name].state_dict().items()}
+            given = theirs[name].state_dict() if name in theirs else {}
+            if wanted != {key: tensor.shape for key, tensor in given.items()}:
+                raise error("model.initialize", f"{folder} has another {name} than this recipe")
+            ours[name].load_state_dict(given)
 
     def groups(self, module: nn.Module) -> dict[str, list[nn.Parameter]]:
         """One group for each part; the image tokenizer is in none, so it never trains here."""
@@ -306,11 +318,11 @@ class UnifiedTask:
         asked = [(q.question, q.answer) for q in scene.questions()]
         request = CAPTION_REQUESTS[rng.integers(len(CAPTION_REQUESTS))]
         asked.append((request, captions[rng.integers(len(captions))]))
-        prefix = [processor.bos, processor.user, *processor.layout.understanding_tokens()]
-        sample = _Branches(prefix)
+        sample = _Branches(processor.ids(*processor.opening(images=1)))
+        closing = processor.marks(processor.conversation.assistant)
         for question, answer in asked:
             sample.add(
-                [*processor.text_ids(question), processor.assistant],
+                processor.ids(question, *closing),
                 [*processor.text_ids(answer), processor.eos],
             )
         return {
@@ -421,6 +433,11 @@ class UnifiedTask:
         dtype = getattr(torch, self.recipe.export_dtype)
         copy.deepcopy(module).to(dtype).save_pretrained(folder)
         self.processor.save_pretrained(folder)
+
+
+def _close(one: Tensor, two: Tensor) -> bool:
+    """Whether two codebooks are the same but for the rounding of an export to 16 bits."""
+    return one.shape == two.shape and torch.allclose(one, two, atol=1e-2)
 
 
 def caption_scenes(model: UniMMModel, processor: UniMMProcessor, scenes: Sequence[Scene]) -> list[str]:
