@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-import timm
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -34,6 +33,7 @@ from unimm.sheet import Card, Line, draw_sheet
 from unimm.sheet import Section as SheetSection
 from unimm.training.augment import Augmentation, augment, draw_numbers
 from unimm.training.recipe import BaseRecipe, Fraction, Positive, Section, Stage, validate
+from unimm.vision import create_encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,9 +54,11 @@ class Vision(Section):
     embed_dim: Positive = 192
     depth: Positive = 6
     num_heads: Positive = 3
+    stem: Literal["patch", "conv"] = "patch"
+    """How patches are embedded: by SigLIP's one wide convolution, or by several small ones."""
 
     def kwargs(self) -> dict[str, Any]:
-        """What `timm.create_model` takes besides the name."""
+        """What `unimm.vision.create_encoder` takes besides the name."""
         sizes = self.model_dump(exclude={"name", "image_size"})
         return {"img_size": self.image_size, **sizes}
 
@@ -188,7 +190,7 @@ class ContrastiveModel(nn.Module):
     def __init__(self, section: SiglipModelSection, pad_token_id: int, vocab_size: int) -> None:
         super().__init__()
         vision, text = section.vision, section.text
-        self.vision = timm.create_model(vision.name, pretrained=False, num_classes=0, **vision.kwargs())
+        self.vision = create_encoder(vision.name, **vision.kwargs())
         self.vision.patch_drop = PatchDropout(0.0, num_prefix_tokens=0)
         widen(self.vision)
         config = SiglipTextConfig(
