@@ -272,6 +272,21 @@ def _info(options: Options) -> Any:
     return describe(options.source)
 
 
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="a folder or hub id, in any supported layout")
+    parser.add_argument("folder", metavar="FOLDER", help="where the converted checkpoint goes")
+    layouts = ("unimm", "transformers", "original")
+    parser.add_argument("--to", required=True, choices=layouts, help="the layout to write")
+
+
+def _convert(options: Options) -> Any:
+    from unimm.interop.convert import convert
+    from unimm.pipeline import resolve
+
+    convert(resolve(options.source), Path(options.folder), options.to)
+    return {"layout": options.to, "folder": options.folder}
+
+
 # --- recipes: train, tokenizer, eval, recipes --------------------------------------------------------------
 
 
@@ -419,6 +434,13 @@ COMMANDS = (
     Command("ask", "ask a question about pictures", _ask_arguments, _ask, lambda row: print(row["answer"])),
     Command("draw", "draw what prompts say", _draw_arguments, _draw, _show_drawings),
     Command("info", "what a model is made of", _info_arguments, _info, print_tree),
+    Command(
+        "convert",
+        "write a checkpoint in another layout",
+        _convert_arguments,
+        _convert,
+        lambda row: print(f"Written to {row['folder']} in the {row['layout']} layout"),
+    ),
     Command("train", "train by a recipe", _recipe_arguments, _train, _show_trained),
     Command("eval", "evaluate a model by a recipe", _recipe_arguments, _evaluate, _show_evaluation),
     Command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -14,12 +15,14 @@ class VisionConfig:
 
     Attributes:
         name: architecture, as timm names it.
-        kwargs: what `timm.create_model` takes besides the name (image size, width, depth, ...).
+        kwargs: what `unimm.vision.create_encoder` takes besides the name (image size, width, depth, ...).
         image_size: pixels a side of the square that a picture is brought to.
         tokens: features an image has after the encoder (the square of the patches a side).
         width: channels of a feature.
         merge: neighbouring features joined into one, a side; 2 leaves a quarter of the tokens.
-        pad_value: grey level (0..255) that pads a picture to a square.
+        pad_value: grey level (0..255), or one for each channel, that pads a picture to a square.
+        mean: what is taken from each colour channel in [0, 1], and
+        std: what it is then divided by; the defaults give [-1, 1].
     """
 
     name: str
@@ -28,7 +31,9 @@ class VisionConfig:
     width: int
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     merge: int = 1
-    pad_value: int = 127
+    pad_value: int | Sequence[int] = 127
+    mean: Sequence[float] = (0.5, 0.5, 0.5)
+    std: Sequence[float] = (0.5, 0.5, 0.5)
 
     @property
     def length(self) -> int:
@@ -46,6 +51,8 @@ class GenerationConfig:
         image_size: pixels a side of a drawing.
         stride: pixels a side that one code stands for.
         places: whether a code's place in the grid is embedded too (Janus leaves that to the decoder).
+        depth: linear layers of the code connector; None: as many as `connector_depth`.
+        head_width: width between the two layers of the code head; None: the decoder's.
     """
 
     codes: int
@@ -53,6 +60,8 @@ class GenerationConfig:
     image_size: int
     stride: int
     places: bool = False
+    depth: int | None = None
+    head_width: int | None = None
 
     @property
     def grid(self) -> int:
@@ -70,6 +79,7 @@ class UniMMConfig(PreTrainedConfig):
         image_tokenizer: config of the image tokenizer, by its `model_type`; needed with `generation`.
         layout: fields of `ImageLayout`: the token ids around and inside an image.
         connector_depth: linear layers of each connector, with a GELU between.
+        conversation: fields of `unimm.processing.Conversation`, or None for unimm's own.
     """
 
     model_type = "unimm"
@@ -82,6 +92,7 @@ class UniMMConfig(PreTrainedConfig):
         image_tokenizer: dict[str, Any] | None = None,
         layout: dict[str, Any] | None = None,
         connector_depth: int = 2,
+        conversation: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(decoder, PreTrainedConfig):
@@ -92,6 +103,7 @@ class UniMMConfig(PreTrainedConfig):
         self.image_tokenizer = image_tokenizer
         self.layout = layout or {}
         self.connector_depth = connector_depth
+        self.conversation = conversation
         if generation is not None and image_tokenizer is None:
             raise ValueError(
                 "image_tokenizer: missing, though `generation` is given; add the tokenizer's config"

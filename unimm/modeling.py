@@ -99,10 +99,11 @@ class UniMMModel(PreTrainedModel):
             self.connector = Connector(vision.width, width, config.connector_depth, vision.merge)
         if (generation := config.generation_config()) is not None:
             places = generation.grid**2 if generation.places else 0
-            depth = config.connector_depth
+            depth = generation.depth or config.connector_depth
+            inner = generation.head_width or width
             self.code_embedding = CodeEmbedding(generation.codes, generation.dim, width, depth, places)
             self.code_head = nn.Sequential(
-                nn.Linear(width, width), nn.GELU(), nn.Linear(width, generation.codes)
+                nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, generation.codes)
             )
             assert config.image_tokenizer is not None
             options = dict(config.image_tokenizer)
@@ -161,7 +162,9 @@ class UniMMModel(PreTrainedModel):
         Raises:
             ValueError: the images do not fill the placeholders, or the model lacks the part that reads them.
         """
-        stream_BTC: Tensor = self.get_input_embeddings()(input_ids)
+        # A code's placeholder need not be in the text vocabulary.
+        known = input_ids.masked_fill(self.layout.code_positions(input_ids), 0)
+        stream_BTC: Tensor = self.get_input_embeddings()(known)
         if pixel_values is not None:
             if self.vision is None or self.connector is None:
                 raise ValueError("pixel_values: this model has no understanding encoder")

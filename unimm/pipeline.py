@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from unimm.configuration import UniMMConfig
 from unimm.errors import UserError
+from unimm.interop.convert import FAMILIES, foreign_config, load_foreign, recognise
+from unimm.interop.source import read_json
 from unimm.modeling import UniMMModel
 from unimm.processing import CAPTION_REQUESTS, UniMMProcessor
 from unimm.sampling.choose import check_options, streams
 from unimm.sampling.images import sample_codes
 from unimm.sampling.text import generate_text
-from unimm.saving import check_weights, no_progress, read_config, write_folder
+from unimm.saving import CONFIG_FILE, check_weights, no_progress, read_config, write_folder
 from unimm.tokenizers.model import ImageTokenizer
 
 Picture: TypeAlias = "str | Path | Image.Image"
@@ -270,9 +272,13 @@ def load(
         UserError: the source is missing, broken, or not a unimm model.
     """
     folder = resolve(source)
+    place = choose_device(device)
+    layout = recognise(folder)
+    if layout != "unimm":
+        model, processor = load_foreign(folder, layout, choose_dtype(dtype, place))
+        return UniMM(nn.Module.to(model, place), processor)
     config = read_config(folder)
     check_weights(folder)
-    place = choose_device(device)
     config_object = UniMMConfig.from_dict(config)
     with no_progress():
         model = UniMMModel.from_pretrained(folder, config=config_object, dtype=choose_dtype(dtype, place))
@@ -319,17 +325,22 @@ def describe(source: str | os.PathLike[str] | None = None) -> dict[str, Any]:
         Family, parts with their parameters, context, image sizes and what the model can do.
     """
     folder = resolve(source)
-    config = UniMMConfig.from_dict(read_config(folder))
+    layout = recognise(folder)
+    config = (
+        UniMMConfig.from_dict(read_config(folder)) if layout == "unimm" else foreign_config(folder, layout)
+    )
     with torch.device("meta"):
         model = UniMMModel(config)
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts().items()}
     if model.image_tokenizer is not None:
-        parts["image_tokenizer"] = sum(p.numel() for p in model.image_tokenizer.parameters())
+        learnt = sum(p.numel() for p in model.image_tokenizer.parameters())
+        parts["image_tokenizer"] = learnt + model.image_tokenizer.quantize.codebook.numel()
     vision, generation = config.vision_config(), config.generation_config()
     decoder = config.decoder_config()
     return {
         "source": str(folder if source is not None else "embedded"),
-        "family": config.model_type,
+        "family": FAMILIES[read_json(folder / CONFIG_FILE)["model_type"]],
+        "layout": layout,
         "decoder": decoder.model_type,
         "parameters": parts,
         "parameters_total": sum(parts.values()),

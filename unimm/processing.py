@@ -1,12 +1,15 @@
 """Words and pictures to model inputs and back: `UniMMProcessor`.
 
-A conversation is `<bos><user>` images and text `<assistant>` answer `<eos>`. A prompt for a drawing ends in the
-layout's begin token. Text of the user is never read as a special token, whatever is typed.
+How turns are marked is a `Conversation`: unimm's own is `<bos><user>` images and text `<assistant>` answer
+`<eos>`; a published checkpoint keeps its own words. A prompt for a drawing ends in the layout's begin token. Text
+of the user is never read as a special token, whatever is typed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
 
 from unimm.configuration import UniMMConfig
 from unimm.errors import UserError
@@ -24,18 +28,48 @@ from unimm.layout import ImageLayout
 CAPTION_REQUESTS = ("describe the picture", "what does the picture show?", "caption this")
 """Ways to ask for a caption in training; `UniMM.caption` uses the first."""
 PROCESSOR_FILE = "processor_config.json"
+HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # mean and deviation that bring [0, 1] to [-1, 1]
+MIN_SIDE = 14  # pixels that the short side of a very long picture keeps, as Janus has it
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """The words around a user's turn; each is one of the tokenizer's special tokens or plain text.
+
+    Attributes:
+        user: what opens the user's turn.
+        assistant: what closes it and asks for the answer.
+        system: what is said first, if an answer in words is wanted; drawings get none.
+        after_image: what follows each image.
+        between_images: what comes before each image but the first.
+    """
+
+    user: str = "<user>"
+    assistant: str = "<assistant>"
+    system: str = ""
+    after_image: str = ""
+    between_images: str = ""
+
+    @classmethod
+    def deepseek(cls, user: str, assistant: str, system: str) -> Conversation:
+        """Janus's turns, `user: text`, blank line, `assistant:` (`janus/utils/conversation.py`)."""
+        opening = f"{system}\n\n" if system else ""
+        return cls(f"{user}: ", f"\n\n{assistant}:", opening, after_image="\n", between_images="\n")
 
 
 class UniMMProcessor:
     """Joins a text tokenizer with the image sizes and the layout of a model.
 
     Args:
-        tokenizer: any fast tokenizer with the tokens `<user>` and `<assistant>`.
+        tokenizer: any fast tokenizer.
         layout: how images sit among the tokens.
         image_size: pixels a side of an image to understand, None if the model has no encoder.
-        pad_value: grey level 0..255 that pads an image to understand to a square.
+        pad_value: grey level 0..255, or one for each channel, that pads an image to understand to a square.
         drawing_size: pixels a side of an image to generate, None if the model cannot draw.
         context: most positions of the stream.
+        conversation: how turns are marked.
+        mean: what is taken from each channel of an image to understand, in [0, 1].
+        std: what it is divided by.
     """
 
     def __init__(
@@ -43,19 +77,22 @@ class UniMMProcessor:
         tokenizer: PreTrainedTokenizerBase,
         layout: ImageLayout,
         image_size: int | None,
-        pad_value: int,
+        pad_value: int | Sequence[int],
         drawing_size: int | None,
         context: int,
+        conversation: Conversation = Conversation(),
+        mean: Sequence[float] = (0.5, 0.5, 0.5),
+        std: Sequence[float] = (0.5, 0.5, 0.5),
     ) -> None:
         self.tokenizer = tokenizer
         self.layout = layout
         self.image_size = image_size
-        self.pad_value = pad_value
+        self.pad_colour = (pad_value,) * 3 if isinstance(pad_value, int) else tuple(pad_value)
         self.drawing_size = drawing_size
         self.context = context
         self.pad, self.bos, self.eos = tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
-        vocabulary = tokenizer.get_vocab()
-        self.user, self.assistant = vocabulary["<user>"], vocabulary["<assistant>"]
+        self.conversation = conversation
+        self.mean, self.std = tuple(mean), tuple(std)
 
     @classmethod
     def from_config(cls, config: UniMMConfig, tokenizer: PreTrainedTokenizerBase) -> UniMMProcessor:
@@ -68,12 +105,15 @@ class UniMMProcessor:
             vision.pad_value if vision else 127,
             generation.image_size if generation else None,
             config.decoder_config().max_position_embeddings,
+            Conversation(**(config.conversation or {})),
+            vision.mean if vision else (0.5, 0.5, 0.5),
+            vision.std if vision else (0.5, 0.5, 0.5),
         )
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, config: UniMMConfig) -> UniMMProcessor:
         """Load the tokenizer of a saved model."""
-        return cls.from_config(config, AutoTokenizer.from_pretrained(folder))
+        return cls.from_config(config, read_tokenizer(folder))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the tokenizer's files and a note of the sizes (which themselves live in `config.json`)."""
@@ -91,14 +131,45 @@ class UniMMProcessor:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         return ids
 
+    def ids(self, *parts: str | Sequence[int]) -> list[int]:
+        """Return the tokens of a text given in parts: words of the conversation or the user, and tokens as they are.
+
+        Neighbouring words are tokenised together, as they would be if the text were typed whole.
+        """
+        tokens: list[int] = []
+        words = ""
+        for part in parts:
+            if isinstance(part, str):
+                words += part
+                continue
+            tokens += [*self._plain(words), *part]
+            words = ""
+        return tokens + self._plain(words)
+
+    def _plain(self, words: str) -> list[int]:
+        return self.text_ids(words) if words else []
+
+    def marks(self, words: str) -> list[str | Sequence[int]]:
+        """Return words of the conversation in parts, the special tokens in them as tokens."""
+        special = self.tokenizer.get_added_vocab()
+        longest_first = sorted(special, key=len, reverse=True)
+        pieces = re.split(f"({'|'.join(map(re.escape, longest_first))})", words) if special else [words]
+        return [[special[piece]] if piece in special else piece for piece in pieces if piece]
+
+    def opening(self, images: int) -> list[str | Sequence[int]]:
+        """Return what comes before a question, in parts: the system's words, the user's mark, the images."""
+        turn = self.conversation
+        picture = [self.layout.understanding_tokens(), *self.marks(turn.after_image)]
+        pictures = [*picture, *[*self.marks(turn.between_images), *picture] * (images - 1)] if images else []
+        return [[self.bos], *self.marks(turn.system), *self.marks(turn.user), *pictures]
+
     def question_ids(self, question: str, images: int = 1) -> list[int]:
         """Return a prompt for a text answer: the images first, then the question.
 
         Raises:
             UserError: the prompt leaves no room in the context for an answer.
         """
-        pictures = self.layout.understanding_tokens() * images
-        ids = [self.bos, self.user, *pictures, *self.text_ids(question), self.assistant]
+        ids = self.ids(*self.opening(images), question.strip(), *self.marks(self.conversation.assistant))
         if len(ids) >= self.context:
             raise UserError(
                 f"question: {len(ids)} tokens with its images, the context holds {self.context}; shorten it"
@@ -113,7 +184,14 @@ class UniMMProcessor:
         """
         if not prompt.strip():
             raise UserError("prompt: empty; say what to draw")
-        ids = [self.bos, self.user, *self.text_ids(prompt), self.assistant, self.layout.begin]
+        turn = self.conversation
+        ids = self.ids(
+            [self.bos],
+            *self.marks(turn.user),
+            prompt.strip(),
+            *self.marks(turn.assistant),
+            [self.layout.begin],
+        )
         if len(ids) + codes > self.context:
             room = self.context - codes
             raise UserError(f"prompt: {len(ids)} tokens, a drawing leaves room for {room}; shorten it")
@@ -137,11 +215,10 @@ class UniMMProcessor:
         """Return images to understand, float [N, 3, S, S] in [-1, 1]: long side to S, padded with grey."""
         if self.image_size is None:
             raise UserError("images: this model has no understanding encoder")
-        size, grey = (self.image_size, self.image_size), (self.pad_value,) * 3
-        squares = [
-            ImageOps.pad(read_image(image), size, Image.Resampling.BICUBIC, color=grey) for image in images
-        ]
-        return to_tensor(np.stack([np.asarray(square) for square in squares]))
+        squares = [letterbox(read_image(image), self.image_size, self.pad_colour) for image in images]
+        pixels = to_tensor(np.stack([np.asarray(square) for square in squares]))
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        return ((pixels + 1) / 2 - mean) / std if (self.mean, self.std) != HALVES else pixels
 
     def drawing_pixels(self, images: Sequence[str | Path | Image.Image]) -> Tensor:
         """Return images to tokenise, float [M, 3, S, S] in [-1, 1]: short side to S, cropped."""
@@ -173,3 +250,24 @@ class UniMMProcessor:
     def to_images(self, pixels: Tensor) -> list[Image.Image]:
         """Return pictures of float pixels [B, 3, H, W] in [-1, 1]."""
         return [Image.fromarray(array) for array in to_uint8(pixels)]
+
+
+def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """Load a text tokenizer; that transformers does not know the model beside it is not worth a warning."""
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    finally:
+        hf_logging.set_verbosity(level)
+    return tokenizer
+
+
+def letterbox(image: Image.Image, side: int, colour: tuple[int, ...]) -> Image.Image:
+    """Return a picture brought to `side` pixels by its long side and padded (transformers' `JanusImageProcessor`)."""
+    scale = side / max(image.size)
+    width, height = (max(round(length * scale), MIN_SIDE) for length in image.size)
+    square = Image.new("RGB", (max(width, height),) * 2, colour)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    square.paste(resized, ((square.width - width) // 2, (square.height - height) // 2))
+    return square

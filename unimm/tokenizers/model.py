@@ -8,8 +8,6 @@ VQ-16 and a tokenizer that trains on one CPU core are the same class.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -248,22 +246,20 @@ class ImageTokenizer(PreTrainedModel):
         if height % self.stride or width % self.stride or not (height and width):
             size = f"{width}x{height} is not a multiple of {self.stride}"
             raise ValueError(f"pixels: {size}; resize or pad the picture first")
-        with self._read_only():
-            codes: Tensor = self.quantize(self.latents(pixels))[1]
-        return codes
-
-    @contextmanager
-    def _read_only(self) -> Iterator[None]:
-        """Keep codebook and statistics as they are, even if this or a parent is in training mode."""
-        moving = (self.quantize, self.latent_norm)
-        modes = [module.training for module in moving]
+        moving = self.latent_norm.training
+        self.latent_norm.eval()  # codes must not move its statistics, even while a parent trains
         try:
-            for module in moving:
-                module.eval()
-            yield
+            latents = F.normalize(self.latents(pixels).float(), dim=1)
         finally:
-            for module, mode in zip(moving, modes, strict=True):
-                module.train(mode)
+            self.latent_norm.train(moving)
+        directions = self._directions().float()
+        # picture by picture: all similarities of a batch at 384 pixels and 16,384 codes would take gigabytes
+        codes = [torch.einsum("dhw,kd->hwk", one, directions).argmax(-1) for one in latents]
+        return torch.stack(codes)
+
+    def _directions(self) -> Tensor:
+        """Code vectors [codebook_size, codebook_dim] of length 1; a published codebook is not stored so."""
+        return F.normalize(self.quantize.codebook, dim=-1)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -283,7 +279,7 @@ class ImageTokenizer(PreTrainedModel):
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.config.codebook_size:
             last = self.config.codebook_size - 1
             raise ValueError(f"codes: {int(codes.min())}..{int(codes.max())} is outside 0..{last}")
-        quantized = self.quantize.get_output_from_indices(codes.long())  # [B, codebook_dim, h, w]
+        quantized = self._directions()[codes.long()].movedim(-1, 1)  # [B, codebook_dim, h, w]
         return self.pixels(quantized.to(self.dtype)).clamp(-1.0, 1.0)
 
 

@@ -1,0 +1,1 @@
+"""Foreign checkpoints: one module for each family, with its key maps and configs, both ways."""

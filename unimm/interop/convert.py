@@ -1,0 +1,246 @@
+"""Recognise a foreign checkpoint, load it, and write one in another layout, tensor by tensor.
+
+A converted folder keeps what unimm has no module for (`kept.safetensors`) and the source's own small files
+(`source.NAME`), so that going back to the same layout loses nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from unimm.configuration import UniMMConfig
+from unimm.errors import UserError
+from unimm.interop import janus
+from unimm.interop.keymap import Entry, KeyMap, Rule
+from unimm.interop.source import INDEXES, SINGLES, Checkpoint, NoWeightsError, read_json
+from unimm.modeling import UniMMModel
+from unimm.processing import UniMMProcessor
+from unimm.saving import no_progress, write_folder
+
+LAYOUTS = ("unimm", "transformers", "original")
+FAMILIES = {"unimm": "unimm", "janus": "janus", "multi_modality": "janus"}  # by `model_type`
+MODEL_TYPES = {"unimm": "unimm", "janus": "transformers", "multi_modality": "original"}
+KEPT_FILE = "kept.safetensors"
+SOURCE_PREFIX = "source."  # of the files that a converted folder keeps of its source
+SHARD_BYTES = 2**29  # of a written shard; small, so that little is in memory at once
+SMALL_FILE = 2**26  # larger files of a source that are no weights are not kept
+OWN = KeyMap(rules=(Rule("{rest}", "{rest}"),), tied=("decoder.lm_head.weight",))
+
+
+def recognise(folder: Path) -> str:
+    """Return the layout of a checkpoint folder: unimm, transformers or original.
+
+    Raises:
+        UserError: its `config.json` is missing or of a kind that is not supported.
+    """
+    kind = read_json(folder / "config.json").get("model_type")
+    if kind not in MODEL_TYPES:
+        known = ", ".join(MODEL_TYPES)
+        raise UserError(f"{folder / 'config.json'}: model_type: {kind!r} is not supported; known are {known}")
+    return MODEL_TYPES[kind]
+
+
+def read_unimm_config(folder: Path, layout: str, shapes: Mapping[str, Tensor]) -> UniMMConfig:
+    """Return our configuration of a checkpoint of any layout."""
+    if layout == "unimm":
+        return UniMMConfig.from_dict(read_json(folder / "config.json"))
+    return janus.unimm_config(folder, layout, shapes)
+
+
+def foreign_config(folder: Path, layout: str) -> UniMMConfig:
+    """Return our configuration of a foreign checkpoint, whether its weights are there or not."""
+    try:
+        with Checkpoint(folder) as checkpoint:
+            return read_unimm_config(folder, layout, checkpoint.shapes)
+    except NoWeightsError:
+        return read_unimm_config(folder, layout, {})
+
+
+def build_skeleton(config: UniMMConfig, tensors: int, where: Path) -> UniMMModel:
+    """Return the model on the meta device: every shape, no memory.
+
+    Args:
+        config: what to build.
+        tensors: how many the checkpoint has; a model of more blocks than that is refused before it is built.
+        where: the checkpoint, for errors.
+    """
+    decoder = config.decoder_config()
+    depth = max(decoder.num_hidden_layers, (config.vision or {}).get("kwargs", {}).get("depth") or 0)
+    if depth > tensors:
+        raise UserError(f"{where}: config.json asks for {depth} layers, the weights hold {tensors} tensors")
+    try:
+        with torch.device("meta"):
+            return UniMMModel(config)
+    except (ValueError, RuntimeError, TypeError, OverflowError, AssertionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{where}: config.json describes no model that can be built ({reason})") from None
+
+
+class OurTensors(Mapping[str, Tensor]):
+    """A checkpoint of any layout, seen as our model's tensors; each is made when it is asked for.
+
+    Attributes:
+        config: our configuration of it.
+        kept: names, in the checkpoint, of what no module here needs.
+
+    Raises:
+        UserError: tensors are missing, surplus or of another shape.
+    """
+
+    def __init__(self, folder: Path, checkpoint: Checkpoint, layout: str) -> None:
+        self._checkpoint = checkpoint
+        self.config = read_unimm_config(folder, layout, checkpoint.shapes)
+        self._map = OWN if layout == "unimm" else janus.key_map(layout, self.config)
+        self._wanted = build_skeleton(self.config, len(checkpoint), folder).state_dict()
+        entries, self.kept = self._map.plan(self._wanted, checkpoint.shapes, str(folder))
+        self._entries: dict[str, Entry | None] = {entry.ours: entry for entry in entries}
+        self._entries |= {name: None for name in self._wanted if self._map.constant(name) is not None}
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self._entries[name]
+        if entry is None:
+            value, wanted = self._map.constant(name), self._wanted[name]
+            assert value is not None
+            return torch.full(wanted.shape, value, dtype=wanted.dtype)
+        tensor = entry.op.to_ours([self._checkpoint[source] for source in entry.theirs])
+        return tensor.clone(memory_format=torch.contiguous_format)  # two of ours may come from one of theirs
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def load_foreign(folder: Path, layout: str, dtype: torch.dtype) -> tuple[UniMMModel, UniMMProcessor]:
+    """Load a checkpoint of a foreign layout as our model, on the CPU.
+
+    Raises:
+        UserError: it is broken or not supported.
+    """
+    with Checkpoint(folder) as checkpoint, no_progress():
+        ours = OurTensors(folder, checkpoint, layout)
+        state = dict(ours)
+        model = UniMMModel.from_pretrained(None, config=ours.config, state_dict=state, dtype=dtype)
+    return model, UniMMProcessor.from_pretrained(folder, ours.config)
+
+
+def convert(source: Path, folder: Path, to: str) -> None:
+    """Write a checkpoint in another layout; the weights go through shard by shard.
+
+    Args:
+        source: a folder of any supported layout.
+        folder: where to write; an old one of the same layout is replaced once all is written.
+        to: one of `LAYOUTS`.
+
+    Raises:
+        UserError: the source is broken, or the layout has no place for what the model has.
+    """
+    if to not in LAYOUTS:
+        raise UserError(f"--to: {to!r}; one of {', '.join(LAYOUTS)}")
+    layout = recognise(source)
+    if folder.resolve() == source.resolve():
+        raise UserError(f"{folder}: is the source itself; name another folder")
+    with Checkpoint(source) as checkpoint:
+        ours = OurTensors(source, checkpoint, layout)
+        map_ = OWN if to == "unimm" else janus.key_map(to, ours.config)
+        if to != "unimm":
+            janus.check_writable(ours.config)
+
+        def write(target: Path) -> None:
+            back = layout == "unimm" and getattr(ours.config, "source_layout", None) == to
+            extra = _kept(source, ours, checkpoint) if back or layout == to else {}
+            _write_weights(target, chain(_translated(ours, map_), extra.items()))
+            if to == "unimm":
+                _write_own_files(source, target, layout, ours, _kept(source, ours, checkpoint))
+            elif back or layout == to:
+                prefix = SOURCE_PREFIX if back else ""
+                for file in _small_files(source, prefix):
+                    shutil.copyfile(file, target / file.name.removeprefix(prefix))
+            else:
+                janus.write_files(
+                    ours.config, UniMMProcessor.from_pretrained(source, ours.config), target, to
+                )
+
+        write_folder(folder, write)
+
+
+def _translated(ours: OurTensors, map_: KeyMap) -> Iterator[tuple[str, Tensor]]:
+    """Their names and tensors, one of ours after the other."""
+    for entry in map_.returned(ours):
+        if entry.ours in map_.tied and ours.config.tie_word_embeddings:
+            continue
+        parts = entry.op.to_theirs(ours[entry.ours], len(entry.theirs))
+        yield from zip(entry.theirs, (part.contiguous() for part in parts), strict=True)
+
+
+def _write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write shards of at most `SHARD_BYTES` (or one tensor), and their index."""
+    shards: list[list[str]] = []
+    total, size = 0, 0
+    waiting: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        save_file(waiting, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        shards.append(list(waiting))
+        waiting.clear()
+
+    for name, tensor in tensors:
+        if waiting and size + tensor.nbytes > SHARD_BYTES:
+            flush()
+            size = 0
+        waiting[name] = tensor
+        size += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        (folder / "0.part").rename(folder / SINGLES[0])
+        return
+    weight_map = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"{number}.part").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEXES[0]).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _kept(source: Path, ours: OurTensors, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """What the source has beyond our model: in its weights, or beside them if it was converted before."""
+    if (source / KEPT_FILE).exists():
+        with Checkpoint(source / KEPT_FILE) as beside:
+            return {name: beside[name].clone() for name in beside}
+    return {name: checkpoint[name].clone() for name in ours.kept}
+
+
+def _write_own_files(
+    source: Path, target: Path, layout: str, ours: OurTensors, kept: dict[str, Tensor]
+) -> None:
+    """Write our configuration and processor, the source's small files and what we have no module for."""
+    prefix = SOURCE_PREFIX if layout == "unimm" else ""
+    for file in _small_files(source, prefix):
+        shutil.copyfile(file, target / f"{SOURCE_PREFIX}{file.name.removeprefix(prefix)}")
+    if layout != "unimm":
+        ours.config.source_layout = layout
+    ours.config.save_pretrained(target)
+    UniMMProcessor.from_pretrained(source, ours.config).save_pretrained(target)
+    if kept:
+        save_file(kept, target / KEPT_FILE)
+
+
+def _small_files(folder: Path, prefix: str) -> list[Path]:
+    """Return the files of a checkpoint that are no weights: configuration, tokenizer, processor, readme."""
+    weights = (".safetensors", ".bin", ".pt", ".safetensors.index.json", ".bin.index.json")
+    return [
+        file
+        for file in sorted(folder.glob(f"{prefix}*"))
+        if file.is_file() and not file.name.endswith(weights) and file.stat().st_size < SMALL_FILE
+    ]
