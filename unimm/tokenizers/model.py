@@ -240,12 +240,7 @@ class ImageTokenizer(PreTrainedModel):
         Raises:
             ValueError: if the pixels have another shape.
         """
-        if pixels.ndim != 4 or pixels.shape[1] != 3:
-            raise ValueError(f"pixels: expected [B, 3, H, W], got {list(pixels.shape)}")
-        height, width = pixels.shape[-2:]
-        if height % self.stride or width % self.stride or not (height and width):
-            size = f"{width}x{height} is not a multiple of {self.stride}"
-            raise ValueError(f"pixels: {size}; resize or pad the picture first")
+        check_pixels(pixels, self.stride)
         moving = self.latent_norm.training
         self.latent_norm.eval()  # codes must not move its statistics, even while a parent trains
         try:
@@ -274,13 +269,28 @@ class ImageTokenizer(PreTrainedModel):
         Raises:
             ValueError: if the codes have another shape, are no integers or are out of range.
         """
-        if codes.ndim != 3 or codes.is_floating_point():
-            raise ValueError(f"codes: expected integers [B, h, w], got {codes.dtype} {list(codes.shape)}")
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.config.codebook_size:
-            last = self.config.codebook_size - 1
-            raise ValueError(f"codes: {int(codes.min())}..{int(codes.max())} is outside 0..{last}")
+        check_codes(codes, self.config.codebook_size)
         quantized = self._directions()[codes.long()].movedim(-1, 1)  # [B, codebook_dim, h, w]
         return self.pixels(quantized.to(self.dtype)).clamp(-1.0, 1.0)
+
+
+def check_pixels(pixels: Tensor, stride: int) -> None:
+    """Raise a `ValueError` unless pixels are [B, 3, H, W] with both sides multiples of `stride`."""
+    if pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise ValueError(f"pixels: expected [B, 3, H, W], got {list(pixels.shape)}")
+    height, width = pixels.shape[-2:]
+    if height % stride or width % stride or not (height and width):
+        raise ValueError(
+            f"pixels: {width}x{height} is not a multiple of {stride}; resize or pad the picture first"
+        )
+
+
+def check_codes(codes: Tensor, size: int) -> None:
+    """Raise a `ValueError` unless codes are integers [B, h, w] in [0, size)."""
+    if codes.ndim != 3 or codes.is_floating_point():
+        raise ValueError(f"codes: expected integers [B, h, w], got {codes.dtype} {list(codes.shape)}")
+    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
+        raise ValueError(f"codes: {int(codes.min())}..{int(codes.max())} is outside 0..{size - 1}")
 
 
 AutoConfig.register(ImageTokenizerConfig.model_type, ImageTokenizerConfig)
