@@ -15,7 +15,7 @@ def drawing_batch(um: UniMM) -> dict[str, torch.Tensor]:
     """Two rows: a caption and a drawing; a question about a picture, padded on the right."""
     processor, generator = um.processor, torch.Generator().manual_seed(0)
     codes = torch.randint(32, (1, 4, 4), generator=generator)
-    drawing = processor.drawing_ids("a red apple", 16) + processor.layout.drawing_steps()
+    drawing = processor.drawing_ids("a red apple") + processor.layout.drawing_steps()
     question = [*processor.question_ids("what is this?"), *processor.text_ids("a red apple"), processor.eos]
     length = max(len(drawing), len(question))
     ids = torch.full((2, length), processor.pad)

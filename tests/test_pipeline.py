@@ -13,7 +13,7 @@ from PIL import Image
 
 import unimm
 from unimm.data.emojiscenes import EmojiScenes
-from unimm.errors import UserError
+from unimm.errors import UserError, UserNote
 from unimm.pipeline import UniMM, describe
 
 PROMPTS = [
@@ -56,7 +56,7 @@ def test_seeds_and_drawings_differ(tiny_model: UniMM) -> None:
 def test_guidance_of_one_is_the_conditional_distribution(tiny_model: UniMM) -> None:
     model, processor = tiny_model.model, tiny_model.processor
     _, codes = tiny_model.draw("a red apple", guidance_scale=1.0, temperature=0, return_codes=True)
-    ids = torch.tensor([processor.drawing_ids("a red apple", 16) + processor.layout.drawing_steps()])
+    ids = torch.tensor([processor.drawing_ids("a red apple") + processor.layout.drawing_steps()])
     with torch.no_grad():
         hidden = model.decode(model.embed(ids, image_codes=codes)).last_hidden_state
         again = model.code_logits(hidden[0, -17:-1]).argmax(-1)
@@ -66,7 +66,7 @@ def test_guidance_of_one_is_the_conditional_distribution(tiny_model: UniMM) -> N
 def test_guided_rows_agree_with_a_forward_without_cache(tiny_model: UniMM) -> None:
     model, processor = tiny_model.model, tiny_model.processor
     _, codes = tiny_model.draw("a red apple", guidance_scale=3.0, temperature=0, return_codes=True)
-    prompt = processor.drawing_ids("a red apple", 16)
+    prompt = processor.drawing_ids("a red apple")
     rows = [row + processor.layout.drawing_steps() for row in (prompt, processor.unconditional_ids(prompt))]
     with torch.no_grad():
         stream = model.embed(torch.tensor(rows), image_codes=codes.repeat(2, 1, 1))
@@ -130,7 +130,8 @@ def test_describe_needs_no_weights(tiny_model: UniMM, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     said = describe(tmp_path)
     assert said["family"] == "unimm" and said["can"] == ["caption", "ask", "draw"]
-    assert said["parameters_total"] == sum(p.numel() for p in tiny_model.model.parameters())
+    codebook = tiny_model.image_tokenizer.quantize.codebook.numel()  # a buffer, but learnt
+    assert said["parameters_total"] == codebook + sum(p.numel() for p in tiny_model.model.parameters())
 
 
 @pytest.fixture
@@ -167,7 +168,7 @@ def test_sources_that_are_no_models(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config.json: not found"):
         unimm.load(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match="model_type is 'llama'; expected 'unimm'"):
+    with pytest.raises(UserError, match="model_type: 'llama' is not supported; known are unimm"):
         unimm.load(tmp_path)
     with pytest.raises(UserError, match="dtype: 'int3'"):
         unimm.pipeline.choose_dtype("int3", torch.device("cpu"))
@@ -175,10 +176,13 @@ def test_sources_that_are_no_models(tmp_path: Path) -> None:
         unimm.pipeline.choose_device("gpu")
 
 
-def test_size_that_the_model_does_not_draw(tiny_model: UniMM) -> None:
+def test_other_sizes_are_drawn_and_said_to_be_outside_training(tiny_model: UniMM) -> None:
     assert tiny_model.draw("a red apple", size=(32, 32), seed=0)[0].size == (32, 32)
-    with pytest.raises(UserError, match="size: 64x32; this model draws 32x32 only"):
-        tiny_model.draw("a red apple", size=(64, 32))
+    with pytest.warns(UserNote, match="size: 64x32 is outside what this model was trained on"):
+        images, codes = tiny_model.draw("a red apple", size=(64, 32), seed=0, return_codes=True)
+    assert images[0].size == (64, 32) and codes.shape == (1, 4, 8)
+    with pytest.raises(UserError, match="size: 60x32; give multiples of 8, such as 32x32"):
+        tiny_model.draw("a red apple", size=(60, 32))
 
 
 def test_a_full_disk_leaves_the_old_folder_whole(tiny_model: UniMM, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from unimm.pipeline import UniMM
 def test_question_prompt_puts_images_first(tiny_model: UniMM) -> None:
     processor = tiny_model.processor
     ids = processor.question_ids("what is this?", images=2)
-    picture = processor.layout.understanding_tokens()
+    picture = processor.ids(*processor.layout.understanding(4, 4))
     user, assistant = processor.tokenizer.convert_tokens_to_ids(["<user>", "<assistant>"])
     assert ids[:2] == [processor.bos, user]
     assert ids[2 : 2 + 2 * len(picture)] == picture * 2
@@ -32,7 +32,7 @@ def test_typed_special_tokens_stay_text(tiny_model: UniMM) -> None:
 
 def test_unconditional_prompt_keeps_first_and_last(tiny_model: UniMM) -> None:
     processor = tiny_model.processor
-    ids = processor.drawing_ids("a red apple", 16)
+    ids = processor.drawing_ids("a red apple")
     blank = processor.unconditional_ids(ids)
     assert (blank[0], blank[-1]) == (processor.bos, processor.layout.begin)
     assert set(blank[1:-1]) == {processor.pad} and len(blank) == len(ids)
@@ -67,7 +67,7 @@ def test_pictures_to_tokenise_are_cropped(tiny_model: UniMM) -> None:
 )
 def test_prompts_that_cannot_be_drawn(tiny_model: UniMM, prompt: str, line: str) -> None:
     with pytest.raises(UserError, match=f"^{line}"):
-        tiny_model.processor.drawing_ids(prompt, 16)
+        tiny_model.processor.drawing_ids(prompt)
 
 
 def test_question_over_the_context(tiny_model: UniMM) -> None:

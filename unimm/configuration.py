@@ -53,6 +53,10 @@ class GenerationConfig:
         places: whether a code's place in the grid is embedded too (Janus leaves that to the decoder).
         depth: linear layers of the code connector; None: as many as `connector_depth`.
         head_width: width between the two layers of the code head; None: the decoder's.
+        shared: whether codes are tokens of the text vocabulary (Emu3); there are then no layers of their own.
+        area: least and most pixels of a picture that is understood by its codes; None: it is not.
+        mean: what is taken from each colour channel, in [0, 1], of such a picture, and
+        std: what it is then divided by.
     """
 
     codes: int
@@ -62,6 +66,10 @@ class GenerationConfig:
     places: bool = False
     depth: int | None = None
     head_width: int | None = None
+    shared: bool = False
+    area: Sequence[int] | None = None
+    mean: Sequence[float] = (0.5, 0.5, 0.5)
+    std: Sequence[float] = (0.5, 0.5, 0.5)
 
     @property
     def grid(self) -> int:

@@ -7,21 +7,34 @@ what comes next. Nothing else in the package may depend on a model family.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+
+Part = str | Sequence[int]
+"""A piece of a prompt: words that are still to be tokenised, or tokens as they are."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageLayout:
-    """Janus's grammar: an image is `begin`, its positions in raster order, `end`.
+    """How images are written: Janus's grammar by default, Emu3's with the fields at the end.
+
+    In Janus's an image is `begin`, its positions in raster order, `end`; codes have a vocabulary of their own. In
+    Emu3's codes are tokens (`shared`), so an image to understand and one to generate are the same: `begin`, its
+    rows and columns in words, `wrapper`, each row followed by `end_of_line`, `end_of_frame`, `end`.
 
     Attributes:
         begin: token id that opens an image; after it a drawing starts.
         end: token id that closes an image.
         feature: token id that stands where an encoder feature goes (an image to understand).
-        code: token id that stands where an image code goes (an image to generate).
-        features: positions of an image to understand.
+        code: token id that stands where an image code goes (an image to generate); if `shared`, that of code 0.
+        features: positions of an image to understand; 0 if its size decides.
         grid: (rows, columns) of codes of a drawing, unless asked otherwise.
+        codes: how many codes are tokens, from `code` on; 0 where codes have a vocabulary of their own.
+        wrapper: token id between the size and the first code; None: no size is written.
+        end_of_line: token id after each row of codes.
+        end_of_frame: token id after the last row.
     """
 
     begin: int
@@ -30,25 +43,51 @@ class ImageLayout:
     code: int
     features: int
     grid: tuple[int, int]
+    codes: int = 0
+    wrapper: int | None = None
+    end_of_line: int | None = None
+    end_of_frame: int | None = None
 
-    def understanding_tokens(self) -> list[int]:
-        """Return the tokens of an image to understand."""
-        return [self.begin, *[self.feature] * self.features, self.end]
+    @property
+    def shared(self) -> bool:
+        """Whether codes are tokens of the text vocabulary."""
+        return self.codes > 0
 
-    def generation_tokens(self, rows: int | None = None, columns: int | None = None) -> list[int]:
-        """Return the tokens of an image to generate, with a placeholder at each code."""
-        return [self.begin, *self.drawing_steps(rows, columns), self.end]
+    def opening(self, rows: int, columns: int) -> list[Part]:
+        """Return what comes before an image of this grid."""
+        if self.wrapper is None:
+            return [[self.begin]]
+        return [[self.begin], f"{rows}*{columns}", [self.wrapper]]
+
+    def closing(self) -> list[int]:
+        """Return what comes after an image."""
+        return [self.end] if self.end_of_frame is None else [self.end_of_frame, self.end]
+
+    def understanding(self, rows: int, columns: int) -> list[Part]:
+        """Return an image to understand, with a placeholder for each feature (Emu3: code and line end)."""
+        features = self.features or rows * (columns + 1)
+        return [*self.opening(rows, columns), [self.feature] * features, self.closing()]
 
     def drawing_steps(self, rows: int | None = None, columns: int | None = None) -> list[int]:
-        """Return what a drawing consists of after `begin`, step by step.
+        """Return what a drawing consists of after its opening, step by step.
 
         A step that equals `code` is drawn from the code vocabulary (and nothing else is allowed there); any
         other id is forced.
         """
-        return [self.code] * ((rows or self.grid[0]) * (columns or self.grid[1]))
+        rows, columns = rows or self.grid[0], columns or self.grid[1]
+        line = [self.code] * columns
+        return (line if self.end_of_line is None else [*line, self.end_of_line]) * rows
+
+    def tokens(self, codes: Tensor) -> Tensor:
+        """Return the tokens of one image's codes [h, w], line ends included, where codes are tokens: [h · (w + 1)]."""
+        assert self.shared and self.end_of_line is not None
+        ends = codes.new_full((codes.shape[0], 1), self.end_of_line)
+        return torch.cat([codes + self.code, ends], dim=1).flatten()
 
     def code_positions(self, input_ids: Tensor) -> Tensor:
         """Return where codes stand: bool, of the shape of `input_ids`."""
+        if self.shared:
+            return (input_ids >= self.code) & (input_ids < self.code + self.codes)
         return input_ids == self.code
 
     def feature_positions(self, input_ids: Tensor) -> Tensor:

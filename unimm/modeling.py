@@ -7,6 +7,7 @@ N images to understand, M images as codes, h x w grid of codes.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers.utils.generic import ModelOutput
 from unimm.configuration import UniMMConfig
 from unimm.layout import ImageLayout
 from unimm.tokenizers.model import ImageTokenizer
+from unimm.tokenizers.movq import MoVQTokenizer
 from unimm.vision import Connector, VisionTower, mlp, scatter_rows
 
 IGNORED = -100  # a label that no loss counts, as everywhere in transformers
@@ -93,11 +95,11 @@ class UniMMModel(PreTrainedModel):
         self.connector: Connector | None = None
         self.code_embedding: CodeEmbedding | None = None
         self.code_head: nn.Sequential | None = None
-        self.image_tokenizer: ImageTokenizer | None = None
+        self.image_tokenizer: ImageTokenizer | MoVQTokenizer | None = None
         if (vision := config.vision_config()) is not None:
             self.vision = VisionTower(vision)
             self.connector = Connector(vision.width, width, config.connector_depth, vision.merge)
-        if (generation := config.generation_config()) is not None:
+        if (generation := config.generation_config()) is not None and not generation.shared:
             places = generation.grid**2 if generation.places else 0
             depth = generation.depth or config.connector_depth
             inner = generation.head_width or width
@@ -105,7 +107,7 @@ class UniMMModel(PreTrainedModel):
             self.code_head = nn.Sequential(
                 nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, generation.codes)
             )
-            assert config.image_tokenizer is not None
+        if config.image_tokenizer is not None:
             options = dict(config.image_tokenizer)
             self.image_tokenizer = AutoModel.from_config(
                 AutoConfig.for_model(options.pop("model_type"), **options)
@@ -150,7 +152,11 @@ class UniMMModel(PreTrainedModel):
         return self
 
     def embed(
-        self, input_ids: Tensor, pixel_values: Tensor | None = None, image_codes: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_codes: Tensor | None = None,
+        image_sizes: Tensor | None = None,
     ) -> Tensor:
         """Return the stream [B, T, C].
 
@@ -158,10 +164,14 @@ class UniMMModel(PreTrainedModel):
             input_ids: [B, T], with the layout's placeholders where images stand.
             pixel_values: float [N, 3, H, W] in [-1, 1], images to understand in the order of the stream.
             image_codes: int64 [M, h, w], images as codes in the order of the stream.
+            image_sizes: int64 [N, 2], height and width of each image that is understood by its codes; what
+                `pixel_values` has beyond is padding.
 
         Raises:
             ValueError: the images do not fill the placeholders, or the model lacks the part that reads them.
         """
+        if self.layout.shared:
+            return self._embed_shared(input_ids, pixel_values, image_codes, image_sizes)
         # A code's placeholder need not be in the text vocabulary.
         known = input_ids.masked_fill(self.layout.code_positions(input_ids), 0)
         stream_BTC: Tensor = self.get_input_embeddings()(known)
@@ -179,8 +189,51 @@ class UniMMModel(PreTrainedModel):
             stream_BTC = scatter_rows(stream_BTC, mask, embedded.flatten(0, 1), "image_codes: codes")
         return stream_BTC
 
+    def _embed_shared(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        image_codes: Tensor | None,
+        image_sizes: Tensor | None,
+    ) -> Tensor:
+        """Return the stream of a model whose codes are tokens: images are tokenised into their placeholders."""
+        if image_codes is not None:
+            raise ValueError(
+                "image_codes: codes are tokens of this model's vocabulary; put them into input_ids"
+            )
+        if pixel_values is not None:
+            tokens = self._image_tokens(pixel_values, image_sizes)
+            mask = self.layout.feature_positions(input_ids)
+            if int(mask.sum()) != len(tokens):
+                raise ValueError(
+                    f"pixel_values: {len(tokens)} tokens, but there is room for {int(mask.sum())}"
+                )
+            input_ids = input_ids.masked_scatter(mask, tokens)
+        stream: Tensor = self.get_input_embeddings()(input_ids)
+        return stream
+
+    def _image_tokens(self, pixel_values: Tensor, image_sizes: Tensor | None) -> Tensor:
+        """Return the tokens [P] of images [N, 3, H, W], each cut to its size."""
+        if self.image_tokenizer is None:
+            raise ValueError("pixel_values: this model has no image tokenizer")
+        sizes = (
+            [list(pixel_values.shape[-2:])] * len(pixel_values)
+            if image_sizes is None
+            else image_sizes.tolist()
+        )
+        stride = self.image_tokenizer.stride
+        codes = self.image_tokenizer.encode(pixel_values.to(self.dtype))
+        parts = [
+            self.layout.tokens(one[: height // stride, : width // stride])
+            for one, (height, width) in zip(codes, sizes, strict=True)
+        ]
+        return torch.cat(parts)
+
     def embed_codes(self, codes: Tensor, start: int = 0) -> Tensor:
         """Return [B, L, C] for codes [B, L] that begin at place `start` of their image."""
+        if self.layout.shared:
+            tokens: Tensor = self.get_input_embeddings()(codes + self.layout.code)
+            return tokens
         if self.code_embedding is None:
             raise ValueError("image_codes: this model has no code vocabulary, so it cannot draw")
         embedded: Tensor = self.code_embedding(codes, start)
@@ -192,6 +245,10 @@ class UniMMModel(PreTrainedModel):
 
     def code_logits(self, hidden: Tensor) -> Tensor:
         """Return [..., K] for hidden states [..., C]."""
+        if self.layout.shared:  # the rows of the codes, of a head that has many more
+            first = self.layout.code
+            head = self.decoder.get_output_embeddings()
+            return F.linear(hidden, head.weight[first : first + self.layout.codes])
         assert self.code_head is not None
         logits: Tensor = self.code_head(hidden)
         return logits
@@ -202,6 +259,7 @@ class UniMMModel(PreTrainedModel):
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_codes: Tensor | None = None,
+        image_sizes: Tensor | None = None,
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
         **options: Any,
@@ -213,15 +271,16 @@ class UniMMModel(PreTrainedModel):
             attention_mask: [B, T] with 0 at padding, or bool [B, 1, T, T] with True where a row may look.
             pixel_values: float [N, 3, H, W] in [-1, 1].
             image_codes: int64 [M, h, w].
-            labels: [B, T], aligned with `input_ids` (shifted here); at code positions the code, else a text
-                token, and -100 where nothing is to be learnt.
+            image_sizes: int64 [N, 2], see `embed`.
+            labels: [B, T], aligned with `input_ids` (shifted here); at code positions the code (its token,
+                where codes are tokens), else a text token, and -100 where nothing is to be learnt.
             position_ids: [B, T]; by default counted over the attended positions.
             **options: what else the decoder takes (`past_key_values`, `use_cache`).
 
         Returns:
             With labels the losses and no logits (they are never held whole); without, text logits [B, T, V].
         """
-        stream_BTC = self.embed(input_ids, pixel_values, image_codes)
+        stream_BTC = self.embed(input_ids, pixel_values, image_codes, image_sizes)
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             position_ids = positions(attention_mask)
         output = self.decode(stream_BTC, attention_mask=attention_mask, position_ids=position_ids, **options)
@@ -239,8 +298,9 @@ class UniMMModel(PreTrainedModel):
         text, code = counted & ~is_code, counted & is_code
         text_loss = summed_loss(self.decoder.get_output_embeddings(), hidden[text], targets[text])
         code_loss = text_loss.new_zeros(())
-        if self.code_head is not None:
-            code_loss = summed_loss(self.code_head, hidden[code], targets[code])
+        if self.code_head is not None or self.layout.shared:
+            first = self.layout.code if self.layout.shared else 0
+            code_loss = summed_loss(self.code_logits, hidden[code], targets[code] - first)
         text_count, code_count = int(text.sum()), int(code.sum())
         return UniMMOutput(
             loss=(text_loss + code_loss) / max(text_count + code_count, 1),
@@ -256,11 +316,11 @@ def positions(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def _chunk_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+def _chunk_loss(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
 
 
-def summed_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+def summed_loss(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
     """Return the cross-entropy summed over positions, without ever holding the logits of more than a chunk.
 
     Args:

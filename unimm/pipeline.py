@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -13,16 +14,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unimm.configuration import UniMMConfig
-from unimm.errors import UserError
-from unimm.interop.convert import FAMILIES, foreign_config, load_foreign, recognise
-from unimm.interop.source import read_json
+from unimm.errors import UserError, UserNote
+from unimm.interop.convert import foreign_config, load_foreign, recognise
 from unimm.modeling import UniMMModel
 from unimm.processing import CAPTION_REQUESTS, UniMMProcessor
 from unimm.sampling.choose import check_options, streams
 from unimm.sampling.images import sample_codes
 from unimm.sampling.text import generate_text
-from unimm.saving import CONFIG_FILE, check_weights, no_progress, read_config, write_folder
+from unimm.saving import check_weights, no_progress, read_config, write_folder
 from unimm.tokenizers.model import ImageTokenizer
+from unimm.tokenizers.movq import MoVQTokenizer
 
 Picture: TypeAlias = "str | Path | Image.Image"
 EMBEDDED = "embedded"  # folder of the model that ships with the package
@@ -45,7 +46,7 @@ class UniMM:
         self.batch_size = batch_size
 
     @property
-    def image_tokenizer(self) -> ImageTokenizer:
+    def image_tokenizer(self) -> ImageTokenizer | MoVQTokenizer:
         """What turns pictures into codes and back.
 
         Raises:
@@ -54,7 +55,7 @@ class UniMM:
         tokenizer = self.model.image_tokenizer
         if tokenizer is None:
             raise ValueError("this model has no image tokenizer, so it cannot draw")
-        assert isinstance(tokenizer, ImageTokenizer)
+        assert isinstance(tokenizer, ImageTokenizer | MoVQTokenizer)
         return tokenizer
 
     @overload
@@ -162,9 +163,9 @@ class UniMM:
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         texts = [text for text in texts for _ in range(n)]
         tokenizer, grid = self.image_tokenizer, self._grid(size)
-        steps = len(self.model.layout.drawing_steps(*grid))
+        steps = grid[0] * grid[1]
         for text in texts:  # all are checked before the first is drawn
-            self.processor.drawing_ids(text, steps)
+            self.processor.drawing_ids(text, grid)
         uniforms = streams(seed, len(texts), steps)
         codes = [torch.empty((0, *grid), dtype=torch.long, device=self.model.device)]
         for start in range(0, len(texts), self.batch_size):
@@ -191,7 +192,7 @@ class UniMM:
         images = [image for part in drawn.split(self.batch_size) for image in self._pictures(tokenizer, part)]
         return (images, drawn) if return_codes else images
 
-    def _pictures(self, tokenizer: ImageTokenizer, codes: Tensor) -> list[Image.Image]:
+    def _pictures(self, tokenizer: ImageTokenizer | MoVQTokenizer, codes: Tensor) -> list[Image.Image]:
         return self.processor.to_images(tokenizer.decode(codes)) if len(codes) else []
 
     def _grid(self, size: tuple[int, int] | None) -> tuple[int, int]:
@@ -200,10 +201,19 @@ class UniMM:
         if size is None:
             return rows, columns
         stride = self.image_tokenizer.stride
-        if size != (columns * stride, rows * stride):
-            own = f"{columns * stride}x{rows * stride}"
-            raise UserError(f"size: {size[0]}x{size[1]}; this model draws {own} only")
-        return rows, columns
+        width, height = size
+        own = f"{columns * stride}x{rows * stride}"
+        if size == (columns * stride, rows * stride):
+            return rows, columns
+        generation = self.model.config.generation_config()
+        if generation is not None and generation.places:
+            raise UserError(f"size: {width}x{height}; this model draws {own} only")
+        if min(size) < stride or width % stride or height % stride:
+            raise UserError(f"size: {width}x{height}; give multiples of {stride}, such as {own}")
+        if not self.model.layout.shared:
+            note = f"size: {width}x{height} is outside what this model was trained on ({own})"
+            warnings.warn(note, UserNote, stacklevel=3)
+        return height // stride, width // stride
 
     def save(self, folder: str | Path) -> None:
         """Write everything to a folder: safetensors, `config.json` and the processor's files.
@@ -273,9 +283,8 @@ def load(
     """
     folder = resolve(source)
     place = choose_device(device)
-    layout = recognise(folder)
-    if layout != "unimm":
-        model, processor = load_foreign(folder, layout, choose_dtype(dtype, place))
+    if recognise(folder)[0] != "unimm":
+        model, processor = load_foreign(folder, choose_dtype(dtype, place))
         return UniMM(nn.Module.to(model, place), processor)
     config = read_config(folder)
     check_weights(folder)
@@ -325,27 +334,27 @@ def describe(source: str | os.PathLike[str] | None = None) -> dict[str, Any]:
         Family, parts with their parameters, context, image sizes and what the model can do.
     """
     folder = resolve(source)
-    layout = recognise(folder)
-    config = (
-        UniMMConfig.from_dict(read_config(folder)) if layout == "unimm" else foreign_config(folder, layout)
-    )
+    family, layout = recognise(folder)
+    config = UniMMConfig.from_dict(read_config(folder)) if family == "unimm" else foreign_config(folder)
     with torch.device("meta"):
         model = UniMMModel(config)
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts().items()}
     if model.image_tokenizer is not None:
-        learnt = sum(p.numel() for p in model.image_tokenizer.parameters())
-        parts["image_tokenizer"] = learnt + model.image_tokenizer.quantize.codebook.numel()
+        parts["image_tokenizer"] = sum(p.numel() for p in model.image_tokenizer.parameters())
+        if isinstance(model.image_tokenizer, ImageTokenizer):  # its codebook is a buffer
+            parts["image_tokenizer"] += model.image_tokenizer.quantize.codebook.numel()
     vision, generation = config.vision_config(), config.generation_config()
     decoder = config.decoder_config()
+    area = "any size, {} to {} pixels".format(*generation.area) if generation and generation.area else None
     return {
         "source": str(folder if source is not None else "embedded"),
-        "family": FAMILIES[read_json(folder / CONFIG_FILE)["model_type"]],
+        "family": family,
         "layout": layout,
         "decoder": decoder.model_type,
         "parameters": parts,
         "parameters_total": sum(parts.values()),
         "context": decoder.max_position_embeddings,
-        "understands": f"{vision.image_size}x{vision.image_size}" if vision else None,
+        "understands": f"{vision.image_size}x{vision.image_size}" if vision else area,
         "draws": f"{generation.image_size}x{generation.image_size}" if generation else None,
-        "can": [*(["caption", "ask"] if vision else []), *(["draw"] if generation else [])],
+        "can": [*(["caption", "ask"] if vision or area else []), *(["draw"] if generation else [])],
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,8 +24,10 @@ from transformers.utils import logging as hf_logging
 from unimm.configuration import UniMMConfig
 from unimm.errors import UserError
 from unimm.images import atomic_write, read_image, to_tensor, to_uint8
-from unimm.layout import ImageLayout
+from unimm.layout import ImageLayout, Part
 
+Grid = tuple[int, int]
+"""Rows and columns of codes."""
 CAPTION_REQUESTS = ("describe the picture", "what does the picture show?", "caption this")
 """Ways to ask for a caption in training; `UniMM.caption` uses the first."""
 PROCESSOR_FILE = "processor_config.json"
@@ -42,6 +45,9 @@ class Conversation:
         system: what is said first, if an answer in words is wanted; drawings get none.
         after_image: what follows each image.
         between_images: what comes before each image but the first.
+        bare_drawings: whether a prompt for a drawing stands alone, without the marks of a turn.
+        praise: what is added to every prompt for a drawing (Emu3's quality words).
+        negative: what guidance steers away from; None: the prompt with its words blanked, as in Janus.
     """
 
     user: str = "<user>"
@@ -49,6 +55,9 @@ class Conversation:
     system: str = ""
     after_image: str = ""
     between_images: str = ""
+    bare_drawings: bool = False
+    praise: str = ""
+    negative: str | None = None
 
     @classmethod
     def deepseek(cls, user: str, assistant: str, system: str) -> Conversation:
@@ -70,6 +79,8 @@ class UniMMProcessor:
         conversation: how turns are marked.
         mean: what is taken from each channel of an image to understand, in [0, 1].
         std: what it is divided by.
+        area: least and most pixels of an image that is understood by its codes; None: an encoder understands.
+        stride: pixels a side that one code stands for.
     """
 
     def __init__(
@@ -83,6 +94,8 @@ class UniMMProcessor:
         conversation: Conversation = Conversation(),
         mean: Sequence[float] = (0.5, 0.5, 0.5),
         std: Sequence[float] = (0.5, 0.5, 0.5),
+        area: Sequence[int] | None = None,
+        stride: int = 1,
     ) -> None:
         self.tokenizer = tokenizer
         self.layout = layout
@@ -93,11 +106,13 @@ class UniMMProcessor:
         self.pad, self.bos, self.eos = tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
         self.conversation = conversation
         self.mean, self.std = tuple(mean), tuple(std)
+        self.area, self.stride = area, stride
 
     @classmethod
     def from_config(cls, config: UniMMConfig, tokenizer: PreTrainedTokenizerBase) -> UniMMProcessor:
         """Make the processor that a model of this configuration needs."""
         vision, generation = config.vision_config(), config.generation_config()
+        pictures = vision or generation  # what understands: the encoder, or else the codes
         return cls(
             tokenizer,
             ImageLayout(**config.layout),
@@ -106,8 +121,10 @@ class UniMMProcessor:
             generation.image_size if generation else None,
             config.decoder_config().max_position_embeddings,
             Conversation(**(config.conversation or {})),
-            vision.mean if vision else (0.5, 0.5, 0.5),
-            vision.std if vision else (0.5, 0.5, 0.5),
+            pictures.mean if pictures else HALVES[0],
+            pictures.std if pictures else HALVES[1],
+            generation.area if generation else None,
+            generation.stride if generation else 1,
         )
 
     @classmethod
@@ -131,7 +148,7 @@ class UniMMProcessor:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         return ids
 
-    def ids(self, *parts: str | Sequence[int]) -> list[int]:
+    def ids(self, *parts: Part) -> list[int]:
         """Return the tokens of a text given in parts: words of the conversation or the user, and tokens as they are.
 
         Neighbouring words are tokenised together, as they would be if the text were typed whole.
@@ -149,56 +166,65 @@ class UniMMProcessor:
     def _plain(self, words: str) -> list[int]:
         return self.text_ids(words) if words else []
 
-    def marks(self, words: str) -> list[str | Sequence[int]]:
+    def marks(self, words: str) -> list[Part]:
         """Return words of the conversation in parts, the special tokens in them as tokens."""
         special = self.tokenizer.get_added_vocab()
         longest_first = sorted(special, key=len, reverse=True)
         pieces = re.split(f"({'|'.join(map(re.escape, longest_first))})", words) if special else [words]
         return [[special[piece]] if piece in special else piece for piece in pieces if piece]
 
-    def opening(self, images: int) -> list[str | Sequence[int]]:
+    def opening(self, images: Sequence[Grid]) -> list[Part]:
         """Return what comes before a question, in parts: the system's words, the user's mark, the images."""
         turn = self.conversation
-        picture = [self.layout.understanding_tokens(), *self.marks(turn.after_image)]
-        pictures = [*picture, *[*self.marks(turn.between_images), *picture] * (images - 1)] if images else []
-        return [[self.bos], *self.marks(turn.system), *self.marks(turn.user), *pictures]
+        parts: list[Part] = [[self.bos], *self.marks(turn.system), *self.marks(turn.user)]
+        for number, grid in enumerate(images):
+            before = self.marks(turn.between_images) if number else []
+            parts += [*before, *self.layout.understanding(*grid), *self.marks(turn.after_image)]
+        return parts
 
-    def question_ids(self, question: str, images: int = 1) -> list[int]:
+    def question_ids(self, question: str, images: int | Sequence[Grid] = 1) -> list[int]:
         """Return a prompt for a text answer: the images first, then the question.
+
+        Args:
+            question: the user's words.
+            images: how many images, or the (rows, columns) of each where their sizes differ.
 
         Raises:
             UserError: the prompt leaves no room in the context for an answer.
         """
-        ids = self.ids(*self.opening(images), question.strip(), *self.marks(self.conversation.assistant))
+        grids = [self.layout.grid] * images if isinstance(images, int) else images
+        ids = self.ids(*self.opening(grids), question.strip(), *self.marks(self.conversation.assistant))
         if len(ids) >= self.context:
             raise UserError(
                 f"question: {len(ids)} tokens with its images, the context holds {self.context}; shorten it"
             )
         return ids
 
-    def drawing_ids(self, prompt: str, codes: int) -> list[int]:
-        """Return a prompt for a drawing of `codes` steps, up to and with the begin token.
+    def drawing_ids(self, prompt: str, grid: Grid | None = None) -> list[int]:
+        """Return a prompt for a drawing of this grid of codes, up to its first code.
 
         Raises:
             UserError: the prompt is empty or leaves too little room in the context.
         """
         if not prompt.strip():
             raise UserError("prompt: empty; say what to draw")
-        turn = self.conversation
-        ids = self.ids(
-            [self.bos],
-            *self.marks(turn.user),
-            prompt.strip(),
-            *self.marks(turn.assistant),
-            [self.layout.begin],
-        )
-        if len(ids) + codes > self.context:
-            room = self.context - codes
+        return self._drawing_ids(prompt.strip() + self.conversation.praise, grid or self.layout.grid)
+
+    def _drawing_ids(self, prompt: str, grid: Grid) -> list[int]:
+        turn, steps = self.conversation, len(self.layout.drawing_steps(*grid))
+        asked: list[Part] = [prompt]
+        if not turn.bare_drawings:
+            asked = [*self.marks(turn.user), prompt, *self.marks(turn.assistant)]
+        ids = self.ids([self.bos], *asked, *self.layout.opening(*grid))
+        if len(ids) + steps > self.context:
+            room = self.context - steps
             raise UserError(f"prompt: {len(ids)} tokens, a drawing leaves room for {room}; shorten it")
         return ids
 
-    def unconditional_ids(self, prompt_ids: Sequence[int]) -> list[int]:
-        """Return the prompt without its content, as Janus guides: all but the first and last become pad."""
+    def unconditional_ids(self, prompt_ids: Sequence[int], grid: Grid | None = None) -> list[int]:
+        """Return what guidance steers away from: a prompt of its own, or this one with all but its ends made pad."""
+        if self.conversation.negative is not None:
+            return self._drawing_ids(self.conversation.negative, grid or self.layout.grid)
         return [prompt_ids[0], *[self.pad] * (len(prompt_ids) - 2), prompt_ids[-1]]
 
     def pad_left(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -212,13 +238,38 @@ class UniMMProcessor:
         return input_ids, attention_mask
 
     def pixels(self, images: Sequence[str | Path | Image.Image]) -> Tensor:
-        """Return images to understand, float [N, 3, S, S] in [-1, 1]: long side to S, padded with grey."""
+        """Return images to understand, float [N, 3, S, S]: long side to S, padded, mean and deviation taken out."""
         if self.image_size is None:
             raise UserError("images: this model has no understanding encoder")
-        squares = [letterbox(read_image(image), self.image_size, self.pad_colour) for image in images]
-        pixels = to_tensor(np.stack([np.asarray(square) for square in squares]))
+        side = self.image_size
+        return self._normal([letterbox(read_image(image), side, self.pad_colour) for image in images])
+
+    def _normal(self, images: Sequence[Image.Image]) -> Tensor:
+        """Return pictures of one size as float [N, 3, H, W] with mean and deviation taken out."""
+        pixels = to_tensor(np.stack([np.asarray(image) for image in images]))
+        if (self.mean, self.std) == HALVES:
+            return pixels
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
-        return ((pixels + 1) / 2 - mean) / std if (self.mean, self.std) != HALVES else pixels
+        return ((pixels + 1) / 2 - mean) / std
+
+    def sized_pixels(self, images: Sequence[str | Path | Image.Image]) -> tuple[Tensor, Tensor]:
+        """Return images to understand by their codes, each at its own size.
+
+        Returns:
+            Float [N, 3, H, W], padded with 0 on the right and below to the largest, and int64 [N, 2]: the height
+            and width of each, which are multiples of the stride and of an area within the model's limits.
+        """
+        assert self.area is not None
+        resized = []
+        for image in images:
+            picture = read_image(image)
+            height, width = area_size(picture.height, picture.width, self.stride, *self.area)
+            resized.append(picture.resize((width, height), Image.Resampling.BICUBIC))
+        sizes = [(picture.height, picture.width) for picture in resized]
+        pixels = torch.zeros(len(resized), 3, max(h for h, _ in sizes), max(w for _, w in sizes))
+        for i, (picture, (height, width)) in enumerate(zip(resized, sizes, strict=True)):
+            pixels[i, :, :height, :width] = self._normal([picture])[0]
+        return pixels, torch.tensor(sizes)
 
     def drawing_pixels(self, images: Sequence[str | Path | Image.Image]) -> Tensor:
         """Return images to tokenise, float [M, 3, S, S] in [-1, 1]: short side to S, cropped."""
@@ -232,15 +283,21 @@ class UniMMProcessor:
         self, questions: Sequence[str], images: Sequence[Sequence[str | Path | Image.Image]]
     ) -> BatchFeature:
         """Return a batch of questions, each with its own images, padded on the left."""
+        flat = [picture for pictures in images for picture in pictures]
+        seen: dict[str, Tensor] = {}
+        grids: list[Grid] = [self.layout.grid] * len(flat)
+        if flat and self.layout.shared:
+            seen["pixel_values"], seen["image_sizes"] = self.sized_pixels(flat)
+            grids = [(h // self.stride, w // self.stride) for h, w in seen["image_sizes"].tolist()]
+        elif flat:
+            seen["pixel_values"] = self.pixels(flat)
+        left = iter(grids)
         rows = [
-            self.question_ids(text, len(pictures)) for text, pictures in zip(questions, images, strict=True)
+            self.question_ids(text, [next(left) for _ in pictures])
+            for text, pictures in zip(questions, images, strict=True)
         ]
         input_ids, attention_mask = self.pad_left(rows)
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        flat = [picture for pictures in images for picture in pictures]
-        if flat:
-            inputs["pixel_values"] = self.pixels(flat)
-        return BatchFeature(inputs)
+        return BatchFeature({"input_ids": input_ids, "attention_mask": attention_mask, **seen})
 
     def decode_text(self, ids: Tensor) -> list[str]:
         """Return the text of generated rows [B, T]."""
@@ -271,3 +328,26 @@ def letterbox(image: Image.Image, side: int, colour: tuple[int, ...]) -> Image.I
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     square.paste(resized, ((square.width - width) // 2, (square.height - height) // 2))
     return square
+
+
+def area_size(height: int, width: int, factor: int, least: int, most: int) -> tuple[int, int]:
+    """Return the height and width, multiples of `factor`, that keep a picture's ratio within an area.
+
+    Source: Emu3 `image_processing_emu3visionvq.py` (`smart_resize`, from Qwen2-VL).
+
+    Raises:
+        UserError: one side is more than 200 times the other.
+    """
+    if max(height, width) > 200 * min(height, width):
+        raise UserError(
+            f"image: {width} x {height} pixels, more than 200 times longer than wide; crop it first"
+        )
+    rounded = [round(side / factor) * factor for side in (height, width)]
+    scale = 1.0
+    if rounded[0] * rounded[1] > most:
+        scale = math.sqrt(height * width / most)
+        rounded = [max(factor, math.floor(side / scale / factor) * factor) for side in (height, width)]
+    elif rounded[0] * rounded[1] < least:
+        scale = math.sqrt(least / (height * width))
+        rounded = [math.ceil(side * scale / factor) * factor for side in (height, width)]
+    return rounded[0], rounded[1]

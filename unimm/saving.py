@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from unimm.errors import UserError
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "*.bin.index.json")
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -34,11 +36,23 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
             write(Path(temporary))
-            for file in sorted(Path(temporary).iterdir()):
+            written = sorted(Path(temporary).iterdir())
+            for file in written:
+                if (folder / file.name).is_dir():
+                    shutil.rmtree(folder / file.name)
                 file.replace(folder / file.name)
+        _remove_stale(folder, {file.name for file in written})
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{folder}: cannot be written ({reason}); what was there is unchanged") from None
+
+
+def _remove_stale(folder: Path, written: set[str]) -> None:
+    """Remove weights of what was in a folder before, lest an old index or shard be read with the new ones."""
+    for pattern in WEIGHTS:
+        for file in folder.glob(pattern):
+            if file.name not in written:
+                file.unlink()
 
 
 @contextmanager

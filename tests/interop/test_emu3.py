@@ -1,117 +1,198 @@
-"""Emu3's vision tokenizer against transformers: codes, pictures, films, and every tensor there and back."""
+"""Emu3 checkpoints, from both published layouts, against transformers: logits, codes, pictures, tokens."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from transformers.models.emu3.configuration_emu3 import Emu3VQVAEConfig
-from transformers.models.emu3.modeling_emu3 import Emu3VQVAE
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import Emu3ForConditionalGeneration, Emu3Processor
 
+import unimm
+from tests.interop.emu3_checkpoints import emu3, original
 from unimm.errors import UserError
-from unimm.interop.emu3 import tokenizer_map, tokenizer_options
-from unimm.tokenizers.movq import MoVQConfig, MoVQTokenizer
+from unimm.interop.convert import convert
+from unimm.interop.emu3 import NEGATIVE, POSITIVE
+from unimm.pipeline import UniMM, describe
+from unimm.sampling.text import generate_text
+
+ROWS, COLUMNS = 3, 5
 
 
 @pytest.fixture(scope="module")
-def theirs() -> Emu3VQVAE:
-    """Three levels, attention on the last, everything random, statistics too."""
-    torch.manual_seed(0)
-    config = Emu3VQVAEConfig(
-        codebook_size=90, base_channels=32, channel_multiplier=[1, 2, 2], num_res_blocks=1, attn_resolutions=[2],
-        hidden_size=64, attn_implementation="eager",
-    )  # fmt: skip
-    model = Emu3VQVAE(config).eval()
-    with torch.no_grad():
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if tensor.ndim == 1:
-                tensor.add_(torch.rand_like(tensor) * 0.3)
-            elif "quantize" in name:
-                tensor.normal_()
-    return model
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("emu3")
+    original(folder / "original", emu3(folder / "transformers"))
+    return folder
 
 
-def _original(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights as the original repository names them; written apart from the map under test."""
-    renamed = {}
-    for name, tensor in state.items():
-        new = (
-            name.replace("down_block.down", "down")
-            .replace("up_block.up", "up")
-            .replace("middle_block", "mid")
-        )
-        new = re.sub(r"attn_norms\.(\d+)", r"attn.\1.norm", new).replace("mid.attn_norm", "mid.attn_1.norm")
-        if found := re.search(r"(attn(?:_1|\.\d+))\.(q|k|v|out)_proj\.(weight|bias)$", new):
-            part = "proj_out" if found[2] == "out" else found[2]
-            new = f"{new[: found.start()]}{found[1]}.{part}.{found[3]}"
-            tensor = tensor[:, :, None, None] if found[3] == "weight" else tensor
-        renamed[new] = tensor
-    return renamed
+@pytest.fixture(scope="module")
+def theirs(folder: Path) -> Emu3ForConditionalGeneration:
+    return Emu3ForConditionalGeneration.from_pretrained(folder / "transformers").eval()
+
+
+@pytest.fixture(scope="module")
+def processor(folder: Path) -> Emu3Processor:
+    processor = Emu3Processor.from_pretrained(folder / "transformers")
+    processor.downsample_ratio = 4  # fixed at 8 in its code, whatever the tokenizer
+    return processor
 
 
 @pytest.fixture(scope="module", params=["transformers", "original"])
-def ours(request: pytest.FixtureRequest, theirs: Emu3VQVAE) -> MoVQTokenizer:
-    state = theirs.state_dict()
-    given = state if request.param == "transformers" else _original(state)
-    model = MoVQTokenizer(MoVQConfig(**tokenizer_options(theirs.config.to_dict(), "config.json"))).eval()
-    map_ = tokenizer_map(request.param, len(model.config.block_out_channels))
-    entries, kept = map_.plan(model.state_dict(), given, "here")
-    assert not kept
-    model.load_state_dict({e.ours: e.op.to_ours([given[name] for name in e.theirs]) for e in entries})
-    back: dict[str, Tensor] = {}
-    for entry in map_.returned(model.state_dict()):
-        parts = entry.op.to_theirs(model.state_dict()[entry.ours], len(entry.theirs))
-        back |= dict(zip(entry.theirs, parts, strict=True))
-    assert back.keys() == given.keys() and all(torch.equal(back[name], given[name]) for name in given)
-    return model
+def ours(folder: Path, request: pytest.FixtureRequest) -> UniMM:
+    return unimm.load(folder / request.param, device="cpu")
+
+
+def pictures(count: int) -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    sizes = [(31, 17), (90, 40), (20, 24), (33, 33), *rng.integers(8, 150, (46, 2)).tolist()]
+    return [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes[:count]]
+
+
+def _asked(
+    processor: Emu3Processor, questions: list[str], shown: list[list[Image.Image]]
+) -> dict[str, torch.Tensor]:
+    """What transformers' processor makes of questions with images."""
+    conversations = [
+        [
+            {"role": "system", "content": [{"type": "text", "text": "You are a helpful assistant."}]},
+            {
+                "role": "user",
+                "content": [*[{"type": "image"}] * len(images), {"type": "text", "text": question}],
+            },
+        ]
+        for question, images in zip(questions, shown, strict=True)
+    ]
+    texts = [
+        processor.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in conversations
+    ]
+    flat = [image for images in shown for image in images]
+    return processor(text=texts, images=flat, padding=True, padding_side="left", return_tensors="pt")
 
 
 @torch.no_grad()
-def test_pictures_to_codes(ours: MoVQTokenizer, theirs: Emu3VQVAE) -> None:
-    pixels = torch.rand(3, 3, 16, 24) * 2 - 1
-    sizes = torch.tensor([[16, 24]] * 3)
-    expected = torch.stack(theirs.encode(pixels, sizes).image_tokens)
-    codes = ours.encode(pixels)
-    assert torch.equal(codes, expected) and len(codes.unique()) > 7
+def test_logits_and_answers_about_images(
+    folder: Path, theirs: Emu3ForConditionalGeneration, processor: Emu3Processor
+) -> None:
+    ours = unimm.load(folder / "transformers", device="cpu")
+    questions, shown = ["what is this?", "a red apple", "it"], [pictures(1), pictures(2), pictures(3)[2:]]
+    inputs = _asked(processor, questions, shown)
+    mine = ours.processor(questions, shown)
+    for name in ("input_ids", "attention_mask", "image_sizes"):
+        assert torch.equal(mine[name], inputs[name]), name
+    seen = inputs["attention_mask"].bool()
+    got, expected = ours.model(**mine).logits, theirs(**inputs).logits
+    assert (got - expected)[seen].abs().max() < 1e-4 and expected[seen].std() > 0.1
+    written = theirs.generate(**inputs, max_new_tokens=12, do_sample=False)[:, mine["input_ids"].shape[1] :]
+    answers = generate_text(ours.model, ours.processor, mine, max_new_tokens=12)
+    assert answers == [t.strip() for t in processor.tokenizer.batch_decode(written, skip_special_tokens=True)]
 
 
-@torch.no_grad()
-def test_codes_to_pictures(ours: MoVQTokenizer, theirs: Emu3VQVAE) -> None:
-    codes = torch.randint(90, (2, 5, 3))
-    expected = theirs.decode(codes)
-    assert expected.std() > 0.1
-    assert (ours.decode(codes) - expected.clamp(-1, 1)).abs().max() < 1e-4
+def test_the_layouts_hold_the_same_model(folder: Path) -> None:
+    one, two = (unimm.load(folder / layout, device="cpu") for layout in ("transformers", "original"))
+    states = one.model.state_dict(), two.model.state_dict()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert (
+        one.model.config.decoder_config().rope_parameters == two.model.config.decoder_config().rope_parameters
+    )
+    # the original puts a full stop after the question
+    assert one.processor.question_ids("a red apple.", [(3, 4)]) == two.processor.question_ids(
+        "a red apple", [(3, 4)]
+    )
 
 
-@torch.no_grad()
-def test_films(ours: MoVQTokenizer, theirs: Emu3VQVAE) -> None:
-    film = torch.rand(2, 8, 3, 16, 12) * 2 - 1
-    expected = torch.stack(theirs.encode(film, torch.tensor([[16, 12]] * 2)).image_tokens)
-    codes = ours.encode_frames(film)
-    # transformers cuts films to their size along time and height, as if they were pictures
-    assert codes.shape == (2, 2, 4, 3) and torch.equal(codes[:, :, : expected.shape[2]], expected)
-    shown = theirs.decode(codes)
-    assert (ours.decode_frames(codes) - shown.clamp(-1, 1)).abs().max() < 1e-4
+def test_pixels_are_those_of_the_processor(ours: UniMM, processor: Emu3Processor) -> None:
+    for image in pictures(50):
+        expected = processor.image_processor(image, return_tensors="pt")
+        pixels, sizes = ours.processor.sized_pixels([image])
+        assert torch.equal(sizes, expected["image_sizes"])
+        deviation = torch.tensor([0.5, 0.5, 0.6]).view(3, 1, 1)
+        assert ((pixels - expected["pixel_values"]) * deviation).abs().max() <= 1 / 255 + 1e-6
 
 
-@pytest.mark.parametrize(
-    ("change", "line"),
-    [
-        ({"embed_dim": 8}, "embed_dim: 8 is not supported, only 4"),
-        ({"temporal_downsample_factor": 3}, "temporal_downsample_factor: 3, expected a power of 2"),
-    ],
-)
-def test_what_no_published_tokenizer_has_is_refused(change: dict[str, int], line: str) -> None:
-    config = {**Emu3VQVAEConfig().to_dict(), **change}
-    with pytest.raises(UserError, match=f"config.json: {line}"):
-        tokenizer_options(config, "config.json")
+def _only_pictures(
+    rows: int, columns: int, start: int, processor: Emu3Processor
+) -> Callable[[int, torch.Tensor], list[int]]:
+    """The tokens that transformers' generation may write next, as its documentation has it."""
+    vocabulary = processor.tokenizer.get_vocab()
+    codes = [number for token, number in vocabulary.items() if token.startswith("<|visual token")]
+
+    def allowed(_: int, ids: torch.Tensor) -> list[int]:
+        written = len(ids) - start
+        if written >= rows * (columns + 1):
+            return [vocabulary["<|extra_204|>"]]
+        return [vocabulary["<|extra_200|>"]] if written % (columns + 1) == columns else codes
+
+    return allowed
 
 
-def test_the_published_size_builds() -> None:
-    with torch.device("meta"):
-        model = MoVQTokenizer(MoVQConfig(**tokenizer_options(Emu3VQVAEConfig().to_dict(), "")))
-        reference = Emu3VQVAE(Emu3VQVAEConfig())
-    count = sum(parameter.numel() for parameter in model.parameters())
-    assert count == sum(parameter.numel() for parameter in reference.parameters())
+def test_greedy_drawings_are_equal_code_for_code(
+    ours: UniMM, theirs: Emu3ForConditionalGeneration, processor: Emu3Processor
+) -> None:
+    prompts = ["a red apple", "a blue background on it", "what"]
+    options = {
+        "return_for_image_generation": True,
+        "ratio": f"{COLUMNS}:{ROWS}",
+        "image_area": 16 * ROWS * COLUMNS,
+    }
+    options |= {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    inputs = processor(text=[prompt + POSITIVE for prompt in prompts], **options)
+    negative = processor(text=[NEGATIVE] * 3, **options)
+    mine = [ours.processor.drawing_ids(prompt, (ROWS, COLUMNS)) for prompt in prompts]
+    assert torch.equal(inputs["input_ids"], ours.processor.pad_left(mine)[0])
+    assert negative["input_ids"][0].tolist() == ours.processor.unconditional_ids(mine[0], (ROWS, COLUMNS))
+    start = inputs["input_ids"].shape[1]
+    written = theirs.generate(
+        inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        negative_prompt_ids=negative["input_ids"],
+        negative_prompt_attention_mask=negative["attention_mask"],
+        guidance_scale=3.0,
+        max_new_tokens=ROWS * (COLUMNS + 1) + 1,
+        do_sample=False,
+        prefix_allowed_tokens_fn=_only_pictures(ROWS, COLUMNS, start, processor),
+    )[:, start:]
+    rows = written[:, : ROWS * (COLUMNS + 1)].view(3, ROWS, COLUMNS + 1)
+    expected = rows[..., :-1] - ours.model.layout.code
+    size = (COLUMNS * 4, ROWS * 4)
+    images, codes = ours.draw(prompts, guidance_scale=3.0, temperature=0, size=size, return_codes=True)
+    assert torch.equal(codes, expected) and len(codes.unique()) > 3
+    assert images[0].size == size
+    alone = ours.draw(prompts[1], guidance_scale=3.0, temperature=0, size=size, return_codes=True)[1]
+    assert torch.equal(alone[0], codes[1])
+
+
+@pytest.mark.parametrize("layout", ["transformers", "original"])
+def test_there_and_back_keeps_every_bit(folder: Path, tmp_path: Path, layout: str) -> None:
+    convert(folder / layout, tmp_path / "ours", "unimm")
+    again, straight = (unimm.load(path, device="cpu") for path in (tmp_path / "ours", folder / layout))
+    assert all(map(torch.equal, again.model.state_dict().values(), straight.model.state_dict().values()))
+    convert(tmp_path / "ours", tmp_path / "back", layout)
+    places = [".", "Emu3-VisionTokenizer"] if layout == "original" else ["."]
+    for place in places:
+        before, after = (
+            load_file(path / place / "model.safetensors") for path in (folder / layout, tmp_path / "back")
+        )
+        assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+        small = list((folder / layout / place).glob("*.json"))
+        assert small and all(
+            (tmp_path / "back" / place / f.name).read_bytes() == f.read_bytes() for f in small
+        )
+
+
+def test_a_missing_vision_tokenizer_is_named(folder: Path, tmp_path: Path) -> None:
+    for file in (folder / "original").iterdir():
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match="need Emu3-VisionTokenizer in that folder or beside it"):
+        unimm.load(tmp_path)
+
+
+def test_what_it_is_without_its_weights(folder: Path) -> None:
+    told = describe(folder / "transformers")
+    assert (told["family"], told["layout"]) == ("emu3", "transformers")
+    assert told["can"] == ["caption", "ask", "draw"]

@@ -91,7 +91,7 @@ def test_greedy_drawings_are_equal_code_for_code(
     inputs = processor(text=texts, generation_mode="image", padding=True, return_tensors="pt")
     assert torch.equal(
         inputs["input_ids"],
-        ours.processor.pad_left([ours.processor.drawing_ids(prompt, 16) for prompt in prompts])[0],
+        ours.processor.pad_left([ours.processor.drawing_ids(prompt) for prompt in prompts])[0],
     )
     expected = theirs.generate(**inputs, generation_mode="image", guidance_scale=5.0, do_sample=False)
     _, codes = ours.draw(prompts, guidance_scale=5.0, temperature=0, return_codes=True)

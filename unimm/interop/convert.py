@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from safetensors.torch import save_file
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from unimm.configuration import UniMMConfig
 from unimm.errors import UserError
-from unimm.interop import janus
+from unimm.interop import emu3, janus
 from unimm.interop.keymap import Entry, KeyMap, Rule
 from unimm.interop.source import INDEXES, SINGLES, Checkpoint, NoWeightsError, read_json
 from unimm.modeling import UniMMModel
@@ -26,8 +27,14 @@ from unimm.processing import UniMMProcessor
 from unimm.saving import no_progress, write_folder
 
 LAYOUTS = ("unimm", "transformers", "original")
-FAMILIES = {"unimm": "unimm", "janus": "janus", "multi_modality": "janus"}  # by `model_type`
-MODEL_TYPES = {"unimm": "unimm", "janus": "transformers", "multi_modality": "original"}
+FAMILIES = {"janus": janus, "emu3": emu3}
+MODEL_TYPES = {  # of `config.json`: family and layout
+    "unimm": ("unimm", "unimm"),
+    "janus": ("janus", "transformers"),
+    "multi_modality": ("janus", "original"),
+    "emu3": ("emu3", "transformers"),
+    "Emu3": ("emu3", "original"),
+}
 KEPT_FILE = "kept.safetensors"
 SOURCE_PREFIX = "source."  # of the files that a converted folder keeps of its source
 SHARD_BYTES = 2**29  # of a written shard; small, so that little is in memory at once
@@ -35,8 +42,8 @@ SMALL_FILE = 2**26  # larger files of a source that are no weights are not kept
 OWN = KeyMap(rules=(Rule("{rest}", "{rest}"),), tied=("decoder.lm_head.weight",))
 
 
-def recognise(folder: Path) -> str:
-    """Return the layout of a checkpoint folder: unimm, transformers or original.
+def recognise(folder: Path) -> tuple[str, str]:
+    """Return the family of a checkpoint folder (unimm, janus, emu3) and its layout (one of `LAYOUTS`).
 
     Raises:
         UserError: its `config.json` is missing or of a kind that is not supported.
@@ -48,20 +55,41 @@ def recognise(folder: Path) -> str:
     return MODEL_TYPES[kind]
 
 
-def read_unimm_config(folder: Path, layout: str, shapes: Mapping[str, Tensor]) -> UniMMConfig:
-    """Return our configuration of a checkpoint of any layout."""
-    if layout == "unimm":
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open a checkpoint of any layout, with what belongs to it in other folders."""
+    return Checkpoint(folder, _beside(folder))
+
+
+def _beside(folder: Path) -> dict[str, Path]:
+    """Further folders of a checkpoint, by the prefix that their tensors' names get."""
+    return emu3.beside(folder) if recognise(folder) == ("emu3", "original") else {}
+
+
+def read_unimm_config(folder: Path, shapes: Mapping[str, Tensor]) -> UniMMConfig:
+    """Return our configuration of a checkpoint of any layout, whose tensors have these shapes."""
+    family, layout = recognise(folder)
+    if family == "unimm":
         return UniMMConfig.from_dict(read_json(folder / "config.json"))
-    return janus.unimm_config(folder, layout, shapes)
+    return FAMILIES[family].unimm_config(folder, layout, shapes)
 
 
-def foreign_config(folder: Path, layout: str) -> UniMMConfig:
+def foreign_config(folder: Path) -> UniMMConfig:
     """Return our configuration of a foreign checkpoint, whether its weights are there or not."""
     try:
-        with Checkpoint(folder) as checkpoint:
-            return read_unimm_config(folder, layout, checkpoint.shapes)
+        with open_checkpoint(folder) as checkpoint:
+            return read_unimm_config(folder, checkpoint.shapes)
     except NoWeightsError:
-        return read_unimm_config(folder, layout, {})
+        return read_unimm_config(folder, {})
+
+
+def key_map(layout: str, config: UniMMConfig) -> KeyMap:
+    """Return the map between our tensors and those of a layout of the model's family."""
+    return OWN if layout == "unimm" else _family(config).key_map(layout, config)
+
+
+def _family(config: UniMMConfig) -> ModuleType:
+    """The family whose layouts a model may be written in: its grammar decides."""
+    return FAMILIES["emu3" if config.layout.get("codes") else "janus"]
 
 
 def build_skeleton(config: UniMMConfig, tensors: int, where: Path) -> UniMMModel:
@@ -95,10 +123,10 @@ class OurTensors(Mapping[str, Tensor]):
         UserError: tensors are missing, surplus or of another shape.
     """
 
-    def __init__(self, folder: Path, checkpoint: Checkpoint, layout: str) -> None:
+    def __init__(self, folder: Path, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self.config = read_unimm_config(folder, layout, checkpoint.shapes)
-        self._map = OWN if layout == "unimm" else janus.key_map(layout, self.config)
+        self.config = read_unimm_config(folder, checkpoint.shapes)
+        self._map = key_map(recognise(folder)[1], self.config)
         self._wanted = build_skeleton(self.config, len(checkpoint), folder).state_dict()
         entries, self.kept = self._map.plan(self._wanted, checkpoint.shapes, str(folder))
         self._entries: dict[str, Entry | None] = {entry.ours: entry for entry in entries}
@@ -120,14 +148,14 @@ class OurTensors(Mapping[str, Tensor]):
         return len(self._entries)
 
 
-def load_foreign(folder: Path, layout: str, dtype: torch.dtype) -> tuple[UniMMModel, UniMMProcessor]:
+def load_foreign(folder: Path, dtype: torch.dtype) -> tuple[UniMMModel, UniMMProcessor]:
     """Load a checkpoint of a foreign layout as our model, on the CPU.
 
     Raises:
         UserError: it is broken or not supported.
     """
-    with Checkpoint(folder) as checkpoint, no_progress():
-        ours = OurTensors(folder, checkpoint, layout)
+    with open_checkpoint(folder) as checkpoint, no_progress():
+        ours = OurTensors(folder, checkpoint)
         state = dict(ours)
         model = UniMMModel.from_pretrained(None, config=ours.config, state_dict=state, dtype=dtype)
     return model, UniMMProcessor.from_pretrained(folder, ours.config)
@@ -146,40 +174,47 @@ def convert(source: Path, folder: Path, to: str) -> None:
     """
     if to not in LAYOUTS:
         raise UserError(f"--to: {to!r}; one of {', '.join(LAYOUTS)}")
-    layout = recognise(source)
+    layout = recognise(source)[1]
     if folder.resolve() == source.resolve():
         raise UserError(f"{folder}: is the source itself; name another folder")
-    with Checkpoint(source) as checkpoint:
-        ours = OurTensors(source, checkpoint, layout)
-        map_ = OWN if to == "unimm" else janus.key_map(to, ours.config)
+    with open_checkpoint(source) as checkpoint:
+        ours = OurTensors(source, checkpoint)
+        family, map_ = _family(ours.config), key_map(to, ours.config)
         if to != "unimm":
-            janus.check_writable(ours.config)
+            family.check_writable(ours.config)
+
+        back = layout == to or getattr(ours.config, "source_layout", None) == to
+        kept = _kept(source, ours, checkpoint) if back or to == "unimm" else {}
+        subfolders: dict[str, str] = {} if to == "unimm" else family.SUBFOLDERS.get(to, {})
 
         def write(target: Path) -> None:
-            back = layout == "unimm" and getattr(ours.config, "source_layout", None) == to
-            extra = _kept(source, ours, checkpoint) if back or layout == to else {}
-            _write_weights(target, chain(_translated(ours, map_), extra.items()))
+            extra = kept if to != "unimm" else {}
+            _write_weights(target, chain(_translated(ours, map_, "", subfolders), extra.items()))
+            for prefix, name in subfolders.items():
+                (target / name).mkdir()
+                _write_weights(target / name, _translated(ours, map_, prefix, subfolders))
             if to == "unimm":
-                _write_own_files(source, target, layout, ours, _kept(source, ours, checkpoint))
-            elif back or layout == to:
-                prefix = SOURCE_PREFIX if back else ""
-                for file in _small_files(source, prefix):
-                    shutil.copyfile(file, target / file.name.removeprefix(prefix))
+                _write_own_files(source, target, ours, kept)
+            elif back:
+                _copy_back(source, target, subfolders)
             else:
-                janus.write_files(
-                    ours.config, UniMMProcessor.from_pretrained(source, ours.config), target, to
-                )
+                processor = UniMMProcessor.from_pretrained(source, ours.config)
+                family.write_files(ours.config, processor, target, to)
 
         write_folder(folder, write)
 
 
-def _translated(ours: OurTensors, map_: KeyMap) -> Iterator[tuple[str, Tensor]]:
-    """Their names and tensors, one of ours after the other."""
+def _translated(
+    ours: OurTensors, map_: KeyMap, prefix: str, subfolders: Mapping[str, str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Their names (without the prefix) and tensors of one folder, one of ours after the other."""
     for entry in map_.returned(ours):
-        if entry.ours in map_.tied and ours.config.tie_word_embeddings:
+        place = next((other for other in subfolders if entry.theirs[0].startswith(other)), "")
+        if place != prefix or (entry.ours in map_.tied and ours.config.tie_word_embeddings):
             continue
         parts = entry.op.to_theirs(ours[entry.ours], len(entry.theirs))
-        yield from zip(entry.theirs, (part.contiguous() for part in parts), strict=True)
+        names = (name.removeprefix(prefix) for name in entry.theirs)
+        yield from zip(names, (part.contiguous() for part in parts), strict=True)
 
 
 def _write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -221,19 +256,33 @@ def _kept(source: Path, ours: OurTensors, checkpoint: Checkpoint) -> dict[str, T
     return {name: checkpoint[name].clone() for name in ours.kept}
 
 
-def _write_own_files(
-    source: Path, target: Path, layout: str, ours: OurTensors, kept: dict[str, Tensor]
-) -> None:
+def _write_own_files(source: Path, target: Path, ours: OurTensors, kept: dict[str, Tensor]) -> None:
     """Write our configuration and processor, the source's small files and what we have no module for."""
-    prefix = SOURCE_PREFIX if layout == "unimm" else ""
-    for file in _small_files(source, prefix):
-        shutil.copyfile(file, target / f"{SOURCE_PREFIX}{file.name.removeprefix(prefix)}")
-    if layout != "unimm":
+    family, layout = recognise(source)
+    if family == "unimm":
+        for file in _small_files(source, SOURCE_PREFIX):
+            shutil.copyfile(file, target / file.name)
+    else:
         ours.config.source_layout = layout
+        subfolders = FAMILIES[family].SUBFOLDERS.get(layout, {})
+        places = {"": source} | {f"{subfolders[prefix]}.": place for prefix, place in _beside(source).items()}
+        for name, place in places.items():
+            for file in _small_files(place, ""):
+                shutil.copyfile(file, target / f"{SOURCE_PREFIX}{name}{file.name}")
     ours.config.save_pretrained(target)
     UniMMProcessor.from_pretrained(source, ours.config).save_pretrained(target)
     if kept:
         save_file(kept, target / KEPT_FILE)
+
+
+def _copy_back(source: Path, target: Path, subfolders: Mapping[str, str]) -> None:
+    """Put the small files of a checkpoint's own layout back where they were."""
+    prefix = SOURCE_PREFIX if recognise(source)[0] == "unimm" else ""
+    for file in _small_files(source, prefix):
+        name = file.name.removeprefix(prefix)
+        inner = next((folder for folder in subfolders.values() if name.startswith(f"{folder}.")), None)
+        place = target if inner is None else target / inner
+        shutil.copyfile(file, place / (name if inner is None else name.removeprefix(f"{inner}.")))
 
 
 def _small_files(folder: Path, prefix: str) -> list[Path]:

@@ -24,11 +24,12 @@ from transformers import (
 from unimm.configuration import UniMMConfig
 from unimm.errors import UserError
 from unimm.interop import llamagen
-from unimm.interop.keymap import LEAD, STACK, KeyMap, Rule
+from unimm.interop.keymap import LEAD, STACK, KeyMap, Rule, under
 from unimm.interop.source import read_json
 from unimm.processing import MIN_SIDE, PROCESSOR_FILE, Conversation, UniMMProcessor, read_tokenizer
 
 VISION_ARCHITECTURE = "vit_large_patch16_siglip_384"
+SUBFOLDERS: dict[str, dict[str, str]] = {}  # all is in one folder
 TOWERS: dict[str, dict[str, Any]] = {
     "siglip_large_patch16_384": {"patch": 16, "width": 1024, "depth": 24, "heads": 16, "ratio": 4.0}
 }
@@ -65,7 +66,7 @@ def _tokenizer_extras(prefix: str) -> dict[str, Any]:
     """What a map needs for the image tokenizer besides its rules."""
     return {
         "constants": {f"image_tokenizer.{name}": value for name, value in llamagen.CONSTANTS.items()},
-        "derived": tuple(llamagen.under(list(llamagen.DERIVED), "image_tokenizer.", prefix)),
+        "derived": tuple(under(list(llamagen.DERIVED), "image_tokenizer.", prefix)),
     }
 
 
@@ -78,7 +79,7 @@ ORIGINAL = KeyMap(
         Rule("code_head.0.{end}", "gen_head.output_mlp_projector.{end}"),
         Rule("code_head.2.{end}", "gen_head.vision_head.{end}"),
         Rule("decoder.{rest}", "language_model.{rest}"),
-        *llamagen.under(llamagen.ORIGINAL, "image_tokenizer.", "gen_vision_model."),
+        *under(llamagen.ORIGINAL, "image_tokenizer.", "gen_vision_model."),
     ),
     kept=(
         *(f"gen_vision_model.{name}" for name in llamagen.KEPT),
@@ -114,7 +115,7 @@ def _transformers(layers: int) -> KeyMap:
             Rule("code_head.2.{end}", "model.generation_head.vision_head.{end}"),
             Rule("decoder.lm_head.weight", "lm_head.weight"),
             Rule("decoder.model.{rest}", "model.language_model.{rest}"),
-            *llamagen.under(llamagen.TRANSFORMERS, "image_tokenizer.", "model.vqmodel."),
+            *under(llamagen.TRANSFORMERS, "image_tokenizer.", "model.vqmodel."),
         ),
         kept=(f"model.language_model.{_ROTARY}", "model.vision_model.embeddings.position_ids"),
         tied=("decoder.lm_head.weight",),

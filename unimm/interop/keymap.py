@@ -51,6 +51,13 @@ class Rule:
         return (self.theirs,) if isinstance(self.theirs, str) else self.theirs
 
 
+def under(rules: list[Rule], ours: str, theirs: str) -> list[Rule]:
+    """The same rules for a part that sits inside a larger model, under these prefixes."""
+    return [
+        Rule(ours + rule.ours, tuple(theirs + source for source in rule.sources), rule.op) for rule in rules
+    ]
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """One of our tensors and where it comes from."""

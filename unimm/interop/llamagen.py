@@ -85,13 +85,6 @@ TRANSFORMERS = [
 ]
 
 
-def under(rules: list[Rule], ours: str, theirs: str) -> list[Rule]:
-    """The same rules for a tokenizer that sits inside a larger model, under these prefixes."""
-    return [
-        Rule(ours + rule.ours, tuple(theirs + source for source in rule.sources), rule.op) for rule in rules
-    ]
-
-
 def tokenizer_options(shapes: Mapping[str, Tensor], levels: str, residual: str, where: str) -> dict[str, Any]:
     """Read the sizes of a tokenizer off its tensors.
 

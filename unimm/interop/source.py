@@ -52,6 +52,10 @@ def read_json(path: Path) -> dict[str, Any]:
 class Checkpoint(Mapping[str, Tensor]):
     """The tensors of a folder (or of one file), by name; a context manager, since files stay open meanwhile.
 
+    Args:
+        path: the folder or file.
+        beside: further folders of the same checkpoint, by the prefix that their tensors' names get.
+
     Attributes:
         path: the folder or file, for errors.
         shapes: every tensor on the meta device: its shape and dtype, without its data.
@@ -61,16 +65,17 @@ class Checkpoint(Mapping[str, Tensor]):
         UserError: a file is missing, cut short, no tensor file, or a pickle with anything but tensors in it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, beside: Mapping[str, Path] | None = None) -> None:
         self.path = path
         self._stack = ExitStack()
         self._sources: dict[str, Any] = {}
         self.shapes: dict[str, Tensor] = {}
-        files = weight_files(path)
-        self.largest_file = max(file.stat().st_size for file in files)
+        places = {"": path, **(beside or {})}
+        files = [(prefix, file) for prefix, place in places.items() for file in weight_files(place)]
+        self.largest_file = max(file.stat().st_size for _, file in files)
         try:
-            for file in files:
-                self._open(file)
+            for prefix, file in files:
+                self._open(file, prefix)
         except BaseException:
             self._stack.close()
             raise
@@ -82,8 +87,8 @@ class Checkpoint(Mapping[str, Tensor]):
         self._stack.close()
 
     def __getitem__(self, name: str) -> Tensor:
-        source = self._sources[name]
-        tensor: Tensor = source[name] if isinstance(source, dict) else source.get_tensor(name)
+        source, own_name = self._sources[name]
+        tensor: Tensor = source[own_name] if isinstance(source, dict) else source.get_tensor(own_name)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -92,12 +97,15 @@ class Checkpoint(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.shapes)
 
-    def _open(self, file: Path) -> None:
+    def _open(self, file: Path, prefix: str) -> None:
         found = self._safetensors(file) if file.suffix == ".safetensors" else self._pickled(file)
-        for name, (source, shape) in found.items():
+        for own_name, (source, shape) in found.items():
+            name = prefix + own_name
             if name in self._sources:
-                raise UserError(f"{file}: {name} is in another file too; the checkpoint contradicts itself")
-            self._sources[name], self.shapes[name] = source, shape
+                raise UserError(
+                    f"{file}: {own_name} is in another file too; the checkpoint contradicts itself"
+                )
+            self._sources[name], self.shapes[name] = (source, own_name), shape
 
     def _safetensors(self, file: Path) -> dict[str, tuple[Any, Tensor]]:
         try:

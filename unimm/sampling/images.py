@@ -32,23 +32,23 @@ def sample_codes(
         model: a model with a code vocabulary.
         processor: the model's processor.
         prompts: B texts, of any lengths.
-        uniforms: random numbers [B, steps] in [0, 1), one row for each image.
+        uniforms: random numbers [B, rows * columns] in [0, 1), one row for each image.
         guidance_scale: 1 switches guidance off and halves the batch.
         temperature: 0 takes the likeliest code.
         top_k: keep the k likeliest codes.
         top_p: keep the likeliest codes of this mass.
         grid: (rows, columns) of codes, by default the layout's.
-        on_step: called with the number of steps done.
+        on_step: called with the number of codes done.
 
     Returns:
         int64 codes [B, rows, columns].
     """
-    rows, columns = grid or model.layout.grid
-    steps = model.layout.drawing_steps(rows, columns)
-    prompt_ids = [processor.drawing_ids(prompt, len(steps)) for prompt in prompts]
+    grid = grid or model.layout.grid
+    steps = model.layout.drawing_steps(*grid)
+    prompt_ids = [processor.drawing_ids(prompt, grid) for prompt in prompts]
     guided = guidance_scale != 1.0
     if guided:
-        prompt_ids += [processor.unconditional_ids(ids) for ids in prompt_ids]
+        prompt_ids += [processor.unconditional_ids(ids, grid) for ids in prompt_ids]
     input_ids, attention_mask = (t.to(model.device) for t in processor.pad_left(prompt_ids))
     length = input_ids.shape[1]
     mask = torch.nn.functional.pad(attention_mask, (0, len(steps)), value=1)  # [B, T + steps]
@@ -57,8 +57,13 @@ def sample_codes(
     stream = model.embed(input_ids)
     codes: list[Tensor] = []
     uniforms = uniforms.to(model.device)
-    for step, wanted in enumerate(steps):
-        end = length + step
+    end = length
+    for wanted in steps:
+        if wanted != model.layout.code:  # a forced token rides along with the code before it
+            forced = torch.full((len(input_ids), 1), wanted, device=model.device)
+            stream = torch.cat([stream, model.get_input_embeddings()(forced)], dim=1)
+            end += 1
+            continue
         output = model.decode(
             stream,
             attention_mask=mask[:, :end],
@@ -66,7 +71,6 @@ def sample_codes(
             past_key_values=cache,
             use_cache=True,
         )
-        assert wanted == model.layout.code, "a forced token inside a drawing"
         logits = model.code_logits(output.last_hidden_state[:, -1])
         if guided:
             conditional, unconditional = logits.float().chunk(2)
@@ -74,9 +78,10 @@ def sample_codes(
         if temperature == 0:
             chosen = logits.argmax(-1)
         else:
-            chosen = pick(probabilities(logits, temperature, top_k, top_p), uniforms[:, step])
+            chosen = pick(probabilities(logits, temperature, top_k, top_p), uniforms[:, len(codes)])
+        stream = model.embed_codes(chosen.repeat(2 if guided else 1)[:, None], start=len(codes))
+        end += 1
         codes.append(chosen)
-        stream = model.embed_codes(chosen.repeat(2 if guided else 1)[:, None], start=step)
         if on_step is not None:
-            on_step(step + 1)
-    return torch.stack(codes, dim=1).view(-1, rows, columns)
+            on_step(len(codes))
+    return torch.stack(codes, dim=1).view(-1, *grid)

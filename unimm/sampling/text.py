@@ -23,7 +23,9 @@ def generate_text(
         max_new_tokens: most tokens of an answer; cut where the context ends.
     """
     inputs = inputs.to(model.device)
-    stream = model.embed(inputs["input_ids"], inputs.get("pixel_values"))
+    stream = model.embed(
+        inputs["input_ids"], inputs.get("pixel_values"), image_sizes=inputs.get("image_sizes")
+    )
     ids: Tensor = model.decoder.generate(
         inputs_embeds=stream,
         attention_mask=inputs["attention_mask"],

@@ -318,7 +318,7 @@ class UnifiedTask:
         asked = [(q.question, q.answer) for q in scene.questions()]
         request = CAPTION_REQUESTS[rng.integers(len(CAPTION_REQUESTS))]
         asked.append((request, captions[rng.integers(len(captions))]))
-        sample = _Branches(processor.ids(*processor.opening(images=1)))
+        sample = _Branches(processor.ids(*processor.opening([processor.layout.grid])))
         closing = processor.marks(processor.conversation.assistant)
         for question, answer in asked:
             sample.add(
@@ -348,7 +348,8 @@ class UnifiedTask:
         """A caption, sometimes blanked, then the image's codes."""
         assert self.codes is not None
         captions, codes = scenes[index].captions(), self.codes[index]
-        prompt = self.processor.drawing_ids(captions[rng.integers(len(captions))], codes.numel())
+        rows, columns = codes.shape
+        prompt = self.processor.drawing_ids(captions[rng.integers(len(captions))], (rows, columns))
         if rng.random() < options.prompt_dropout:
             prompt = self.processor.unconditional_ids(prompt)
         sample = _Branches(prompt)
@@ -410,7 +411,8 @@ class UnifiedTask:
         assert isinstance(module, UniMMModel) and module.image_tokenizer is not None
         held_out = EmojiScenes("seen", 7, self.processor.image_size or 64, 64, ("single",))
         prompts = list(self.recipe.prompts) or [held_out[i].captions()[0] for i in range(PREVIEW_PROMPTS)]
-        uniforms = streams(0, len(prompts), len(module.layout.drawing_steps()))
+        rows, columns = module.layout.grid
+        uniforms = streams(0, len(prompts), rows * columns)
         codes = sample_codes(module, self.processor, prompts, uniforms)
         folder.mkdir(parents=True, exist_ok=True)
         drawings = self.processor.to_images(module.image_tokenizer.decode(codes))

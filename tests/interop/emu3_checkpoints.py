@@ -1,0 +1,152 @@
+"""Small Emu3 checkpoints with unusual shapes: by transformers' own classes, and in the original layout.
+
+The original layout is written here by hand, so that it shares nothing with the map under test.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import (
+    Emu3Config,
+    Emu3ForConditionalGeneration,
+    Emu3ImageProcessor,
+    Emu3Processor,
+    PreTrainedTokenizerFast,
+)
+
+from unimm.data.text import train_text_tokenizer
+
+CODES = 60
+SPECIAL = (
+    "<|image token|>", "<|image start|>", "<|image end|>", "<|extra_200|>", "<|extra_201|>", "<|extra_203|>",
+    "<|extra_204|>", "<image>",
+)  # fmt: skip
+# as published: the images first, then the words with a space after them
+TEMPLATE = """
+{%- for message in messages -%}
+{%- if message['role'] != 'system' -%}{{ message['role'].upper() + ': ' }}{%- endif -%}
+{%- for part in message['content'] if part['type'] == 'image' -%}<image>{%- endfor -%}
+{%- for part in message['content'] if part['type'] == 'text' -%}{{ part['text'] + ' ' }}{%- endfor -%}
+{%- endfor -%}
+{{ 'ASSISTANT:' if add_generation_prompt else '' }}
+"""
+
+
+def words() -> PreTrainedTokenizerFast:
+    """A tokenizer with the special tokens of Emu3's."""
+    texts = [
+        "a red apple on a blue background",
+        "You are a helpful assistant. USER: what? ASSISTANT: it is. 4*7",
+    ]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=train_text_tokenizer(texts, 300).backend_tokenizer,
+        bos_token="<|extra_203|>",
+        eos_token="<|extra_204|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens={
+            "image_token": "<image>",
+            "boi_token": "<|image start|>",
+            "eoi_token": "<|image end|>",
+            "image_wrapper_token": "<|image token|>",
+            "eof_token": "<|extra_201|>",
+        },
+    )
+    codes = [f"<|visual token {code:06d}|>" for code in range(CODES)]
+    tokenizer.add_special_tokens({"additional_special_tokens": [*SPECIAL, *codes]})
+    return tokenizer
+
+
+def emu3(folder: Path) -> Emu3ForConditionalGeneration:
+    """Write a checkpoint of transformers' layout: grouped queries, odd depth, three levels of the tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = words()
+    config = Emu3Config(
+        text_config={
+            "vocab_size": len(tokenizer) + 5, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
+            "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 512,
+            "initializer_range": 0.2, "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+        },
+        vq_config={
+            "codebook_size": CODES, "base_channels": 32, "channel_multiplier": [1, 2, 2], "num_res_blocks": 1,
+            "attn_resolutions": [2], "hidden_size": 64,
+        },
+        vocabulary_map=tokenizer.get_vocab(),
+    )  # fmt: skip
+    model = Emu3ForConditionalGeneration(config).eval()
+    with torch.no_grad():  # norms and statistics start at 0 and 1, where a swapped one would not be seen
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if tensor.ndim == 1 and tensor.is_floating_point() and "inv_freq" not in name:
+                tensor.add_(torch.rand_like(tensor) * 0.2)
+            elif "quantize" in name:
+                tensor.normal_()
+    pictures = Emu3ImageProcessor(
+        min_pixels=16 * 16,
+        max_pixels=32 * 32,
+        spatial_factor=4,
+        image_mean=[0.5, 0.4, 0.5],
+        image_std=[0.5, 0.5, 0.6],
+    )
+    processor = Emu3Processor(pictures, tokenizer, chat_template=TEMPLATE)
+    processor.downsample_ratio = 4
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model
+
+
+def original_tokenizer(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The vision tokenizer's weights as the original repository names them."""
+    renamed = {}
+    for name, tensor in state.items():
+        new = (
+            name.replace("down_block.down", "down")
+            .replace("up_block.up", "up")
+            .replace("middle_block", "mid")
+        )
+        new = re.sub(r"attn_norms\.(\d+)", r"attn.\1.norm", new).replace("mid.attn_norm", "mid.attn_1.norm")
+        if found := re.search(r"(attn(?:_1|\.\d+))\.(q|k|v|out)_proj\.(weight|bias)$", new):
+            part = "proj_out" if found[2] == "out" else found[2]
+            new = f"{new[: found.start()]}{found[1]}.{part}.{found[3]}"
+            tensor = tensor[:, :, None, None] if found[3] == "weight" else tensor
+        renamed[new] = tensor.contiguous().clone()
+    return renamed
+
+
+def original(folder: Path, model: Emu3ForConditionalGeneration) -> None:
+    """Write the same weights in the layout of the original repository: two folders."""
+    beside = folder / "Emu3-VisionTokenizer"
+    beside.mkdir(parents=True)
+    state = model.state_dict()
+    text = {
+        re.sub(r"^model\.text_model\.", "model.", name): tensor.clone()
+        for name, tensor in state.items()
+        if "vqmodel" not in name
+    }
+    save_file(text, folder / "model.safetensors", metadata={"format": "pt"})
+    prefix = "model.vqmodel."
+    images = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+    save_file(original_tokenizer(images), beside / "model.safetensors", metadata={"format": "pt"})
+    config = model.config.text_config.to_dict() | {"model_type": "Emu3", "rope_theta": 1000000.0}
+    config.pop("rope_parameters", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    vq = model.config.vq_config
+    sizes = {
+        "model_type": "Emu3VisionVQ", "ch": vq.base_channels, "ch_mult": list(vq.channel_multiplier), "z_channels": 4,
+        "embed_dim": 4, "codebook_size": CODES, "num_res_blocks": vq.num_res_blocks, "double_z": False,
+        "attn_resolutions": list(vq.attn_resolutions), "temporal_downsample_factor": 4, "dropout": 0.0,
+    }  # fmt: skip
+    (beside / "config.json").write_text(json.dumps(sizes))
+    limits = {
+        "min_pixels": 256,
+        "max_pixels": 1024,
+        "image_mean": [0.5, 0.4, 0.5],
+        "image_std": [0.5, 0.5, 0.6],
+    }
+    (beside / "preprocessor_config.json").write_text(json.dumps(limits))
+    words().save_pretrained(folder)
