@@ -116,7 +116,7 @@ def test_question_that_is_a_file_was_forgotten(unimm, picture: Path) -> None:
         (["a", "--top-p", "0"], "top_p: 0"),
         (["a", "--top-k", "0"], "top_k: 0"),
         (["a", "--size", "64"], "--size: expected WIDTHxHEIGHT"),
-        (["a", "--size", "64x32"], "this model draws 32x32"),
+        (["a", "--size", "60x32"], "give multiples of 8, such as 32x32"),
         (["a", "--seed", "-3"], "seed: negative"),
         (["a", "-n", "0"], "expected a whole number of at least 1"),
         (["a", "--device", "abacus"], "device: 'abacus'"),

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import base64
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import Emu3ForConditionalGeneration, Emu3Processor
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 import unimm
 from tests.interop.emu3_checkpoints import emu3, original
 from unimm.errors import UserError
 from unimm.interop.convert import convert
-from unimm.interop.emu3 import NEGATIVE, POSITIVE
+from unimm.interop.emu3 import FIRST_TOKENS, NEGATIVE, POSITIVE, read_words
 from unimm.pipeline import UniMM, describe
 from unimm.sampling.text import generate_text
 
@@ -182,6 +186,22 @@ def test_there_and_back_keeps_every_bit(folder: Path, tmp_path: Path, layout: st
         assert small and all(
             (tmp_path / "back" / place / f.name).read_bytes() == f.read_bytes() for f in small
         )
+
+
+def test_the_original_tokenizer_is_read_from_its_own_files(tmp_path: Path) -> None:
+    merges = [b"re", b"ed", b" a", b"pp", b"le", b"pple", b" apple", b"red", b"\n\n", b"12", "é".encode()]
+    ranks = {token: rank for rank, token in enumerate([bytes([number]) for number in range(256)] + merges)}
+    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
+    (tmp_path / "emu3.tiktoken").write_text("".join(lines))
+    (tmp_path / "emu3_vision_tokens.txt").write_text("<|image token|>\n<|visual token 000000|>\n")
+    words = read_words(tmp_path)
+    special = {token: len(ranks) + i for i, token in enumerate((*FIRST_TOKENS, "<|image token|>"))}
+    default = TikTokenConverter().pattern.replace(r"\p{N}{1,3}", r"\p{N}")
+    reference = tiktoken.Encoding("Emu3", pat_str=default, mergeable_ranks=ranks, special_tokens=special)
+    for text in ("a red apple", "don't  4*12\n\nCafe\u0301 apple<|image token|>red", "🐼 漢字"):
+        expected = reference.encode(unicodedata.normalize("NFC", text), allowed_special="all")
+        assert words.encode(text, add_special_tokens=False) == expected
+    assert words.bos_token_id == special["<|extra_203|>"] and words.pad_token_id == len(ranks)
 
 
 def test_a_missing_vision_tokenizer_is_named(folder: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from unimm.interop import emu3, janus
 from unimm.interop.keymap import Entry, KeyMap, Rule
 from unimm.interop.source import INDEXES, SINGLES, Checkpoint, NoWeightsError, read_json
 from unimm.modeling import UniMMModel
-from unimm.processing import UniMMProcessor
+from unimm.processing import UniMMProcessor, read_tokenizer
 from unimm.saving import no_progress, write_folder
 
 LAYOUTS = ("unimm", "transformers", "original")
@@ -158,7 +158,14 @@ def load_foreign(folder: Path, dtype: torch.dtype) -> tuple[UniMMModel, UniMMPro
         ours = OurTensors(folder, checkpoint)
         state = dict(ours)
         model = UniMMModel.from_pretrained(None, config=ours.config, state_dict=state, dtype=dtype)
-    return model, UniMMProcessor.from_pretrained(folder, ours.config)
+    return model, _processor(folder, ours.config)
+
+
+def _processor(folder: Path, config: UniMMConfig) -> UniMMProcessor:
+    """The processor of a checkpoint of any layout, on its own tokenizer."""
+    family = recognise(folder)[0]
+    words = read_tokenizer(folder) if family == "unimm" else FAMILIES[family].read_words(folder)
+    return UniMMProcessor.from_config(config, words)
 
 
 def convert(source: Path, folder: Path, to: str) -> None:
@@ -198,7 +205,7 @@ def convert(source: Path, folder: Path, to: str) -> None:
             elif back:
                 _copy_back(source, target, subfolders)
             else:
-                processor = UniMMProcessor.from_pretrained(source, ours.config)
+                processor = _processor(source, ours.config)
                 family.write_files(ours.config, processor, target, to)
 
         write_folder(folder, write)
@@ -270,7 +277,7 @@ def _write_own_files(source: Path, target: Path, ours: OurTensors, kept: dict[st
             for file in _small_files(place, ""):
                 shutil.copyfile(file, target / f"{SOURCE_PREFIX}{name}{file.name}")
     ours.config.save_pretrained(target)
-    UniMMProcessor.from_pretrained(source, ours.config).save_pretrained(target)
+    _processor(source, ours.config).save_pretrained(target)
     if kept:
         save_file(kept, target / KEPT_FILE)
 

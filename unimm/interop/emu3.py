@@ -8,12 +8,15 @@ Sources: baaivision/Emu3 `emu3/mllm/`, `emu3/tokenizer/modeling_emu3visionvq.py`
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizers.normalizers import NFC
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from unimm.configuration import UniMMConfig
 from unimm.errors import UserError
@@ -31,6 +34,13 @@ PREFIXES = {
     "transformers": ("model.text_model.", "", "model.vqmodel."),
     "first": ("text_model.model.", "text_model.", "vqmodel."),
 }
+# the original tokenizer's tokens between its words and the images' (`emu3/mllm/tokenization_emu3.py`)
+FIRST_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    *(f"<|extra_{number}|>" for number in range(205)),
+)
 AREA = 720 * 720  # pixels of a drawing, unless asked otherwise
 POSITIVE = " masterpiece, film grained, best quality."
 NEGATIVE = (
@@ -183,7 +193,7 @@ def unimm_config(folder: Path, layout: str, shapes: Mapping[str, Tensor]) -> Uni
     tokenizer = {"model_type": "unimm_movq", **tokenizer_options(codes, str(path))}
     stride = 2 ** (len(tokenizer["block_out_channels"]) - 1)
     side = max(round(AREA**0.5 / stride), 1)
-    words = read_tokenizer(folder)
+    words = read_words(folder)
     decoder = _decoder(text, config, words)
     keys = "first" if any(name.startswith("text_model.") for name in shapes) else None
     return UniMMConfig(
@@ -211,6 +221,27 @@ def unimm_config(folder: Path, layout: str, shapes: Mapping[str, Tensor]) -> Uni
         tie_word_embeddings=decoder["tie_word_embeddings"],
         **({"source_keys": keys} if keys else {}),
     )
+
+
+def read_words(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the checkpoint's text tokenizer; the original's, which is code of its own, is read from its two files.
+
+    Raises:
+        UserError: the original's files are there, but the package that reads them is not.
+    """
+    ranks = folder / "emu3.tiktoken"
+    if not ranks.exists() or (folder / "tokenizer.json").exists():
+        return read_tokenizer(folder)
+    if importlib.util.find_spec("tiktoken") is None:
+        raise UserError(f"{ranks}: needs the package tiktoken; install it (pip install tiktoken)")
+    images = (folder / "emu3_vision_tokens.txt").read_text(encoding="utf-8").split("\n")
+    special = [*FIRST_TOKENS, *(token.strip() for token in images if token.strip())]
+    converter = TikTokenConverter(str(ranks), extra_special_tokens=special)
+    converter.pattern = converter.pattern.replace(r"\p{N}{1,3}", r"\p{N}")  # digits one by one
+    tokenizer = converter.converted()
+    tokenizer.normalizer = NFC()
+    names = {"bos_token": "<|extra_203|>", "eos_token": "<|extra_204|>", "pad_token": "<|endoftext|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
 def beside(folder: Path) -> dict[str, Path]:

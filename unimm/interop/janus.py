@@ -19,6 +19,7 @@ from transformers import (
     JanusImageProcessor,
     JanusProcessor,
     LlamaConfig,
+    PreTrainedTokenizerBase,
 )
 
 from unimm.configuration import UniMMConfig
@@ -158,7 +159,7 @@ def unimm_config(folder: Path, layout: str, shapes: Mapping[str, Tensor]) -> Uni
         parts = read(config, shapes, str(path))
     except KeyError as error:
         raise UserError(f"{path}: {error.args[0]} is missing") from None
-    words = read_tokenizer(folder)
+    words = read_words(folder)
     begin, end, feature = (_token(words, token, folder) for token in (BEGIN, END, FEATURE))
     generation = parts["generation"]
     side = generation["image_size"] // generation["stride"]
@@ -174,6 +175,11 @@ def unimm_config(folder: Path, layout: str, shapes: Mapping[str, Tensor]) -> Uni
         },
         conversation=vars(_conversation(folder, layout)),
     )
+
+
+def read_words(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the checkpoint's text tokenizer."""
+    return read_tokenizer(folder)
 
 
 def _token(words: Any, token: str, folder: Path) -> int:
