@@ -208,7 +208,9 @@ LLAMA_7B = {"num_hidden_layers": 30}  # the rest is Llama's default
 POOLING, RECORD = 12_595_200, 65_536
 
 
-@pytest.mark.parametrize(("language", "width", "billions"), [(LLAMA_1B, 2048, 2.089), (LLAMA_7B, 4096, 7.420)])
+@pytest.mark.parametrize(
+    ("language", "width", "billions"), [(LLAMA_1B, 2048, 2.089), (LLAMA_7B, 4096, 7.420)]
+)
 def test_published_sizes_from_the_config_alone(
     folder: Path, tmp_path: Path, language: dict[str, int], width: int, billions: float
 ) -> None:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import StaticCache
 
-from unimm.modeling import UniMMModel, positions
+from unimm.modeling import UniMMModel
 from unimm.processing import UniMMProcessor
 from unimm.sampling.choose import guide, pick, probabilities
+from unimm.sampling.steps import make_steps
 
 
 @torch.inference_mode()
@@ -50,28 +50,16 @@ def sample_codes(
     if guided:
         prompt_ids += [processor.unconditional_ids(ids, grid) for ids in prompt_ids]
     input_ids, attention_mask = (t.to(model.device) for t in processor.pad_left(prompt_ids))
-    length = input_ids.shape[1]
-    mask = torch.nn.functional.pad(attention_mask, (0, len(steps)), value=1)  # [B, T + steps]
-    place = positions(mask)
-    cache = StaticCache(config=model.decoder.config, max_cache_len=mask.shape[1])
+    run = make_steps(model, attention_mask, input_ids.shape[1] + len(steps))
     stream = model.embed(input_ids)
     codes: list[Tensor] = []
     uniforms = uniforms.to(model.device)
-    end = length
     for wanted in steps:
         if wanted != model.layout.code:  # a forced token rides along with the code before it
             forced = torch.full((len(input_ids), 1), wanted, device=model.device)
             stream = torch.cat([stream, model.get_input_embeddings()(forced)], dim=1)
-            end += 1
             continue
-        output = model.decode(
-            stream,
-            attention_mask=mask[:, :end],
-            position_ids=place[:, end - stream.shape[1] : end],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        logits = model.code_logits(output.last_hidden_state[:, -1])
+        logits = model.code_logits(run(stream))
         if guided:
             conditional, unconditional = logits.float().chunk(2)
             logits = guide(conditional, unconditional, guidance_scale)
@@ -80,7 +68,6 @@ def sample_codes(
         else:
             chosen = pick(probabilities(logits, temperature, top_k, top_p), uniforms[:, len(codes)])
         stream = model.embed_codes(chosen.repeat(2 if guided else 1)[:, None], start=len(codes))
-        end += 1
         codes.append(chosen)
         if on_step is not None:
             on_step(len(codes))
