@@ -283,7 +283,8 @@ def _convert(options: Options) -> Any:
     from unimm.interop.convert import convert
     from unimm.pipeline import resolve
 
-    convert(resolve(options.source), Path(options.folder), options.to)
+    file = Path(options.source)  # LlamaGen publishes one file
+    convert(file if file.is_file() else resolve(options.source), Path(options.folder), options.to)
     return {"layout": options.to, "folder": options.folder}
 
 

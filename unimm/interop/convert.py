@@ -20,6 +20,7 @@ from torch import Tensor
 from unimm.configuration import UniMMConfig
 from unimm.errors import UserError
 from unimm.interop import emu3, janus
+from unimm.interop.image_tokenizers import convert_image_tokenizer, is_image_tokenizer
 from unimm.interop.keymap import Entry, KeyMap, Rule
 from unimm.interop.source import INDEXES, SINGLES, Checkpoint, NoWeightsError, read_json
 from unimm.modeling import UniMMModel
@@ -172,7 +173,7 @@ def convert(source: Path, folder: Path, to: str) -> None:
     """Write a checkpoint in another layout; the weights go through shard by shard.
 
     Args:
-        source: a folder of any supported layout.
+        source: a folder of any supported layout, or an image tokenizer alone.
         folder: where to write; an old one of the same layout is replaced once all is written.
         to: one of `LAYOUTS`.
 
@@ -181,9 +182,12 @@ def convert(source: Path, folder: Path, to: str) -> None:
     """
     if to not in LAYOUTS:
         raise UserError(f"--to: {to!r}; one of {', '.join(LAYOUTS)}")
-    layout = recognise(source)[1]
     if folder.resolve() == source.resolve():
         raise UserError(f"{folder}: is the source itself; name another folder")
+    if is_image_tokenizer(source):
+        convert_image_tokenizer(source, folder, to)
+        return
+    layout = recognise(source)[1]
     with open_checkpoint(source) as checkpoint:
         ours = OurTensors(source, checkpoint)
         family, map_ = _family(ours.config), key_map(to, ours.config)

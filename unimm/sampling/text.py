@@ -12,7 +12,11 @@ from unimm.processing import UniMMProcessor
 
 @torch.inference_mode()
 def generate_text(
-    model: UniMMModel, processor: UniMMProcessor, inputs: BatchFeature, max_new_tokens: int = 64
+    model: UniMMModel,
+    processor: UniMMProcessor,
+    inputs: BatchFeature,
+    max_new_tokens: int = 64,
+    min_new_tokens: int = 0,
 ) -> list[str]:
     """Answer a left-padded batch greedily.
 
@@ -21,6 +25,7 @@ def generate_text(
         processor: its processor.
         inputs: what the processor returns for questions and images.
         max_new_tokens: most tokens of an answer; cut where the context ends.
+        min_new_tokens: fewest.
     """
     inputs = inputs.to(model.device)
     stream = model.embed(
@@ -30,6 +35,7 @@ def generate_text(
         inputs_embeds=stream,
         attention_mask=inputs["attention_mask"],
         max_new_tokens=min(max_new_tokens, processor.context - stream.shape[1]),
+        min_new_tokens=min_new_tokens,
         do_sample=False,
         eos_token_id=processor.eos,
         pad_token_id=processor.pad,
