@@ -148,7 +148,7 @@ class UniMMModel(PreTrainedModel):
         """Switch to training; the image tokenizer stays as it is, since its codes must not move."""
         super().train(mode)
         if self.image_tokenizer is not None:
-            self.image_tokenizer.eval()
+            nn.Module.eval(self.image_tokenizer)
         return self
 
     def embed(

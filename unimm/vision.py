@@ -6,7 +6,8 @@ import itertools
 from typing import Any
 
 import timm
-from timm.layers import LayerNorm2d, PatchEmbed
+from timm.layers.norm import LayerNorm2d
+from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 from unimm.configuration import VisionConfig
@@ -32,7 +33,7 @@ class ConvStem(PatchEmbed):
         layers: list[nn.Module] = []
         for before, after in itertools.pairwise(widths):
             layers += [nn.Conv2d(before, after, 3, 2, 1), LayerNorm2d(after), nn.GELU()]
-        self.proj = nn.Sequential(*layers, nn.Conv2d(embed_dim, embed_dim, 1))
+        self.proj = nn.Sequential(*layers, nn.Conv2d(embed_dim, embed_dim, 1))  # type: ignore[assignment]
 
 
 def create_encoder(name: str, stem: str = "patch", **kwargs: Any) -> Any:

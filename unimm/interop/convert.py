@@ -71,7 +71,8 @@ def read_unimm_config(folder: Path, shapes: Mapping[str, Tensor]) -> UniMMConfig
     family, layout = recognise(folder)
     if family == "unimm":
         return UniMMConfig.from_dict(read_json(folder / "config.json"))
-    return FAMILIES[family].unimm_config(folder, layout, shapes)
+    config: UniMMConfig = FAMILIES[family].unimm_config(folder, layout, shapes)
+    return config
 
 
 def foreign_config(folder: Path) -> UniMMConfig:
@@ -250,7 +251,7 @@ def _write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     if len(shards) == 1:
         (folder / "0.part").rename(folder / SINGLES[0])
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"{number}.part").rename(folder / file)

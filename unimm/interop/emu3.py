@@ -183,6 +183,8 @@ def unimm_config(folder: Path, layout: str, shapes: Mapping[str, Tensor]) -> Uni
     path = folder / "config.json"
     config = read_json(path)
     places = [folder]
+    text: Any
+    codes: Any
     if layout == "original":
         places.append(beside(folder)[VISION])
         text, codes = config, read_json(places[1] / "config.json")
@@ -195,7 +197,9 @@ def unimm_config(folder: Path, layout: str, shapes: Mapping[str, Tensor]) -> Uni
     side = max(round(AREA**0.5 / stride), 1)
     words = read_words(folder)
     decoder = _decoder(text, config, words)
-    keys = "first" if any(name.startswith("text_model.") for name in shapes) else None
+    keys: dict[str, Any] = {}
+    if any(name.startswith("text_model.") for name in shapes):
+        keys["source_keys"] = "first"
     return UniMMConfig(
         decoder=decoder,
         generation={
@@ -219,7 +223,7 @@ def unimm_config(folder: Path, layout: str, shapes: Mapping[str, Tensor]) -> Uni
             )
         ),
         tie_word_embeddings=decoder["tie_word_embeddings"],
-        **({"source_keys": keys} if keys else {}),
+        **keys,
     )
 
 
@@ -270,7 +274,7 @@ def _pictures(places: Sequence[Path]) -> dict[str, Any]:
     found = [place / name for place in places for name in (PREPROCESSOR_FILE, PROCESSOR_FILE)]
     documents = [read_json(path) for path in found if path.exists()]
     known = [document.get("image_processor", document) for document in documents]
-    options = next((document for document in known if "min_pixels" in document), {})
+    options: dict[str, Any] = next((document for document in known if "min_pixels" in document), {})
     return {
         "area": (options.get("min_pixels", 512 * 512), options.get("max_pixels", 1024 * 1024)),
         "mean": tuple(options.get("image_mean") or (0.5, 0.5, 0.5)),

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from unimm.errors import UserError
 from unimm.interop import emu3, llamagen
@@ -21,7 +22,7 @@ from unimm.tokenizers.model import ImageTokenizer, ImageTokenizerConfig
 from unimm.tokenizers.movq import MoVQConfig, MoVQTokenizer
 
 IMAGE_SIZE = 384  # pixels a side that LlamaGen's larger models and Janus draw
-OWN = {"unimm_vq": ImageTokenizer, "unimm_movq": MoVQTokenizer}  # by `model_type`
+OWN: dict[str, Any] = {"unimm_vq": ImageTokenizer, "unimm_movq": MoVQTokenizer}  # classes by `model_type`
 EMU3 = "Emu3VisionVQ"
 KEPT_FILE, CONFIG_FILE = "kept.safetensors", "source.config.json"
 LLAMAGEN = KeyMap(
@@ -57,7 +58,7 @@ def load_image_tokenizer(source: str | Path) -> ImageTokenizer | MoVQTokenizer:
         if kind in OWN:
             with no_progress():
                 own: ImageTokenizer | MoVQTokenizer = OWN[kind].from_pretrained(path)
-            return own.eval()
+            return own
         if kind != EMU3:
             known = ", ".join((*OWN, EMU3))
             raise UserError(
@@ -89,7 +90,8 @@ def _read(path: Path) -> tuple[ImageTokenizer | MoVQTokenizer, dict[str, Tensor]
             if value is not None
         }
         model.load_state_dict(state)
-        return model.eval(), {name: checkpoint[name].clone() for name in kept}
+        nn.Module.eval(model)
+        return model, {name: checkpoint[name].clone() for name in kept}
 
 
 def convert_image_tokenizer(source: Path, folder: Path, to: str) -> None:

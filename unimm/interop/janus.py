@@ -265,7 +265,7 @@ def _original_tower(tower: Mapping[str, Any], shapes: Mapping[str, Tensor], wher
 def _transformers_parts(config: dict[str, Any], shapes: Mapping[str, Tensor], where: str) -> dict[str, Any]:
     """Parts of a `UniMMConfig` from transformers' `JanusConfig`."""
     full = JanusConfig(**config)
-    vision, codes = full.vision_config, full.vq_config
+    text, vision, codes = (getattr(full, f"{part}_config") for part in ("text", "vision", "vq"))
     for name, wanted in (("use_qk_norm", False), ("hidden_act", "gelu"), ("attention_bias", True)):
         if (given := getattr(vision, name)) != wanted:
             raise UserError(f"{where}: vision_config.{name}: {given!r} is not supported, only {wanted!r}")
@@ -282,7 +282,7 @@ def _transformers_parts(config: dict[str, Any], shapes: Mapping[str, Tensor], wh
         "codebook_size": codes.num_embeddings,
         "codebook_dim": codes.embed_dim,
     }
-    decoder = full.text_config.to_dict() | {"tie_word_embeddings": full.tie_word_embeddings}
+    decoder = text.to_dict() | {"tie_word_embeddings": full.tie_word_embeddings}
     return {
         "decoder": decoder,
         "vision": _vision(

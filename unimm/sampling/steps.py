@@ -182,8 +182,7 @@ class _Beside:
 def _join(layers: tuple[nn.Linear, ...]) -> Any:
     """One linear function in place of several."""
     weight = torch.cat([layer.weight for layer in layers])
-    biases = [layer.bias for layer in layers]
-    bias = None if biases[0] is None else torch.cat(biases)
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
     return lambda stream: F.linear(stream, weight, bias)
 
 

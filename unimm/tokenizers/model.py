@@ -190,6 +190,12 @@ class ImageTokenizer(PreTrainedModel):
         return self.config.stride
 
     @property
+    def vectors(self) -> Tensor:
+        """The code vectors [codebook_size, codebook_dim], as they are stored."""
+        vectors: Tensor = self.quantize.codebook
+        return vectors
+
+    @property
     def last_layer(self) -> Tensor:
         """Weight of the last convolution, at which an adaptive adversarial weight is measured."""
         return self.decoder.conv_out.weight
@@ -254,7 +260,7 @@ class ImageTokenizer(PreTrainedModel):
 
     def _directions(self) -> Tensor:
         """Code vectors [codebook_size, codebook_dim] of length 1; a published codebook is not stored so."""
-        return F.normalize(self.quantize.codebook, dim=-1)
+        return F.normalize(self.vectors, dim=-1)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:

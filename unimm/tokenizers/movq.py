@@ -159,7 +159,7 @@ class MoVQTokenizer(PreTrainedModel):
         def kinds(plain: str, attention: str) -> tuple[str, ...]:
             return tuple(attention if level in config.attention_levels else plain for level in levels)
 
-        sizes = {
+        sizes: dict[str, Any] = {
             "block_out_channels": tuple(config.block_out_channels),
             "layers_per_block": config.layers_per_block,
             "norm_num_groups": config.norm_num_groups,
@@ -184,7 +184,7 @@ class MoVQTokenizer(PreTrainedModel):
             norm_type="spatial",
             **sizes,
         )
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
         """Keep PyTorch's own initialisation."""
@@ -193,6 +193,12 @@ class MoVQTokenizer(PreTrainedModel):
     def stride(self) -> int:
         """Pixels a side of the square that one code stands for."""
         return self.config.stride
+
+    @property
+    def vectors(self) -> Tensor:
+        """The code vectors [codebook_size, latent_channels]."""
+        vectors: Tensor = self.codebook.weight
+        return vectors
 
     def _codes(self, latents: Tensor) -> Tensor:
         """Nearest codes [B, T, h, w] of latents [B, C, frames, h, w]."""
@@ -262,7 +268,8 @@ class MoVQTokenizer(PreTrainedModel):
         check_codes(codes.flatten(0, 1), self.config.codebook_size)
         latents, vectors = (film.transpose(1, 2) for film in self._latents(codes.long()))
         pixels: Tensor = self.decoder(latents.flatten(0, 1), vectors.flatten(0, 1))
-        return pixels.clamp(-1.0, 1.0).unflatten(0, latents.shape[:2])
+        film: Tensor = pixels.clamp(-1.0, 1.0).unflatten(0, latents.shape[:2])
+        return film
 
 
 AutoConfig.register(MoVQConfig.model_type, MoVQConfig)

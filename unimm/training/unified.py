@@ -266,10 +266,9 @@ class UnifiedTask:
         if not (folder / "config.json").exists():
             raise error("model.initialize", f"{folder} holds no exported model")
         earlier = UniMMModel.from_pretrained(folder, dtype=torch.float32)
-        codebooks = [
-            m.image_tokenizer.quantize.codebook if m.image_tokenizer else None for m in (model, earlier)
-        ]
-        if codebooks[0] is None or codebooks[1] is None or not _close(codebooks[0], codebooks[1]):
+        assert model.image_tokenizer is not None
+        tokenizer = earlier.image_tokenizer
+        if tokenizer is None or not _close(model.image_tokenizer.vectors, tokenizer.vectors):
             raise error(
                 "model.initialize", f"{folder} has another image tokenizer than model.image_tokenizer"
             )
