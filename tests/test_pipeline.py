@@ -185,6 +185,16 @@ def test_other_sizes_are_drawn_and_said_to_be_outside_training(tiny_model: UniMM
         tiny_model.draw("a red apple", size=(60, 32))
 
 
+def test_saving_removes_the_weights_of_what_was_there(tiny_model: UniMM, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+    (tmp_path / "model-1.safetensors").write_bytes(b"old")
+    (tmp_path / "notes.txt").write_text("mine")
+    tiny_model.save(tmp_path)
+    assert not list(tmp_path.glob("*index*")) and not (tmp_path / "model-1.safetensors").exists()
+    assert (tmp_path / "notes.txt").exists()
+    assert unimm.load(tmp_path).draw("a red apple", seed=0)
+
+
 def test_a_full_disk_leaves_the_old_folder_whole(tiny_model: UniMM, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     tiny_model.save(folder)
