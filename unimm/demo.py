@@ -28,6 +28,7 @@ CAPTIONED = 6  # scenes of each split
 ASKED = {"seen": 4, "vendor": 2}  # scenes that questions are asked about
 QUESTIONS = 4  # about each of them
 DRAWN = 2  # drawings of each prompt
+GUIDANCE, TEMPERATURE = 2.5, 0.7  # a small model draws whole objects with less of both than the defaults
 PROMPTS = (
     "a red apple on a blue background",
     "a penguin on a pink background",
@@ -99,7 +100,7 @@ def run(
     um = unimm.load(source, device=device, dtype=dtype)
     captions, caption_sections = _caption(um)
     answers, answer_section = _ask(um)
-    drawings = um.draw(list(PROMPTS), n=DRAWN, seed=SEED)
+    drawings = um.draw(list(PROMPTS), n=DRAWN, guidance_scale=GUIDANCE, temperature=TEMPERATURE, seed=SEED)
     assert isinstance(drawings, list)
     cards = [Card(drawings[i * DRAWN : (i + 1) * DRAWN], [Line(prompt)]) for i, prompt in enumerate(PROMPTS)]
     drawing_section = Section("Drawings", cards, f"{DRAWN} of each prompt, the first that came")
