@@ -12,6 +12,7 @@ import yaml
 from unimm.evaluation import load_evaluation
 from unimm.recipes import FOLDERS, list_recipes
 from unimm.training.recipe import TASKS, load_recipe
+from unimm.training.unified import UnifiedRecipe
 
 ROOT = Path(__file__).parents[1]
 TASK_OF = {info.path: yaml.safe_load(info.path.read_text())["task"] for info in list_recipes()}
@@ -46,13 +47,20 @@ def test_every_task_has_a_recipe_and_every_recipe_a_task() -> None:
     assert set(TASK_OF.values()) == {*ours, "evaluation"}
 
 
+def continues(path: Path) -> bool:
+    """Whether a recipe starts from the export of another of its kind."""
+    recipe = load_recipe(path)
+    assert isinstance(recipe, UnifiedRecipe)
+    return recipe.model.initialize is not None
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working folder with the exports of every first recipe, untrained."""
+    """A working folder with the exports, untrained, of every recipe that others start from."""
     folder = tmp_path_factory.mktemp("recipes")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # the recipes write to and read from folders relative to it
-        for path in paths_of(*FIRST):
+        for path in (*paths_of(*FIRST), *(path for path in paths_of("unified") if not continues(path))):
             recipe = load_recipe(path)
             task = recipe.build_task()
             task.export(task.build(), Path(recipe.output) / "export")
