@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Checkpoint(Mapping[str, Tensor]):
-    """The tensors of a folder (or of one file), by name; a context manager, since files stay open meanwhile.
+    """The tensors of a folder (or of one file), by name; a context manager, since `.bin` files stay mapped meanwhile.
 
     Args:
         path: the folder or file.
@@ -59,7 +58,6 @@ class Checkpoint(Mapping[str, Tensor]):
     Attributes:
         path: the folder or file, for errors.
         shapes: every tensor on the meta device: its shape and dtype, without its data.
-        largest_file: bytes of the largest file.
 
     Raises:
         UserError: a file is missing, cut short, no tensor file, or a pickle with anything but tensors in it.
@@ -67,28 +65,28 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __init__(self, path: Path, beside: Mapping[str, Path] | None = None) -> None:
         self.path = path
-        self._stack = ExitStack()
         self._sources: dict[str, Any] = {}
         self.shapes: dict[str, Tensor] = {}
         places = {"": path, **(beside or {})}
         files = [(prefix, file) for prefix, place in places.items() for file in weight_files(place)]
-        self.largest_file = max(file.stat().st_size for _, file in files)
-        try:
-            for prefix, file in files:
-                self._open(file, prefix)
-        except BaseException:
-            self._stack.close()
-            raise
+        for prefix, file in files:
+            self._open(file, prefix)
 
     def __enter__(self) -> Checkpoint:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        self._sources.clear()  # lets go of the mapped `.bin` files
 
     def __getitem__(self, name: str) -> Tensor:
         source, own_name = self._sources[name]
-        tensor: Tensor = source[own_name] if isinstance(source, dict) else source.get_tensor(own_name)
+        tensor: Tensor
+        if isinstance(source, dict):
+            tensor = source[own_name]
+            return tensor
+        # Opened anew each time: what a mapping has read stays in memory until it is closed.
+        with safe_open(source, framework="pt", device="cpu") as file:
+            tensor = file.get_tensor(own_name)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -109,9 +107,9 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def _safetensors(self, file: Path) -> dict[str, tuple[Any, Tensor]]:
         try:
-            source = self._stack.enter_context(safe_open(file, framework="pt", device="cpu"))
-            views = {name: source.get_slice(name) for name in source.keys()}  # noqa: SIM118, no mapping
-            shapes = {name: (view.get_shape(), view.get_dtype()) for name, view in views.items()}
+            with safe_open(file, framework="pt", device="cpu") as source:
+                views = {name: source.get_slice(name) for name in source.keys()}  # noqa: SIM118, no mapping
+                shapes = {name: (view.get_shape(), view.get_dtype()) for name, view in views.items()}
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(
                 f"{file}: truncated or damaged, or no safetensors file ({_line(error)})"
@@ -120,7 +118,7 @@ class Checkpoint(Mapping[str, Tensor]):
             if dtype not in _DTYPES:
                 raise UserError(f"{file}: {name} is of the type {dtype}, which is not supported")
         return {
-            name: (source, torch.empty(shape, dtype=_DTYPES[dtype], device="meta"))
+            name: (file, torch.empty(shape, dtype=_DTYPES[dtype], device="meta"))
             for name, (shape, dtype) in shapes.items()
         }
 
