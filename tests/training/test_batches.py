@@ -40,6 +40,21 @@ def test_steps_follow_one_another_and_ranks_share_them() -> None:
     assert [batch["x"].tolist() for batch in shares[1].micro_batches] == [[27, 28, 29], [33, 34, 35]]
 
 
+def test_samples_of_like_length_share_a_micro_batch() -> None:
+    class Lengths(NumbersTask):
+        def length(self, sample: dict[str, Any]) -> int:
+            return -sample["x"] % 5
+
+    step = read_step(Lengths(ToyModel()), Numbers(), STAGE, 0)
+    assert [batch["x"].tolist() for batch in step.micro_batches] == [
+        [0, 5, 10],
+        [4, 9, 3],
+        [8, 2, 7],
+        [1, 6, 11],
+    ]
+    assert step.totals == read_step(TASK, Numbers(), STAGE, 0).totals
+
+
 def test_reading_ahead_changes_nothing_and_passes_errors_on() -> None:
     with read_ahead(TASK, Numbers(), STAGE, 3) as steps:
         ahead = [step.micro_batches[0]["x"][0].item() for step in steps]

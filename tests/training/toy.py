@@ -63,6 +63,9 @@ class ToyTask:
     def dataset(self, stage: Stage, seed: int) -> ToySource:
         return ToySource(seed)
 
+    def length(self, sample: dict[str, Any]) -> int:
+        return 1
+
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
         return {key: torch.from_numpy(np.stack([sample[key] for sample in samples])) for key in samples[0]}
 

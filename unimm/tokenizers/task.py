@@ -200,6 +200,10 @@ class TokenizerTask:
         share = self.recipe.data.augmented if options.augmented is None else options.augmented
         return TokenizerPictures(seed, self.config.image_size, mixture, share, self.config.stride)
 
+    def length(self, sample: Mapping[str, Any]) -> int:
+        """One for all: micro-batches keep the order of the data."""
+        return 1
+
     def collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Stack pictures into pixels float [B, 3, H, W]."""
         return {"pixels": to_tensor(np.stack([sample["pixels"] for sample in samples]))}

@@ -40,13 +40,19 @@ def derive_seed(*parts: int) -> int:
 def read_step(
     task: Task, source: Source, stage: Stage, step: int, rank: int = 0, world: int = 1
 ) -> StepBatch:
-    """The micro-batches of `step` (0-based, within the stage) for one rank, and the sums of their targets."""
+    """The micro-batches of `step` (0-based, within the stage) for one rank, and the sums of their targets.
+
+    Samples of like length share a micro-batch, so that little of it is padding.
+    """
     micro = stage.micro
     first = step * stage.batch
+    starts = range(first + rank * micro, first + stage.batch, micro * world)
+    samples = [source[index] for start in starts for index in range(start, start + micro)]
+    samples.sort(key=task.length)
     micro_batches: list[Batch] = []
     totals: dict[str, float] = {}
-    for start in range(first + rank * micro, first + stage.batch, micro * world):
-        batch = task.collate([source[index] for index in range(start, start + micro)])
+    for start in range(0, len(samples), micro):
+        batch = task.collate(samples[start : start + micro])
         for kind, count in task.targets(batch).items():
             totals[kind] = totals.get(kind, 0.0) + float(count)
         micro_batches.append(batch)

@@ -323,6 +323,10 @@ class SiglipTask:
         )
         return SceneSource(stage.mixture, self.recipe.model.vision.image_size, seed)
 
+    def length(self, sample: Sample) -> int:
+        """One for all: micro-batches keep the order of the data."""
+        return 1
+
     def collate(self, samples: list[Sample]) -> Batch:
         """Pixels [B, 3, H, W], texts [N, L] and which of them are true [B, N]."""
         pixels = to_tensor(np.stack([sample["pixels"] for sample in samples]))

@@ -62,6 +62,10 @@ class Task(Protocol):
         """
         ...
 
+    def length(self, sample: Sample) -> int:
+        """How long a sample is; those of like length share a micro-batch. One number for all keeps their order."""
+        ...
+
     def collate(self, samples: list[Sample]) -> Batch:
         """Samples to a micro-batch of CPU tensors; deterministic. The trainer moves tensors to the device."""
         ...
