@@ -47,11 +47,19 @@ def test_every_task_has_a_recipe_and_every_recipe_a_task() -> None:
     assert set(TASK_OF.values()) == {*ours, "evaluation"}
 
 
-def continues(path: Path) -> bool:
-    """Whether a recipe starts from the export of another of its kind."""
-    recipe = load_recipe(path)
-    assert isinstance(recipe, UnifiedRecipe)
-    return recipe.model.initialize is not None
+def unified_in_order() -> list[Path]:
+    """The unified recipes, each after the one whose export it starts from."""
+    before: dict[str, Path] = {}
+    waiting = {path: load_recipe(path) for path in paths_of("unified")}
+    while waiting:
+        for path, recipe in list(waiting.items()):
+            assert isinstance(recipe, UnifiedRecipe)
+            if recipe.model.initialize in (None, *before):
+                before[f"{waiting.pop(path).output}/export"] = path
+                break
+        else:
+            pytest.fail(f"{list(waiting)}: start from exports that no recipe makes")
+    return list(before.values())
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +68,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recipes")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # the recipes write to and read from folders relative to it
-        for path in (*paths_of(*FIRST), *(path for path in paths_of("unified") if not continues(path))):
+        for path in (*paths_of(*FIRST), *unified_in_order()):
             recipe = load_recipe(path)
             task = recipe.build_task()
             task.export(task.build(), Path(recipe.output) / "export")

@@ -124,7 +124,15 @@ def test_a_coarser_lattice_is_a_subset_of_the_same_layouts() -> None:
     assert all(4 <= placed.x <= 60 - placed.size for scene in scenes for placed in scene.objects)
 
 
+def test_kinds_come_in_the_shares_asked_for() -> None:
+    scenes = EmojiScenes("train", kinds={"pair": 3, "count": 1, "single": 0})
+    kinds = Counter(scenes[i].kind for i in range(400))
+    assert kinds["single"] == 0 and 270 <= kinds["pair"] <= 330
+
+
 def test_bad_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match=r"kinds: .* give shares"):
+        EmojiScenes(kinds={"pair": -1, "count": 2})
     with pytest.raises(ValueError, match="unknown split 'test'"):
         EmojiScenes("test")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown kinds"):

@@ -141,6 +141,16 @@ def test_every_step_mixes_kinds_in_their_ratio(task: UnifiedTask) -> None:
         assert sorted(kinds) == ["codes", "pixels", "pixels", "text"]
 
 
+def test_pictures_to_understand_are_of_the_kinds_asked_for(task: UnifiedTask) -> None:
+    stage = task.recipe.stages[1].model_copy(
+        update={"mixture": {"understanding": 1}, "options": {"kinds": {"pair": 3, "count": 1}}}
+    )
+    source = task.dataset(stage, seed=0)
+    where = task.processor.text_ids("where is the")  # asked of pairs only
+    asked = [" ".join(map(str, source[index]["ids"])).count(" ".join(map(str, where))) for index in range(60)]
+    assert 35 <= sum(map(bool, asked)) <= 55
+
+
 def test_stages_train_what_they_name_and_export_loads(recipe_file: Path, tmp_path: Path) -> None:
     recipe = load_recipe(recipe_file, [f"output={tmp_path}/run"])
     start = load_file(recipe_file.parent / "vision" / "vision.safetensors")
@@ -230,6 +240,8 @@ def test_two_processes_take_the_steps_of_one(recipe_file: Path, tmp_path: Path) 
             r"stages\[0\].mixture.pictures: expected one of understanding, text",
         ),
         ("stages[0].options={dropout: 1}", "options: dropout: unknown key"),
+        ("stages[0].options={kinds: {single: 0}}", "stages.one.options.kinds: expected a share above 0"),
+        ("stages[0].options={kinds: {triple: 1}}", "kinds.triple: expected one of single, pair, count"),
         ("model.merge=x", 'model.merge: expected an integer, got "x"'),
     ],
 )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -283,7 +283,7 @@ class EmojiScenes(Sequence[Scene]):
         seed: another seed is another sample of the same split.
         size: pixels a side of the pictures.
         length: how many scenes there are; indices wrap nowhere, so past it is an IndexError.
-        kinds: the kinds of scene to draw, by default all in their usual ratio.
+        kinds: the kinds of scene to draw, in their usual ratio, or kind -> share.
         lattice: pixels that places are multiples of where possible. On a tokenizer's stride an object meets its
             grid in one phase, so the same art gives the same codes and drawing is learnt from fewer pictures.
 
@@ -297,7 +297,7 @@ class EmojiScenes(Sequence[Scene]):
         seed: int = 0,
         size: int = CANVAS,
         length: int = 1_000_000,
-        kinds: Sequence[Kind] = tuple(KINDS),
+        kinds: Sequence[Kind] | Mapping[Kind, float] = tuple(KINDS),
         lattice: int = LATTICE,
     ) -> None:
         if split not in SPLITS:
@@ -308,7 +308,10 @@ class EmojiScenes(Sequence[Scene]):
             raise ValueError(f"lattice: {lattice}; give a multiple of {LATTICE}")
         self.split, self.seed, self.size, self.length, self.lattice = split, seed, size, length, lattice
         self.kinds = tuple(kinds)
-        weights = np.array([KINDS[kind] for kind in self.kinds])
+        shares = kinds if isinstance(kinds, Mapping) else KINDS
+        weights = np.array([shares[kind] for kind in self.kinds])
+        if not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() == 0:
+            raise ValueError(f"kinds: {dict(shares)}; give shares of at least 0, not all 0")
         self._weights = weights / weights.sum()
         self.families = VENDOR_FAMILIES if split == "vendor" else FAMILIES
 

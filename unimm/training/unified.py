@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from unimm.configuration import UniMMConfig
-from unimm.data.emojiscenes import BACKGROUNDS, EmojiScenes, Scene
+from unimm.data.emojiscenes import BACKGROUNDS, EmojiScenes, Kind, Scene
+from unimm.data.emojiscenes import KINDS as KIND_SHARES
 from unimm.errors import UserError
 from unimm.images import atomic_write, to_tensor
 from unimm.modeling import IGNORED, UniMMModel
@@ -89,6 +90,8 @@ class UnifiedOptions(Section):
     """Share of generation samples whose prompt is blanked, for guidance."""
     augment: bool = False
     """Whether pictures to understand are varied in colour and place."""
+    kinds: dict[Kind, Rate] = Field(default_factory=lambda: dict(KIND_SHARES))
+    """Shares of the kinds of scene among pictures to understand."""
 
 
 class UnifiedRecipe(BaseRecipe):
@@ -301,7 +304,10 @@ class UnifiedTask:
                 "cuda" if torch.cuda.is_available() and self.recipe.device != "cpu" else "cpu"
             )
             self.codes = SceneCodes(path, self.image_tokenizer, scenes, device)
-        endless = EmojiScenes("train", seed, self.processor.image_size or size, 2**40)
+        side, kinds = self.processor.image_size or size, self.options.kinds
+        if not any(kinds.values()):
+            raise self.recipe.error(f"stages.{stage.name}.options.kinds", "expected a share above 0")
+        endless = EmojiScenes("train", seed, side, 2**40, kinds)
         sources: dict[str, Any] = {
             kind: Samples(self, kind, seed, scenes if kind == "generation" else endless, self.options)
             for kind in KINDS
@@ -355,6 +361,10 @@ class UnifiedTask:
         placeholders = self.processor.layout.drawing_steps(*codes.shape)
         sample.add([], placeholders, codes.flatten().tolist())
         return {**sample.arrays(), "codes": codes}
+
+    def length(self, sample: Sample) -> int:
+        """Tokens of the row."""
+        return len(sample["ids"])
 
     def collate(self, samples: list[Sample]) -> Batch:
         """Pad to the longest row; pictures and codes are stacked in the order of the stream."""
