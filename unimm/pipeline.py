@@ -13,15 +13,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from unimm.configuration import UniMMConfig
 from unimm.errors import UserError, UserNote
-from unimm.interop.convert import foreign_config, load_foreign, recognise
+from unimm.interop.convert import load_foreign, read_config, recognise
+from unimm.interop.source import check_weights
 from unimm.modeling import UniMMModel
 from unimm.processing import CAPTION_REQUESTS, UniMMProcessor
 from unimm.sampling.choose import check_options, streams
 from unimm.sampling.images import sample_codes
 from unimm.sampling.text import generate_text
-from unimm.saving import check_weights, no_progress, read_config, write_folder
+from unimm.saving import no_progress, write_folder
 from unimm.tokenizers.model import ImageTokenizer
 from unimm.tokenizers.movq import MoVQTokenizer
 
@@ -286,12 +286,11 @@ def load(
     if recognise(folder)[0] != "unimm":
         model, processor = load_foreign(folder, choose_dtype(dtype, place))
         return UniMM(nn.Module.to(model, place), processor)
-    config = read_config(folder)
     check_weights(folder)
-    config_object = UniMMConfig.from_dict(config)
+    config = read_config(folder)
     with no_progress():
-        model = UniMMModel.from_pretrained(folder, config=config_object, dtype=choose_dtype(dtype, place))
-    return UniMM(nn.Module.to(model, place), UniMMProcessor.from_pretrained(folder, config_object))
+        model = UniMMModel.from_pretrained(folder, config=config, dtype=choose_dtype(dtype, place))
+    return UniMM(nn.Module.to(model, place), UniMMProcessor.from_pretrained(folder, config))
 
 
 def choose_device(device: str) -> torch.device:
@@ -335,7 +334,7 @@ def describe(source: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     """
     folder = resolve(source)
     family, layout = recognise(folder)
-    config = UniMMConfig.from_dict(read_config(folder)) if family == "unimm" else foreign_config(folder)
+    config = read_config(folder)
     with torch.device("meta"):
         model = UniMMModel(config)
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts().items()}

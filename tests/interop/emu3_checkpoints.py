@@ -5,12 +5,15 @@ The original layout is written here by hand, so that it shares nothing with the 
 
 from __future__ import annotations
 
+import base64
 import json
 import re
+import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
     Emu3Config,
@@ -19,14 +22,9 @@ from transformers import (
     Emu3Processor,
     PreTrainedTokenizerFast,
 )
-
-from unimm.data.text import train_text_tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 CODES = 60
-SPECIAL = (
-    "<|image token|>", "<|image start|>", "<|image end|>", "<|extra_200|>", "<|extra_201|>", "<|extra_203|>",
-    "<|extra_204|>", "<image>",
-)  # fmt: skip
 # as published: the images first, then the words with a space after them
 TEMPLATE = """
 {%- for message in messages -%}
@@ -38,14 +36,48 @@ TEMPLATE = """
 """
 
 
-def words() -> PreTrainedTokenizerFast:
-    """A tokenizer with the special tokens of Emu3's."""
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+FIRST = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{number}|>" for number in range(205)))
+IMAGES = (
+    "<|image token|>", "<|image start|>", "<|image end|>",
+    *(f"<|visual token {code:06d}|>" for code in range(CODES)),
+)  # fmt: skip
+
+
+def bpe() -> Tokenizer:
+    """Words alone, as tiktoken numbers them: bytes, then pairs in the order in which they are joined."""
     texts = [
         "a red apple on a blue background",
         "You are a helpful assistant. USER: what? ASSISTANT: it is. 4*7",
     ]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def words() -> PreTrainedTokenizerFast:
+    """A tokenizer with the special tokens of transformers' Emu3, which calls an unused one `<image>`."""
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=train_text_tokenizer(texts, 300).backend_tokenizer,
+        tokenizer_object=bpe(),
+        padding_side="left",
+    )
+    named = ["<image>" if token == "<|extra_0|>" else token for token in FIRST]
+    tokenizer.add_special_tokens({"additional_special_tokens": [*named, *IMAGES]})
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
         bos_token="<|extra_203|>",
         eos_token="<|extra_204|>",
         pad_token="<|endoftext|>",
@@ -57,9 +89,16 @@ def words() -> PreTrainedTokenizerFast:
             "eof_token": "<|extra_201|>",
         },
     )
-    codes = [f"<|visual token {code:06d}|>" for code in range(CODES)]
-    tokenizer.add_special_tokens({"additional_special_tokens": [*SPECIAL, *codes]})
-    return tokenizer
+
+
+def tiktoken_files(folder: Path) -> None:
+    """Write the same words as the original repository has them."""
+    byte = {character: number for number, character in bytes_to_unicode().items()}
+    ranks = sorted(bpe().get_vocab().items(), key=lambda item: item[1])
+    lines = (f"{base64.b64encode(bytes(byte[c] for c in token)).decode()} {rank}\n" for token, rank in ranks)
+    (folder / "emu3.tiktoken").write_text("".join(lines))
+    (folder / "emu3_vision_tokens.txt").write_text("\n".join(IMAGES) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Emu3Tokenizer"}))
 
 
 def emu3(folder: Path) -> Emu3ForConditionalGeneration:
@@ -149,4 +188,19 @@ def original(folder: Path, model: Emu3ForConditionalGeneration) -> None:
         "image_std": [0.5, 0.5, 0.6],
     }
     (beside / "preprocessor_config.json").write_text(json.dumps(limits))
-    words().save_pretrained(folder)
+    tiktoken_files(folder)
+
+
+def inner(folder: Path, source: Path) -> None:
+    """Write a checkpoint of transformers' layout with the names that its modules have, not those that it writes."""
+    shutil.copytree(source, folder)
+    weights = load_file(folder / "model.safetensors")
+    renamed = {_inner_name(name): tensor for name, tensor in weights.items()}
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _inner_name(name: str) -> str:
+    """In its first release the decoder was a causal language model of its own, with the head in it."""
+    if name == "text_model.lm_head.weight":
+        return "lm_head.weight"
+    return f"model.{name.replace('text_model.model.', 'text_model.', 1)}"

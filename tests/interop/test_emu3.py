@@ -20,7 +20,8 @@ import unimm
 from tests.interop.emu3_checkpoints import emu3, original
 from unimm.errors import UserError
 from unimm.interop.convert import convert
-from unimm.interop.emu3 import FIRST_TOKENS, NEGATIVE, POSITIVE, read_words
+from unimm.interop.emu3 import NEGATIVE, POSITIVE
+from unimm.interop.emu3_words import FIRST_TOKENS, read_words
 from unimm.pipeline import UniMM, describe
 from unimm.sampling.text import generate_text
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,12 +30,9 @@ from unimm.saving import no_progress, write_folder
 
 LAYOUTS = ("unimm", "transformers", "original")
 FAMILIES = {"janus": janus, "emu3": emu3}
-MODEL_TYPES = {  # of `config.json`: family and layout
-    "unimm": ("unimm", "unimm"),
-    "janus": ("janus", "transformers"),
-    "multi_modality": ("janus", "original"),
-    "emu3": ("emu3", "transformers"),
-    "Emu3": ("emu3", "original"),
+# of `config.json`: family and layout
+MODEL_TYPES = {"unimm": ("unimm", "unimm")} | {
+    kind: (name, layout) for name, family in FAMILIES.items() for kind, layout in family.MODEL_TYPES.items()
 }
 KEPT_FILE = "kept.safetensors"
 SOURCE_PREFIX = "source."  # of the files that a converted folder keeps of its source
@@ -63,7 +61,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def _beside(folder: Path) -> dict[str, Path]:
     """Further folders of a checkpoint, by the prefix that their tensors' names get."""
-    return emu3.beside(folder) if recognise(folder) == ("emu3", "original") else {}
+    family, layout = recognise(folder)
+    found: dict[str, Path] = {} if family == "unimm" else FAMILIES[family].beside(folder, layout)
+    return found
 
 
 def read_unimm_config(folder: Path, shapes: Mapping[str, Tensor]) -> UniMMConfig:
@@ -71,12 +71,20 @@ def read_unimm_config(folder: Path, shapes: Mapping[str, Tensor]) -> UniMMConfig
     family, layout = recognise(folder)
     if family == "unimm":
         return UniMMConfig.from_dict(read_json(folder / "config.json"))
-    config: UniMMConfig = FAMILIES[family].unimm_config(folder, layout, shapes)
+    try:
+        config: UniMMConfig = FAMILIES[family].unimm_config(folder, layout, shapes)
+    except UserError:
+        raise
+    except (StrictDataclassError, TypeError, ValueError, AttributeError) as error:
+        # a field of the wrong kind
+        raise UserError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from None
     return config
 
 
-def foreign_config(folder: Path) -> UniMMConfig:
-    """Return our configuration of a foreign checkpoint, whether its weights are there or not."""
+def read_config(folder: Path) -> UniMMConfig:
+    """Return our configuration of a checkpoint of any layout, whether its weights are there or not."""
+    if recognise(folder)[0] == "unimm":
+        return read_unimm_config(folder, {})
     try:
         with open_checkpoint(folder) as checkpoint:
             return read_unimm_config(folder, checkpoint.shapes)
@@ -90,8 +98,8 @@ def key_map(layout: str, config: UniMMConfig) -> KeyMap:
 
 
 def _family(config: UniMMConfig) -> ModuleType:
-    """The family whose layouts a model may be written in: its grammar decides."""
-    return FAMILIES["emu3" if config.layout.get("codes") else "janus"]
+    """The family whose layouts a model may be written in."""
+    return next(family for family in FAMILIES.values() if family.holds(config))
 
 
 def build_skeleton(config: UniMMConfig, tensors: int, where: Path) -> UniMMModel:
@@ -192,10 +200,12 @@ def convert(source: Path, folder: Path, to: str) -> None:
     with open_checkpoint(source) as checkpoint:
         ours = OurTensors(source, checkpoint)
         family, map_ = _family(ours.config), key_map(to, ours.config)
-        if to != "unimm":
-            family.check_writable(ours.config)
-
-        back = layout == to or getattr(ours.config, "source_layout", None) == to
+        processor = _processor(source, ours.config)
+        # A model that was saved again since has no files of its source's beside it any more.
+        filed = (source / f"{SOURCE_PREFIX}config.json").exists()
+        back = layout == to or (filed and getattr(ours.config, "source_layout", None) == to)
+        if to != "unimm" and not back:
+            family.check_writable(ours.config, processor, to, str(source))
         kept = _kept(source, ours, checkpoint) if back or to == "unimm" else {}
         subfolders: dict[str, str] = {} if to == "unimm" else family.SUBFOLDERS.get(to, {})
 
@@ -206,11 +216,10 @@ def convert(source: Path, folder: Path, to: str) -> None:
                 (target / name).mkdir()
                 _write_weights(target / name, _translated(ours, map_, prefix, subfolders))
             if to == "unimm":
-                _write_own_files(source, target, ours, kept)
+                _write_own_files(source, target, ours, processor, kept)
             elif back:
                 _copy_back(source, target, subfolders)
             else:
-                processor = _processor(source, ours.config)
                 family.write_files(ours.config, processor, target, to)
 
         write_folder(folder, write)
@@ -268,7 +277,9 @@ def _kept(source: Path, ours: OurTensors, checkpoint: Checkpoint) -> dict[str, T
     return {name: checkpoint[name].clone() for name in ours.kept}
 
 
-def _write_own_files(source: Path, target: Path, ours: OurTensors, kept: dict[str, Tensor]) -> None:
+def _write_own_files(
+    source: Path, target: Path, ours: OurTensors, processor: UniMMProcessor, kept: dict[str, Tensor]
+) -> None:
     """Write our configuration and processor, the source's small files and what we have no module for."""
     family, layout = recognise(source)
     if family == "unimm":
@@ -282,7 +293,7 @@ def _write_own_files(source: Path, target: Path, ours: OurTensors, kept: dict[st
             for file in _small_files(place, ""):
                 shutil.copyfile(file, target / f"{SOURCE_PREFIX}{name}{file.name}")
     ours.config.save_pretrained(target)
-    _processor(source, ours.config).save_pretrained(target)
+    processor.save_pretrained(target)
     if kept:
         save_file(kept, target / KEPT_FILE)
 

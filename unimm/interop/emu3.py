@@ -8,45 +8,64 @@ Sources: baaivision/Emu3 `emu3/mllm/`, `emu3/tokenizer/modeling_emu3visionvq.py`
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers.normalizers import NFC
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers import Emu3Config, Emu3ImageProcessor, Emu3Processor, GenerationConfig, LlamaConfig
+from transformers.models.emu3.configuration_emu3 import Emu3TextConfig, Emu3VQVAEConfig
 
 from unimm.configuration import UniMMConfig
 from unimm.errors import UserError
+from unimm.interop.emu3_words import TiktokenFiles, read_words, with_placeholder
+from unimm.interop.files import (
+    PICTURES_FILE,
+    normalisation,
+    picture_options,
+    read_chat_template,
+    write_json,
+)
 from unimm.interop.keymap import SAME, SQUEEZE, KeyMap, Op, Rule, under
 from unimm.interop.source import read_json
-from unimm.processing import PROCESSOR_FILE, Conversation, UniMMProcessor, read_tokenizer
+from unimm.processing import Conversation, UniMMProcessor
 
-PREPROCESSOR_FILE = "preprocessor_config.json"
+MODEL_TYPES = {"emu3": "transformers", "Emu3": "original"}  # of `config.json`: layout
 TOKENIZER_FOLDER = "Emu3-VisionTokenizer"
 VISION = "vision_tokenizer."  # prefix that its tensors get here
 SUBFOLDERS = {"original": {VISION: TOKENIZER_FOLDER}}  # by layout: prefix of the names, folder
-# where decoder, head and image tokenizer are; `first` is how transformers' first Emu3 checkpoints were written
+# Where decoder, head and image tokenizer are. transformers' model has the names of `inner` since its second release,
+# but goes on writing those of its first, and reads both.
 PREFIXES = {
     "original": ("model.", "", VISION),
-    "transformers": ("model.text_model.", "", "model.vqmodel."),
-    "first": ("text_model.model.", "text_model.", "vqmodel."),
+    "transformers": ("text_model.model.", "text_model.", "vqmodel."),
+    "inner": ("model.text_model.", "", "model.vqmodel."),
 }
-# the original tokenizer's tokens between its words and the images' (`emu3/mllm/tokenization_emu3.py`)
-FIRST_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    *(f"<|extra_{number}|>" for number in range(205)),
-)
 AREA = 720 * 720  # pixels of a drawing, unless asked otherwise
 POSITIVE = " masterpiece, film grained, best quality."
 NEGATIVE = (
     "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst "
     "quality, low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
 )
+
+USER, ASSISTANT, STOPPED = "USER: ", "ASSISTANT:", ". "
+# Turns as `Conversation` has them, for transformers' processor: images first; END is what follows a question.
+CHAT_TEMPLATE = """{%- for message in messages -%}
+{{- '' if message['role'] == 'system' else message['role'].upper() + ': ' -}}
+{%- for part in message['content'] if part['type'] == 'image' -%}
+{{- '<image>' -}}
+{%- endfor -%}
+{%- for part in message['content'] if part['type'] == 'text' -%}
+{{- (part['text'] | trim) + ('END' if message['role'] == 'user' else ' ') -}}
+{%- endfor -%}
+{%- endfor -%}
+{{- 'ASSISTANT:' if add_generation_prompt else '' -}}
+"""
+_TEXT_FIELDS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps",
+    "use_cache", "attention_dropout",
+)  # fmt: skip
 
 
 def _residual(ours: str, theirs: str) -> list[Rule]:
@@ -152,10 +171,11 @@ def tokenizer_options(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def key_map(layout: str, config: UniMMConfig) -> KeyMap:
-    """Return the key map of the whole model: `original`, `transformers`, or `transformers` as it was at first."""
+    """Return the key map of the whole model in the `original` or the `transformers` layout."""
     assert config.image_tokenizer is not None
     levels = len(config.image_tokenizer["block_out_channels"])
-    text, head, images = PREFIXES[getattr(config, "source_keys", None) or layout]
+    names = (getattr(config, "source_keys", None) if layout == "transformers" else None) or layout
+    text, head, images = PREFIXES[names]
     tokenizer = tokenizer_map(layout, levels).rules
     return KeyMap(
         rules=(
@@ -186,20 +206,23 @@ def unimm_config(folder: Path, layout: str, shapes: Mapping[str, Tensor]) -> Uni
     text: Any
     codes: Any
     if layout == "original":
-        places.append(beside(folder)[VISION])
+        places.append(beside(folder, layout)[VISION])
         text, codes = config, read_json(places[1] / "config.json")
     else:
         text, codes = (config.get(part) for part in ("text_config", "vq_config"))
     if not isinstance(text, dict) or not isinstance(codes, dict):
         raise UserError(f"{path}: text_config and vq_config are missing; this is no whole Emu3 checkpoint")
-    tokenizer = {"model_type": "unimm_movq", **tokenizer_options(codes, str(path))}
+    if layout == "transformers":  # which leaves out what is as by default
+        codes = Emu3VQVAEConfig(**codes).to_dict()
+    where = path if layout == "transformers" else places[-1] / path.name
+    tokenizer = {"model_type": "unimm_movq", **tokenizer_options(codes, str(where))}
     stride = 2 ** (len(tokenizer["block_out_channels"]) - 1)
     side = max(round(AREA**0.5 / stride), 1)
     words = read_words(folder)
     decoder = _decoder(text, config, words)
     keys: dict[str, Any] = {}
-    if any(name.startswith("text_model.") for name in shapes):
-        keys["source_keys"] = "first"
+    if any(name.startswith("model.text_model.") for name in shapes):
+        keys["source_keys"] = "inner"
     return UniMMConfig(
         decoder=decoder,
         generation={
@@ -214,8 +237,8 @@ def unimm_config(folder: Path, layout: str, shapes: Mapping[str, Tensor]) -> Uni
         layout=_layout(words, tokenizer["codebook_size"], decoder["vocab_size"], side, folder),
         conversation=vars(
             Conversation(
-                user="USER: ",
-                assistant=" ASSISTANT:" if layout == "transformers" else ". ASSISTANT:",
+                user=USER,
+                assistant=_assistant(folder, layout),
                 system="You are a helpful assistant. ",
                 bare_drawings=True,
                 praise=POSITIVE,
@@ -227,33 +250,20 @@ def unimm_config(folder: Path, layout: str, shapes: Mapping[str, Tensor]) -> Uni
     )
 
 
-def read_words(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the checkpoint's text tokenizer; the original's, which is code of its own, is read from its two files.
-
-    Raises:
-        UserError: the original's files are there, but the package that reads them is not.
-    """
-    ranks = folder / "emu3.tiktoken"
-    if not ranks.exists() or (folder / "tokenizer.json").exists():
-        return read_tokenizer(folder)
-    if importlib.util.find_spec("tiktoken") is None:
-        raise UserError(f"{ranks}: needs the package tiktoken; install it (pip install tiktoken)")
-    images = (folder / "emu3_vision_tokens.txt").read_text(encoding="utf-8").split("\n")
-    special = [*FIRST_TOKENS, *(token.strip() for token in images if token.strip())]
-    converter = TikTokenConverter(str(ranks), extra_special_tokens=special)
-    converter.pattern = converter.pattern.replace(r"\p{N}{1,3}", r"\p{N}")  # digits one by one
-    tokenizer = converter.converted()
-    tokenizer.normalizer = NFC()
-    names = {"bos_token": "<|extra_203|>", "eos_token": "<|extra_204|>", "pad_token": "<|endoftext|>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+def _assistant(folder: Path, layout: str) -> str:
+    """What closes a question: in the original a full stop comes first, in transformers' template none."""
+    stop = layout == "original" or f"'{STOPPED}'" in read_chat_template(folder)
+    return (STOPPED if stop else " ") + ASSISTANT
 
 
-def beside(folder: Path) -> dict[str, Path]:
-    """Return the folders of further weights of the original layout, by the prefix that their tensors get.
+def beside(folder: Path, layout: str) -> dict[str, Path]:
+    """Return the folders of further weights, by the prefix that their tensors get; only the original has one.
 
     Raises:
         UserError: the vision tokenizer is neither in the folder nor beside it.
     """
+    if layout != "original":
+        return {}
     for place in (folder / TOKENIZER_FOLDER, folder.parent / TOKENIZER_FOLDER):
         if place.is_dir():
             return {VISION: place}
@@ -261,25 +271,21 @@ def beside(folder: Path) -> dict[str, Path]:
 
 
 def _decoder(text: Mapping[str, Any], config: Mapping[str, Any], words: Any) -> dict[str, Any]:
-    """Emu3's decoder is Llama's; only its defaults differ."""
-    known = LlamaConfig().to_dict().keys() | {"rope_theta", "rope_scaling"}
-    dropped = ("model_type", "architectures", "transformers_version", "auto_map", "pad_token_id")
-    options = {key: value for key, value in text.items() if key in known and key not in dropped}
-    options.setdefault("tie_word_embeddings", config.get("tie_word_embeddings", False))
-    return LlamaConfig(**options, pad_token_id=words.pad_token_id).to_dict()
+    """Emu3's decoder is Llama's; only its defaults differ, and what is as by default need not be written."""
+    own = ("model_type", "architectures", "transformers_version", "auto_map", "pad_token_id")
+    given = {key: value for key, value in text.items() if key not in own}
+    full = Emu3TextConfig(**given, pad_token_id=words.pad_token_id).to_dict()
+    known = LlamaConfig().to_dict().keys()
+    options = {key: value for key, value in full.items() if key in known and key not in own[:-1]}
+    options["tie_word_embeddings"] = config.get("tie_word_embeddings", full["tie_word_embeddings"])
+    return LlamaConfig(**options).to_dict()
 
 
 def _pictures(places: Sequence[Path]) -> dict[str, Any]:
     """Limits and normalisation of the pictures to understand, from the first of these folders that says them."""
-    found = [place / name for place in places for name in (PREPROCESSOR_FILE, PROCESSOR_FILE)]
-    documents = [read_json(path) for path in found if path.exists()]
-    known = [document.get("image_processor", document) for document in documents]
-    options: dict[str, Any] = next((document for document in known if "min_pixels" in document), {})
-    return {
-        "area": (options.get("min_pixels", 512 * 512), options.get("max_pixels", 1024 * 1024)),
-        "mean": tuple(options.get("image_mean") or (0.5, 0.5, 0.5)),
-        "std": tuple(options.get("image_std") or (0.5, 0.5, 0.5)),
-    }
+    options = picture_options(*places, key="min_pixels")
+    area = (options.get("min_pixels", 512 * 512), options.get("max_pixels", 1024 * 1024))
+    return {"area": area, **normalisation(options)}
 
 
 def _layout(words: Any, codes: int, vocabulary: int, side: int, folder: Path) -> dict[str, Any]:
@@ -309,12 +315,147 @@ def _layout(words: Any, codes: int, vocabulary: int, side: int, folder: Path) ->
     }
 
 
-def check_writable(config: UniMMConfig) -> None:
-    """Raise a `UserError` if a model has what Emu3's layouts have no place for."""
-    if config.vision is not None or (config.image_tokenizer or {}).get("model_type") != "unimm_movq":
+def holds(config: UniMMConfig) -> bool:
+    """Whether a model is of this family: its codes are tokens."""
+    return bool(config.layout.get("codes"))
+
+
+def check_writable(config: UniMMConfig, processor: UniMMProcessor, layout: str, where: str) -> None:
+    """Check that a layout has a place for all that a model has.
+
+    Raises:
+        UserError: a line that names what there is no place for.
+    """
+    codes, turn, kind = config.image_tokenizer or {}, processor.conversation, config.decoder["model_type"]
+    if config.vision is not None or codes.get("model_type") != "unimm_movq":
         raise UserError("--to: Emu3's layouts hold a decoder and a MoVQ tokenizer, and nothing else")
+    if kind != "llama":
+        raise UserError(f"--to: Emu3's layouts hold a decoder of the kind 'llama', this one is {kind!r}")
+    if any(width % codes["block_out_channels"][0] for width in codes["block_out_channels"]):
+        raise UserError("--to: Emu3's layouts say channels as multiples of the image tokenizer's first")
+    if turn.user != USER or turn.assistant not in (f" {ASSISTANT}", STOPPED + ASSISTANT):
+        raise UserError(
+            f"--to: Emu3's layouts write turns as {USER!r} and {ASSISTANT!r}, this model does not"
+        )
+    if layout == "transformers":
+        with_placeholder(processor.tokenizer, where)
+        return
+    TiktokenFiles.of(processor.tokenizer, where)
+    own = config.decoder_config()
+    foreign = {
+        "attention_bias": own.attention_bias,
+        "mlp_bias": own.mlp_bias,
+        "head_dim": own.head_dim != own.hidden_size // own.num_attention_heads,
+        "rope_parameters": own.rope_parameters["rope_type"] not in ("default", "linear", "dynamic"),
+    }
+    if found := [name for name, present in foreign.items() if present]:
+        raise UserError(f"--to: Emu3's original layout has no place for this decoder's {', '.join(found)}")
 
 
 def write_files(config: UniMMConfig, processor: UniMMProcessor, folder: Path, layout: str) -> None:
-    """Refuse, until the layouts can be written for a model that does not come from them."""
-    raise UserError(f"--to: an Emu3 checkpoint can only go back to the layout it came from, not to {layout}")
+    """Write the files beside the weights, for a model that does not come from this layout."""
+    if layout == "original":
+        _write_original(config, processor, folder)
+    else:
+        _write_transformers(config, processor, folder)
+    GenerationConfig(
+        bos_token_id=processor.bos,
+        eos_token_id=processor.eos,
+        pad_token_id=processor.pad,
+        do_sample=True,
+        top_k=2048,
+    ).save_pretrained(folder)
+
+
+def _picture_options(config: UniMMConfig) -> dict[str, Any]:
+    generation = config.generation_config()
+    assert generation is not None and generation.area is not None
+    return {
+        "min_pixels": generation.area[0],
+        "max_pixels": generation.area[1],
+        "spatial_factor": generation.stride,
+        "image_mean": list(generation.mean),
+        "image_std": list(generation.std),
+    }
+
+
+def _channels(codes: Mapping[str, Any]) -> tuple[int, list[int]]:
+    """The first level's channels and each level's as a multiple of them."""
+    first = codes["block_out_channels"][0]
+    return first, [channels // first for channels in codes["block_out_channels"]]
+
+
+def _write_transformers(config: UniMMConfig, processor: UniMMProcessor, folder: Path) -> None:
+    codes = config.image_tokenizer
+    assert codes is not None
+    words = with_placeholder(processor.tokenizer, str(folder))
+    first, multiples = _channels(codes)
+    own = ("model_type", "architectures", "transformers_version", "pretraining_tp", "_name_or_path")
+    Emu3Config(
+        text_config={key: value for key, value in config.decoder.items() if key not in own},
+        vq_config={
+            "codebook_size": codes["codebook_size"],
+            "embed_dim": codes["latent_channels"],
+            "latent_channels": codes["latent_channels"],
+            "temporal_downsample_factor": 2 ** codes["halvings"],
+            "base_channels": first,
+            "channel_multiplier": multiples,
+            "num_res_blocks": codes["layers_per_block"],
+            "attn_resolutions": codes["attention_levels"],
+            "hidden_size": codes["block_out_channels"][-1],
+        },
+        vocabulary_map=words.get_vocab(),
+        tie_word_embeddings=config.tie_word_embeddings,
+        architectures=["Emu3ForConditionalGeneration"],
+    ).save_pretrained(folder)
+    template = CHAT_TEMPLATE.replace("END", processor.conversation.assistant.removesuffix(ASSISTANT))
+    Emu3Processor(
+        Emu3ImageProcessor(**_picture_options(config)), words, chat_template=template
+    ).save_pretrained(folder)
+
+
+def _write_original(config: UniMMConfig, processor: UniMMProcessor, folder: Path) -> None:
+    codes, decoder, layout = config.image_tokenizer, config.decoder_config(), processor.layout
+    assert codes is not None
+    TiktokenFiles.of(processor.tokenizer, str(folder)).write(folder)
+    rope = decoder.rope_parameters
+    scaling = {"type": rope["rope_type"], "factor": rope.get("factor")}
+    text = {name: getattr(decoder, name) for name in _TEXT_FIELDS}
+    document = {
+        "architectures": ["Emu3ForCausalLM"],
+        "model_type": "Emu3",
+        **text,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if rope["rope_type"] == "default" else scaling,
+        "bos_token_id": processor.bos,
+        "eos_token_id": processor.eos,
+        "pad_token_id": processor.pad,
+        "img_token_id": layout.wrapper,
+        "boi_token_id": layout.begin,
+        "eoi_token_id": layout.end,
+        "eol_token_id": layout.end_of_line,
+        "eof_token_id": layout.end_of_frame,
+        "image_area": AREA,
+    }
+    write_json(folder / "config.json", document)
+    first, multiples = _channels(codes)
+    sizes = {
+        "architectures": ["Emu3VisionVQModel"],
+        "model_type": "Emu3VisionVQ",
+        "codebook_size": codes["codebook_size"],
+        "embed_dim": codes["latent_channels"],
+        "z_channels": codes["latent_channels"],
+        "double_z": False,
+        "in_channels": 3,
+        "out_channels": 3,
+        "temporal_downsample_factor": 2 ** codes["halvings"],
+        "ch": first,
+        "ch_mult": multiples,
+        "num_res_blocks": codes["layers_per_block"],
+        "attn_resolutions": codes["attention_levels"],
+        "dropout": 0.0,
+    }
+    write_json(folder / TOKENIZER_FOLDER / "config.json", sizes)
+    pictures = {"image_processor_type": "Emu3VisionVQImageProcessor", **_picture_options(config)}
+    write_json(folder / TOKENIZER_FOLDER / PICTURES_FILE, pictures)

@@ -6,7 +6,6 @@ transformers `models/janus`. The original's vision tower has timm's own keys, so
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,10 +24,19 @@ from transformers import (
 from unimm.configuration import UniMMConfig
 from unimm.errors import UserError
 from unimm.interop import llamagen
+from unimm.interop.files import (
+    PICTURES_FILE,
+    normalisation,
+    picture_options,
+    read_chat_template,
+    read_optional,
+    write_json,
+)
 from unimm.interop.keymap import LEAD, STACK, KeyMap, Rule, under
 from unimm.interop.source import read_json
 from unimm.processing import MIN_SIDE, PROCESSOR_FILE, Conversation, UniMMProcessor, read_tokenizer
 
+MODEL_TYPES = {"janus": "transformers", "multi_modality": "original"}  # of `config.json`: layout
 VISION_ARCHITECTURE = "vit_large_patch16_siglip_384"
 SUBFOLDERS: dict[str, dict[str, str]] = {}  # all is in one folder
 TOWERS: dict[str, dict[str, Any]] = {
@@ -191,33 +199,19 @@ def _token(words: Any, token: str, folder: Path) -> int:
 
 def _normalisation(folder: Path) -> dict[str, Any]:
     """Mean, deviation and padding of the pictures to understand."""
-    options = _optional(folder / "preprocessor_config.json")
-    options = options or _optional(folder / PROCESSOR_FILE).get("image_processor") or {}
-    mean = tuple(options.get("image_mean") or (0.5, 0.5, 0.5))
-    std = tuple(options.get("image_std") or (0.5, 0.5, 0.5))
-    return {"mean": mean, "std": std, "pad_value": tuple(int(level * 255) for level in mean)}
-
-
-def _optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
+    read = normalisation(picture_options(folder))
+    return {**read, "pad_value": tuple(int(level * 255) for level in read["mean"])}
 
 
 def _conversation(folder: Path, layout: str) -> Conversation:
     """The turns that a checkpoint was trained on."""
-    options = _optional(folder / PROCESSOR_FILE)
+    options = read_optional(folder / PROCESSOR_FILE)
     if layout == "original":
         old = options.get("sft_format", "deepseek") == "deepseek_old"
         return Conversation.deepseek(*ROLES[old], SYSTEM)
-    template = _chat_template(folder)
+    template = read_chat_template(folder)
     old = bool(template) and ROLES[False][0] not in template
     return Conversation.deepseek(*ROLES[old], SYSTEM if options.get("use_default_system_prompt") else "")
-
-
-def _chat_template(folder: Path) -> str:
-    for name in ("chat_template.jinja", "chat_template.json"):
-        if (folder / name).exists():
-            return (folder / name).read_text(encoding="utf-8")
-    return ""
 
 
 def _original_parts(config: dict[str, Any], shapes: Mapping[str, Tensor], where: str) -> dict[str, Any]:
@@ -322,8 +316,22 @@ def _generation(tokenizer: dict[str, Any], image_size: int, depth: int, head_wid
     }
 
 
-def check_writable(config: UniMMConfig) -> None:
-    """Raise a `UserError` if a model has what Janus's layouts have no place for."""
+def beside(folder: Path, layout: str) -> dict[str, Path]:
+    """Return the folders of further weights: none, all is in one."""
+    return {}
+
+
+def holds(config: UniMMConfig) -> bool:
+    """Whether a model is of this family: its codes have a vocabulary of their own."""
+    return not config.layout.get("codes")
+
+
+def check_writable(config: UniMMConfig, processor: UniMMProcessor, layout: str, where: str) -> None:
+    """Check that Janus's layouts have a place for all that a model has.
+
+    Raises:
+        UserError: a line that names what there is no place for.
+    """
     vision, generation = config.vision_config(), config.generation_config()
     if vision is None or generation is None:
         raise UserError("--to: this model cannot both understand and draw, and Janus's layouts need both")
@@ -346,10 +354,6 @@ def write_files(config: UniMMConfig, processor: UniMMProcessor, folder: Path, la
         _write_original(config, processor, folder)
     else:
         _write_transformers(config, processor, folder)
-
-
-def _write_json(path: Path, document: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _is_old(processor: UniMMProcessor) -> bool:
@@ -392,13 +396,11 @@ def _write_original(config: UniMMConfig, processor: UniMMProcessor, folder: Path
             "params": {"image_token_size": generation.codes, "n_embed": generation.dim},
         },
     }
-    _write_json(folder / "config.json", document)
+    write_json(folder / "config.json", document)
     mean, std = list(processor.mean), list(processor.std)
     pictures = {"image_size": vision.image_size, "image_mean": mean, "image_std": std, "min_size": MIN_SIDE}
-    _write_json(
-        folder / "preprocessor_config.json", {"image_processor_type": "VLMImageProcessor", **pictures}
-    )
-    _write_json(
+    write_json(folder / PICTURES_FILE, {"image_processor_type": "VLMImageProcessor", **pictures})
+    write_json(
         folder / PROCESSOR_FILE,
         {
             "processor_class": "VLChatProcessor",
@@ -453,7 +455,7 @@ def _write_transformers(config: UniMMConfig, processor: UniMMProcessor, folder: 
     ).save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     names = {"image_token": FEATURE, "boi_token": BEGIN, "eoi_token": END}
-    _write_json(path, read_json(path) | {"extra_special_tokens": names})
+    write_json(path, read_json(path) | {"extra_special_tokens": names})
     size = {"height": vision.image_size, "width": vision.image_size}
     pictures = JanusImageProcessor(size=size, image_mean=list(processor.mean), image_std=list(processor.std))
     user, assistant = ROLES[_is_old(processor)]

@@ -111,8 +111,9 @@ class Checkpoint(Mapping[str, Tensor]):
                 views = {name: source.get_slice(name) for name in source.keys()}  # noqa: SIM118, no mapping
                 shapes = {name: (view.get_shape(), view.get_dtype()) for name, view in views.items()}
         except (SafetensorError, OSError, ValueError) as error:
+            size = f"{file.stat().st_size} bytes long"
             raise UserError(
-                f"{file}: truncated or damaged, or no safetensors file ({_line(error)})"
+                f"{file}: truncated or damaged, or no safetensors file ({_line(error)}; it is {size})"
             ) from None
         for name, (_, dtype) in shapes.items():
             if dtype not in _DTYPES:
@@ -137,6 +138,16 @@ class Checkpoint(Mapping[str, Tensor]):
         return {name: (content, tensor.to("meta")) for name, tensor in content.items()}
 
 
+def check_weights(folder: Path) -> None:
+    """Check that every weight file of a folder is there and as long as its header says.
+
+    Raises:
+        UserError: a line that names the file.
+    """
+    with Checkpoint(folder):
+        pass
+
+
 def weight_files(path: Path) -> list[Path]:
     """Return the files that hold a checkpoint's tensors, whatever its layout.
 
@@ -152,7 +163,8 @@ def weight_files(path: Path) -> list[Path]:
     for single in SINGLES:
         if (path / single).exists():
             return [path / single]
-    raise NoWeightsError(f"{path}: no weights; expected one of {', '.join((*SINGLES, *INDEXES))}")
+    others = ", ".join((*SINGLES[1:], *INDEXES))
+    raise NoWeightsError(f"{path / SINGLES[0]}: missing, and so are {others}; the folder holds no weights")
 
 
 def _indexed(folder: Path, index: Path) -> list[Path]:
