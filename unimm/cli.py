@@ -212,6 +212,8 @@ def _draw_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-n", type=_positive, default=1, metavar="N", help="drawings of each prompt (default: 1)"
     )
+    image = "a picture that goes with every prompt; may be given several times"
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help=image)
     parser.add_argument("--seed", type=int, help="the same seed draws the same pictures")
     parser.add_argument("--guidance-scale", type=float, default=5.0, metavar="X", help="default: 5")
     parser.add_argument(
@@ -224,8 +226,9 @@ def _draw_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _draw(options: Options) -> Any:
-    from unimm.images import save_image
+    from unimm.images import read_image, save_image
 
+    pictures = [read_image(path) for path in options.image]
     folder = Path(options.output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -246,6 +249,7 @@ def _draw(options: Options) -> Any:
             seed=seed,
             size=options.size,
             on_progress=report,
+            images=[pictures] * len(options.prompts),
         )
     rows = []
     for index, drawing in enumerate(drawings):

@@ -29,6 +29,11 @@ Picture: TypeAlias = "str | Path | Image.Image"
 EMBEDDED = "embedded"  # folder of the model that ships with the package
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Progress: TypeAlias = Callable[[int, int], None]
+Pictures: TypeAlias = "Picture | Sequence[Picture | Sequence[Picture] | None] | None"
+"""What goes with prompts for drawings: one picture for all, or for each prompt a picture, several, or None."""
+PICTURES_NOTE = (
+    "images: published models and our recipes learn to draw from words alone; expect little of pictures"
+)
 
 
 class UniMM:
@@ -135,6 +140,7 @@ class UniMM:
         size: tuple[int, int] | None = None,
         return_codes: bool = False,
         on_progress: Progress | None = None,
+        images: Pictures = None,
     ) -> Any:
         """Draw pictures.
 
@@ -150,47 +156,45 @@ class UniMM:
             size: (width, height) in pixels; the model's own if left out.
             return_codes: also return the codes.
             on_progress: called with codes done and codes in all.
+            images: a picture that goes with every prompt, or one entry for each prompt: a picture, a list of
+                pictures, or None. They stand before the prompt's words, as `ask` puts them. Guidance steers away
+                from what it always does, and from the pictures too: from the prompt with all but its first and
+                last token blanked, features included (Janus), or from the negative prompt alone (Emu3).
 
         Returns:
             A list of PIL images; with `return_codes` also their codes, int64 [B, h, w].
 
         Raises:
-            UserError: a prompt is empty or too long, or an option makes no sense.
+            UserError: a prompt is empty or too long, a picture cannot be read, the model cannot look at pictures,
+                or an option makes no sense.
         """
         check_options(guidance_scale, temperature, top_k, top_p)
         if n < 1:
             raise UserError(f"n: {n}; give 1 or more")
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        texts = [text for text in texts for _ in range(n)]
+        shown = _entries(images, len(texts))
         tokenizer, grid = self.image_tokenizer, self._grid(size)
         steps = grid[0] * grid[1]
-        for text in texts:  # all are checked before the first is drawn
-            self.processor.drawing_ids(text, grid)
+        for text, pictures in zip(texts, shown, strict=True):  # all are checked before the first is drawn
+            self.processor.drawing_inputs(text, pictures, grid)
+        if any(shown):
+            warnings.warn(PICTURES_NOTE, UserNote, stacklevel=2)
+        texts = [text for text in texts for _ in range(n)]
+        shown = [pictures for pictures in shown for _ in range(n)]
         uniforms = streams(seed, len(texts), steps)
+        options = (guidance_scale, temperature, top_k, top_p, grid)
         codes = [torch.empty((0, *grid), dtype=torch.long, device=self.model.device)]
         for start in range(0, len(texts), self.batch_size):
             part = slice(start, start + self.batch_size)
-            report = None
+            rows, report = (texts[part], uniforms[part]), None
             if on_progress is not None:
-                done, size_of_part, total = start * steps, len(texts[part]), len(texts) * steps
-                report = _reporter(on_progress, done, size_of_part, total)
-            codes.append(
-                sample_codes(
-                    self.model,
-                    self.processor,
-                    texts[part],
-                    uniforms[part],
-                    guidance_scale,
-                    temperature,
-                    top_k,
-                    top_p,
-                    grid,
-                    report,
-                )
-            )
+                report = _reporter(on_progress, start * steps, len(rows[0]), len(texts) * steps)
+            codes.append(sample_codes(self.model, self.processor, *rows, *options, report, shown[part]))
         drawn = torch.cat(codes)
-        images = [image for part in drawn.split(self.batch_size) for image in self._pictures(tokenizer, part)]
-        return (images, drawn) if return_codes else images
+        drawings = [
+            image for part in drawn.split(self.batch_size) for image in self._pictures(tokenizer, part)
+        ]
+        return (drawings, drawn) if return_codes else drawings
 
     def _pictures(self, tokenizer: ImageTokenizer | MoVQTokenizer, codes: Tensor) -> list[Image.Image]:
         return self.processor.to_images(tokenizer.decode(codes)) if len(codes) else []
@@ -230,6 +234,16 @@ class UniMM:
             self.processor.save_pretrained(target)
 
         write_folder(Path(folder), write)
+
+
+def _entries(images: Pictures, prompts: int) -> list[list[Picture]]:
+    """Return the pictures of each prompt."""
+    if images is None or isinstance(images, str | Path | Image.Image):
+        return [[] if images is None else [images]] * prompts
+    if len(images) != prompts:
+        raise UserError(f"images: {len(images)} entries for {prompts} prompts; give one for each, or None")
+    entries: list[Picture | Sequence[Picture]] = [[] if entry is None else entry for entry in images]
+    return [[entry] if isinstance(entry, str | Path | Image.Image) else list(entry) for entry in entries]
 
 
 def _reporter(report: Progress, done: int, images: int, total: int) -> Callable[[int], None]:

@@ -176,7 +176,12 @@ class UniMMProcessor:
     def opening(self, images: Sequence[Grid]) -> list[Part]:
         """Return what comes before a question, in parts: the system's words, the user's mark, the images."""
         turn = self.conversation
-        parts: list[Part] = [[self.bos], *self.marks(turn.system), *self.marks(turn.user)]
+        return [[self.bos], *self.marks(turn.system), *self.marks(turn.user), *self.pictures(images)]
+
+    def pictures(self, images: Sequence[Grid]) -> list[Part]:
+        """Return the images of a prompt in parts, as they stand before its words."""
+        turn = self.conversation
+        parts: list[Part] = []
         for number, grid in enumerate(images):
             before = self.marks(turn.between_images) if number else []
             parts += [*before, *self.layout.understanding(*grid), *self.marks(turn.after_image)]
@@ -200,26 +205,45 @@ class UniMMProcessor:
             )
         return ids
 
-    def drawing_ids(self, prompt: str, grid: Grid | None = None) -> list[int]:
+    def drawing_ids(self, prompt: str, grid: Grid | None = None, images: Sequence[Grid] = ()) -> list[int]:
         """Return a prompt for a drawing of this grid of codes, up to its first code.
+
+        Args:
+            prompt: the user's words.
+            grid: (rows, columns) of the drawing's codes, by default the layout's.
+            images: (rows, columns) of each image that comes before the words, as in a question.
 
         Raises:
             UserError: the prompt is empty or leaves too little room in the context.
         """
         if not prompt.strip():
             raise UserError("prompt: empty; say what to draw")
-        return self._drawing_ids(prompt.strip() + self.conversation.praise, grid or self.layout.grid)
+        praised = prompt.strip() + self.conversation.praise
+        return self._drawing_ids(praised, grid or self.layout.grid, images)
 
-    def _drawing_ids(self, prompt: str, grid: Grid) -> list[int]:
+    def _drawing_ids(self, prompt: str, grid: Grid, images: Sequence[Grid] = ()) -> list[int]:
         turn, steps = self.conversation, len(self.layout.drawing_steps(*grid))
-        asked: list[Part] = [prompt]
+        asked: list[Part] = [*self.pictures(images), prompt]
         if not turn.bare_drawings:
-            asked = [*self.marks(turn.user), prompt, *self.marks(turn.assistant)]
+            asked = [*self.marks(turn.user), *asked, *self.marks(turn.assistant)]
         ids = self.ids([self.bos], *asked, *self.layout.opening(*grid))
         if len(ids) + steps > self.context:
             room = self.context - steps
-            raise UserError(f"prompt: {len(ids)} tokens, a drawing leaves room for {room}; shorten it")
+            what, way = (" with its images", "; shorten it or give fewer") if images else ("", "; shorten it")
+            raise UserError(f"prompt: {len(ids)} tokens{what}, a drawing leaves room for {room}{way}")
         return ids
+
+    def drawing_inputs(
+        self, prompt: str, images: Sequence[str | Path | Image.Image] = (), grid: Grid | None = None
+    ) -> BatchFeature:
+        """Return one prompt for a drawing, with the images that come before its words: ids [1, T] and pixels.
+
+        Raises:
+            UserError: the prompt cannot be drawn, an image cannot be read, or the model cannot look at it.
+        """
+        seen, grids = self._seen(images)
+        ids = self.drawing_ids(prompt, grid, grids)
+        return BatchFeature({"input_ids": torch.tensor([ids]), **seen})
 
     def unconditional_ids(self, prompt_ids: Sequence[int], grid: Grid | None = None) -> list[int]:
         """Return what guidance steers away from: a prompt of its own, or this one with all but its ends made pad."""
@@ -259,7 +283,8 @@ class UniMMProcessor:
             Float [N, 3, H, W], padded with 0 on the right and below to the largest, and int64 [N, 2]: the height
             and width of each, which are multiples of the stride and of an area within the model's limits.
         """
-        assert self.area is not None
+        if self.area is None:
+            raise UserError("images: this model was not made to look at pictures")
         resized = []
         for image in images:
             picture = read_image(image)
@@ -283,14 +308,7 @@ class UniMMProcessor:
         self, questions: Sequence[str], images: Sequence[Sequence[str | Path | Image.Image]]
     ) -> BatchFeature:
         """Return a batch of questions, each with its own images, padded on the left."""
-        flat = [picture for pictures in images for picture in pictures]
-        seen: dict[str, Tensor] = {}
-        grids: list[Grid] = [self.layout.grid] * len(flat)
-        if flat and self.layout.shared:
-            seen["pixel_values"], seen["image_sizes"] = self.sized_pixels(flat)
-            grids = [(h // self.stride, w // self.stride) for h, w in seen["image_sizes"].tolist()]
-        elif flat:
-            seen["pixel_values"] = self.pixels(flat)
+        seen, grids = self._seen([picture for pictures in images for picture in pictures])
         left = iter(grids)
         rows = [
             self.question_ids(text, [next(left) for _ in pictures])
@@ -298,6 +316,16 @@ class UniMMProcessor:
         ]
         input_ids, attention_mask = self.pad_left(rows)
         return BatchFeature({"input_ids": input_ids, "attention_mask": attention_mask, **seen})
+
+    def _seen(self, images: Sequence[str | Path | Image.Image]) -> tuple[dict[str, Tensor], list[Grid]]:
+        """Return images to understand as the model takes them, and the (rows, columns) of each in the stream."""
+        if not images:
+            return {}, []
+        if not self.layout.shared:
+            return {"pixel_values": self.pixels(images)}, [self.layout.grid] * len(images)
+        pixels, sizes = self.sized_pixels(images)
+        grids = [(height // self.stride, width // self.stride) for height, width in sizes.tolist()]
+        return {"pixel_values": pixels, "image_sizes": sizes}, grids
 
     def decode_text(self, ids: Tensor) -> list[str]:
         """Return the text of generated rows [B, T]."""

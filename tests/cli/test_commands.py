@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from unimm.errors import UserNote
 from unimm.pipeline import load
 
 
@@ -62,6 +63,17 @@ def test_draw_passes_its_options_on(unimm, tiny: Path, tmp_path: Path) -> None:
     greedy = load(tiny).draw(["hi"], guidance_scale=2, temperature=0)[0]
     with Image.open(row["image"]) as image:
         assert np.array_equal(np.asarray(image), np.asarray(greedy))
+
+
+def test_draw_from_pictures(unimm, tiny: Path, tmp_path: Path, picture: Path) -> None:
+    options = ["--image", picture, "--image", picture, "--seed", 7, "-o", tmp_path / "new", "--model", tiny]
+    done = unimm("draw", "hi", "what?", *options, "--json")
+    assert done.code == 0 and done.err.startswith("unimm: note: images: ") and done.err.count("\n") == 1
+    with pytest.warns(UserNote):
+        drawings = load(tiny).draw(["hi", "what?"], images=[[picture] * 2] * 2, seed=7)
+    for row, drawing in zip(json.loads(done.out), drawings, strict=True):
+        with Image.open(row["image"]) as image:
+            assert np.array_equal(np.asarray(image), np.asarray(drawing))
 
 
 def test_info_tells_parts_and_parameters(unimm, tiny: Path) -> None:
@@ -121,6 +133,7 @@ def test_question_that_is_a_file_was_forgotten(unimm, picture: Path) -> None:
         (["a", "-n", "0"], "expected a whole number of at least 1"),
         (["a", "--device", "abacus"], "device: 'abacus'"),
         (["a", "--dtype", "int3"], "dtype: 'int3'"),
+        (["a", "--image", "nothing.png"], "nothing.png: no such file"),
         (["a", "--colour"], "unrecognized arguments: --colour"),
         ([], "required: PROMPT"),
     ],
