@@ -137,12 +137,18 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 ... (default: auto)")
 
 
+def _quantize_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quantize", metavar="HOW", help="int8: weights of a quarter of the size")
+
+
 def _load(options: Options) -> Any:
     import unimm
 
     hide_loading_bars()
     with progress("loading the model"):
-        return unimm.load(options.model, device=options.device, dtype=options.dtype)
+        return unimm.load(
+            options.model, device=options.device, dtype=options.dtype, quantize=options.quantize
+        )
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -169,6 +175,7 @@ def _show_demo(report: dict[str, Any]) -> None:
 def _caption_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
     _model_arguments(parser)
+    _quantize_argument(parser)
 
 
 def _caption(options: Options) -> Any:
@@ -193,6 +200,7 @@ def _ask_arguments(parser: argparse.ArgumentParser) -> None:
         "items", nargs="+", metavar="IMAGE ... QUESTION", help="picture files, then one question"
     )
     _model_arguments(parser)
+    _quantize_argument(parser)
 
 
 def _ask(options: Options) -> Any:
@@ -223,6 +231,7 @@ def _draw_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, metavar="P", help="sample among codes that make up P")
     parser.add_argument("--size", type=_size, metavar="WxH", help="in pixels, where the model draws several")
     _model_arguments(parser)
+    _quantize_argument(parser)
 
 
 def _draw(options: Options) -> Any:

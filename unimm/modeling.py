@@ -18,7 +18,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from transformers.utils.generic import ModelOutput
 
 from unimm.configuration import UniMMConfig
+from unimm.errors import UserError
 from unimm.layout import ImageLayout
+from unimm.quantization import LARGE, is_quantised, quantise_linears, some_rows
 from unimm.tokenizers.model import ImageTokenizer
 from unimm.tokenizers.movq import MoVQTokenizer
 from unimm.vision import Connector, VisionTower, mlp, scatter_rows
@@ -144,6 +146,32 @@ class UniMMModel(PreTrainedModel):
         }
         return {name: part for name, part in parts.items() if part is not None}
 
+    def quantise(self) -> None:
+        """Give the decoder's linear layers and large heads int8 weights, in place; not to be undone, trained or saved.
+
+        Embeddings (and a head that is tied to them), encoder, connectors and image tokenizer stay as they are.
+        """
+        if is_quantised(self):
+            return
+        head = self.decoder.get_output_embeddings()
+        tied = head.weight is self.decoder.get_input_embeddings().weight
+        quantise_linears(self.decoder, keep=[head] if tied or head.weight.numel() < LARGE else [])
+        if self.code_head is not None:
+            small = [layer for layer in self.code_head if sum(p.numel() for p in layer.parameters()) < LARGE]
+            quantise_linears(self.code_head, keep=small)
+
+    def save_pretrained(self, *args: Any, **options: Any) -> None:
+        """Write the model, as transformers does.
+
+        Raises:
+            UserError: its weights are int8, which no layout has a place for.
+        """
+        if is_quantised(self):
+            raise UserError(
+                "quantize: a model with int8 weights cannot be saved; load it without, and save that"
+            )
+        super().save_pretrained(*args, **options)
+
     def train(self, mode: bool = True) -> UniMMModel:
         """Switch to training; the image tokenizer stays as it is, since its codes must not move."""
         super().train(mode)
@@ -247,8 +275,7 @@ class UniMMModel(PreTrainedModel):
         """Return [..., K] for hidden states [..., C]."""
         if self.layout.shared:  # the rows of the codes, of a head that has many more
             first = self.layout.code
-            head = self.decoder.get_output_embeddings()
-            return F.linear(hidden, head.weight[first : first + self.layout.codes])
+            return some_rows(self.decoder.get_output_embeddings(), hidden, first, first + self.layout.codes)
         assert self.code_head is not None
         logits: Tensor = self.code_head(hidden)
         return logits

@@ -18,6 +18,7 @@ from unimm.interop.convert import load_foreign, read_config, recognise
 from unimm.interop.source import check_weights
 from unimm.modeling import UniMMModel
 from unimm.processing import CAPTION_REQUESTS, UniMMProcessor
+from unimm.quantization import check_method, is_quantised
 from unimm.sampling.choose import check_options, streams
 from unimm.sampling.images import sample_codes
 from unimm.sampling.text import generate_text
@@ -225,8 +226,12 @@ class UniMM:
         The files are written beside the folder first, so that an old one stays whole if the disk fills up.
 
         Raises:
-            UserError: the folder cannot be written.
+            UserError: the folder cannot be written, or the weights are int8.
         """
+        if is_quantised(self.model):
+            raise UserError(
+                "quantize: a model with int8 weights cannot be saved; load it without, and save that"
+            )
 
         def write(target: Path) -> None:
             with no_progress():
@@ -283,7 +288,10 @@ def resolve(source: str | os.PathLike[str] | None) -> Path:
 
 
 def load(
-    source: str | os.PathLike[str] | None = None, device: str = "auto", dtype: str | torch.dtype = "auto"
+    source: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    quantize: str | None = None,
 ) -> UniMM:
     """Load a model.
 
@@ -291,20 +299,30 @@ def load(
         source: None for the model that ships with the package, else a folder or a hub id.
         device: "auto" takes CUDA, then MPS, then the CPU.
         dtype: "auto" is bfloat16 on CUDA and float32 elsewhere.
+        quantize: "int8" gives the decoder's linear layers and large heads int8 weights (`unimm.quantization`),
+            a quarter of float32's memory; on CPUs small batches are faster too. The model cannot be saved then.
 
     Raises:
-        UserError: the source is missing, broken, or not a unimm model.
+        UserError: the source is missing, broken, or not a unimm model, or an option is of no known name.
     """
+    check_method(quantize)
     folder = resolve(source)
     place = choose_device(device)
+    model, processor = _read(folder, choose_dtype(dtype, place))
+    if quantize is not None:  # before it moves: the device then never holds the whole weights
+        model.quantise()
+    return UniMM(nn.Module.to(model, place), processor)
+
+
+def _read(folder: Path, dtype: torch.dtype) -> tuple[UniMMModel, UniMMProcessor]:
+    """Read a checkpoint of any layout into memory."""
     if recognise(folder)[0] != "unimm":
-        model, processor = load_foreign(folder, choose_dtype(dtype, place))
-        return UniMM(nn.Module.to(model, place), processor)
+        return load_foreign(folder, dtype)
     check_weights(folder)
     config = read_config(folder)
     with no_progress():
-        model = UniMMModel.from_pretrained(folder, config=config, dtype=choose_dtype(dtype, place))
-    return UniMM(nn.Module.to(model, place), UniMMProcessor.from_pretrained(folder, config))
+        model = UniMMModel.from_pretrained(folder, config=config, dtype=dtype)
+    return model, UniMMProcessor.from_pretrained(folder, config)
 
 
 def choose_device(device: str) -> torch.device:

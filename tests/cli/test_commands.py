@@ -76,6 +76,16 @@ def test_draw_from_pictures(unimm, tiny: Path, tmp_path: Path, picture: Path) ->
             assert np.array_equal(np.asarray(image), np.asarray(drawing))
 
 
+def test_int8_weights(unimm, tiny: Path, picture: Path, tmp_path: Path) -> None:
+    small = load(tiny, quantize="int8")
+    options = ["--model", tiny, "--quantize", "int8"]
+    assert unimm("caption", picture, *options).out == small.caption(picture) + "\n"
+    assert unimm("ask", picture, "what?", *options).out == small.ask(picture, "what?") + "\n"
+    row = json.loads(unimm("draw", "hi", "--seed", 7, "-o", tmp_path, "--json", *options).out)[0]
+    with Image.open(row["image"]) as image:
+        assert np.array_equal(np.asarray(image), np.asarray(small.draw(["hi"], seed=7)[0]))
+
+
 def test_info_tells_parts_and_parameters(unimm, tiny: Path) -> None:
     document = json.loads(unimm("info", tiny, "--json").out)
     model = load(tiny).model
@@ -133,6 +143,7 @@ def test_question_that_is_a_file_was_forgotten(unimm, picture: Path) -> None:
         (["a", "-n", "0"], "expected a whole number of at least 1"),
         (["a", "--device", "abacus"], "device: 'abacus'"),
         (["a", "--dtype", "int3"], "dtype: 'int3'"),
+        (["a", "--quantize", "int4"], "quantize: 'int4'; use int8"),
         (["a", "--image", "nothing.png"], "nothing.png: no such file"),
         (["a", "--colour"], "unrecognized arguments: --colour"),
         ([], "required: PROMPT"),

@@ -8,6 +8,7 @@ that a step is little more than its matrix products. Decoders other than Llama's
 from __future__ import annotations
 
 import math
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from torch.nn import functional as F
 from transformers import StaticCache
 
 from unimm.modeling import UniMMModel, positions
+from unimm.quantization import Int8Linear
 
-JOINED = 2**26  # parameters up to which weights are joined: above, copies cost more than calls save
+JOINED = 2**26  # weights up to which weights are joined: above, copies cost more than calls save
 
 
 def make_steps(model: UniMMModel, attention_mask: Tensor, length: int) -> Steps:
@@ -86,7 +88,7 @@ class LlamaSteps(Steps):
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
         self.width = config.head_dim
         batch, length = self.mask.shape
-        weight = self.decoder.layers[0].self_attn.q_proj.weight
+        weight = self.decoder.norm.weight  # of the stream's format, whatever the linear layers hold
         cos, sin = self.decoder.rotary_emb(weight.new_empty(batch, 1), self.places)  # [B, L, D]
         self.cos, self.sin = cos.unsqueeze(1), sin.unsqueeze(1)
         shape = (2, batch, self.groups, length, self.width)
@@ -96,7 +98,8 @@ class LlamaSteps(Steps):
         if padded:
             self.bias = torch.zeros(batch, 1, 1, length, dtype=weight.dtype, device=weight.device)
             self.bias.masked_fill_(self.mask[:, None, None] == 0, -math.inf)
-        joined = sum(parameter.numel() for parameter in self.decoder.layers.parameters()) <= JOINED
+        layers = self.decoder.layers
+        joined = sum(t.numel() for t in chain(layers.parameters(), layers.buffers())) <= JOINED
         self.layers = [_Layer(layer, joined) for layer in self.decoder.layers]
 
     def __call__(self, stream: Tensor) -> Tensor:
@@ -172,15 +175,17 @@ class _Layer:
 class _Beside:
     """Linear layers one after the other, their results joined."""
 
-    def __init__(self, layers: tuple[nn.Linear, ...]) -> None:
+    def __init__(self, layers: tuple[nn.Module, ...]) -> None:
         self.layers = layers
 
     def __call__(self, stream: Tensor) -> Tensor:
         return torch.cat([layer(stream) for layer in self.layers], dim=-1)
 
 
-def _join(layers: tuple[nn.Linear, ...]) -> Any:
+def _join(layers: tuple[Any, ...]) -> Any:
     """One linear function in place of several."""
+    if isinstance(layers[0], Int8Linear):
+        return Int8Linear.join(layers)
     weight = torch.cat([layer.weight for layer in layers])
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
     return lambda stream: F.linear(stream, weight, bias)
