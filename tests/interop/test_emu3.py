@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -217,3 +218,30 @@ def test_what_it_is_without_its_weights(folder: Path) -> None:
     told = describe(folder / "transformers")
     assert (told["family"], told["layout"]) == ("emu3", "transformers")
     assert told["can"] == ["caption", "ask", "draw"]
+
+
+def test_published_sizes_from_the_config_alone(tmp_path: Path) -> None:
+    """Emu3-Chat's and its vision tokenizer's own sizes; the tokens are as many, the words are not."""
+    config = {
+        "model_type": "Emu3", "vocab_size": 184622, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 1000000.0,
+        "max_position_embeddings": 131072, "tie_word_embeddings": False,
+    }  # fmt: skip
+    codes = {
+        "model_type": "Emu3VisionVQ", "ch": 256, "ch_mult": [1, 2, 2, 4], "z_channels": 4, "embed_dim": 4,
+        "codebook_size": 32768, "num_res_blocks": 2, "double_z": False, "attn_resolutions": [3],
+        "temporal_downsample_factor": 4,
+    }  # fmt: skip
+    (tmp_path / "Emu3-VisionTokenizer").mkdir()
+    (tmp_path / "Emu3-VisionTokenizer" / "config.json").write_text(json.dumps(codes))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    letters = (base64.b64encode(bytes([number])).decode() for number in range(256))
+    (tmp_path / "emu3.tiktoken").write_text("".join(f"{one} {rank}\n" for rank, one in enumerate(letters)))
+    named = ["<|image token|>", "<|image start|>", "<|image end|>"]
+    named += [f"<|visual token {code:06d}|>" for code in range(32768)]
+    (tmp_path / "emu3_vision_tokens.txt").write_text("\n".join(named))
+    told = describe(tmp_path)
+    assert (told["family"], told["layout"]) == ("emu3", "original")
+    assert round(told["parameters"]["decoder"] / 1e9, 3) == 8.492  # published as 8.49B
+    assert round(told["parameters"]["image_tokenizer"] * 4 / 1e9, 2) == 1.08  # GB of its file, in float32
+    assert told["draws"] == "720x720" and told["context"] == 131072
