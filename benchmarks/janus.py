@@ -2,8 +2,10 @@
 
     python benchmarks/janus.py                     # about 7M parameters, 64 x 64 pixels, batches 1 and 4
     python benchmarks/janus.py --width 2048 --layers 24 --intermediate 5632 --batches 1 --rounds 1   # Janus-Pro-1B's
+    python benchmarks/janus.py --width 2048 --layers 24 --intermediate 5632 --batches 1 --rounds 1 --int8
 
-Prints the median seconds of each and the ratio unimm / transformers; greedy codes are checked to be equal first.
+Prints the median seconds of each and the ratio unimm / transformers; greedy codes are checked to be equal first. With
+`--int8` it is unimm with int8 weights beside unimm with float32 ones, and what that does to the logits.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,8 @@ from transformers import (
 
 import unimm
 from unimm.data.text import train_text_tokenizer
+from unimm.evaluation.logits import code_effect, text_effect
+from unimm.pipeline import UniMM
 from unimm.sampling.text import generate_text
 
 PROMPTS = ("a red apple", "two stars on a blue background", "what a long prompt this is for a panda", "it")
@@ -84,17 +89,28 @@ def make_checkpoint(folder: Path, options: argparse.Namespace) -> JanusForCondit
     return model
 
 
-def compare(name: str, ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int) -> dict[str, Any]:
-    """Time both in turn, after one unmeasured call each."""
-    seconds: dict[str, list[float]] = {"unimm": [], "transformers": []}
+def compare(name: str, calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:
+    """Time two calls in turn, after one unmeasured call each; the ratio is the second's seconds by the first's."""
+    seconds: dict[str, list[float]] = {label: [] for label in calls}
     for round_number in range(rounds + 1):
-        for label, call in (("transformers", theirs), ("unimm", ours)):
+        for label, call in calls.items():
             start = time.perf_counter()
             call()
             if round_number:
                 seconds[label].append(time.perf_counter() - start)
     medians = {label: statistics.median(values) for label, values in seconds.items()}
-    return {"what": name, **medians, "ratio": medians["unimm"] / medians["transformers"]}
+    first, second = medians.values()
+    return {"what": name, **medians, "ratio": second / first}
+
+
+def prompts_of(batch: int) -> list[str]:
+    """Return prompts of different lengths."""
+    return [PROMPTS[i % len(PROMPTS)] for i in range(batch)]
+
+
+def caption_inputs(um: UniMM, batch: int) -> Any:
+    """Return one question about a picture, several times."""
+    return um.processor(["what"] * batch, [[Image.new("RGB", (64, 64), "red")]] * batch)
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -104,7 +120,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         theirs = make_checkpoint(Path(place), options)
         ours = unimm.load(place, device="cpu")
         for batch in options.batches:
-            prompts = [PROMPTS[i % len(PROMPTS)] for i in range(batch)]
+            prompts = prompts_of(batch)
             rows = [ours.processor.drawing_ids(prompt) for prompt in prompts]
             ids, mask = ours.processor.pad_left(rows)
 
@@ -122,9 +138,10 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
                 return codes
 
             assert torch.equal(draw_ours().flatten(1), draw_theirs()), "the two draw different codes"
-            results.append(compare(f"draw, batch {batch}", draw_ours, draw_theirs, options.rounds))
+            calls: dict[str, Callable[[], Any]] = {"transformers": draw_theirs, "unimm": draw_ours}
+            results.append(compare(f"draw, batch {batch}", calls, options.rounds))
         for batch in options.batches:
-            inputs = ours.processor(["what"] * batch, [[Image.new("RGB", (64, 64), "red")]] * batch)
+            inputs = caption_inputs(ours, batch)
 
             def caption_theirs(inputs: Any = inputs) -> None:
                 theirs.generate(**inputs, max_new_tokens=ANSWER, min_new_tokens=ANSWER, do_sample=False)
@@ -132,7 +149,36 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             def caption_ours(inputs: Any = inputs) -> None:
                 generate_text(ours.model, ours.processor, inputs, ANSWER, min_new_tokens=ANSWER)
 
-            results.append(compare(f"caption, batch {batch}", caption_ours, caption_theirs, options.rounds))
+            calls = {"transformers": caption_theirs, "unimm": caption_ours}
+            results.append(compare(f"caption, batch {batch}", calls, options.rounds))
+    return results
+
+
+def run_int8(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Compare float32 and int8 weights: drawings of each batch size, captions, and the effect on the logits."""
+    results = []
+    with tempfile.TemporaryDirectory() as place:
+        make_checkpoint(Path(place), options)
+        whole, small = (unimm.load(place, device="cpu", dtype="float32", quantize=q) for q in (None, "int8"))
+    models = {"float32": whole, "int8": small}
+    for batch in options.batches:
+        prompts = prompts_of(batch)
+        calls = {name: partial(um.draw, prompts, temperature=0) for name, um in models.items()}
+        results.append(compare(f"draw, batch {batch}", calls, options.rounds))
+    for batch in options.batches:
+        inputs = caption_inputs(whole, batch)
+        calls = {
+            name: partial(generate_text, um.model, um.processor, inputs, ANSWER, ANSWER)
+            for name, um in models.items()
+        }
+        results.append(compare(f"caption, batch {batch}", calls, options.rounds))
+    codes = code_effect(whole, small, prompts_of(4))
+    text = text_effect(whole, small, [Image.new("RGB", (64, 64), "red")], ANSWER)
+    for name, effect in (("code logits, guidance 5", codes), ("text logits", text)):
+        print(
+            f"{name}: largest difference {effect.largest:.3g}, relative {effect.relative:.2%}, "
+            f"same greedy choice {effect.same:.1%} of {effect.choices}"
+        )
     return results
 
 
@@ -147,11 +193,13 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--int8", action="store_true", help="int8 weights beside float32 ones, both by unimm")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(f"{'':<20}{'unimm s':>10}{'transformers s':>16}{'ratio':>8}")
-    for row in run(options):
-        print(f"{row['what']:<20}{row['unimm']:>10.3f}{row['transformers']:>16.3f}{row['ratio']:>8.2f}")
+    rows = run_int8(options) if options.int8 else run(options)
+    print("".join(f"{name:>16}" for name in rows[0]))
+    for row in rows:
+        print("".join(f"{v:>16}" if isinstance(v, str) else f"{v:>16.3f}" for v in row.values()))
 
 
 if __name__ == "__main__":
