@@ -22,9 +22,10 @@ from unimm.data.emojiscenes import EmojiScenes
 from unimm.errors import UserError
 from unimm.modeling import IGNORED, UniMMModel
 from unimm.tokenizers.model import ImageTokenizer, ImageTokenizerConfig
+from unimm.training.branches import branch_mask
 from unimm.training.recipe import load_recipe
 from unimm.training.trainer import train
-from unimm.training.unified import UnifiedOptions, UnifiedTask, branch_mask
+from unimm.training.unified import UnifiedOptions, UnifiedTask
 
 SIGLIP: dict[str, Any] = {
     "task": "siglip",

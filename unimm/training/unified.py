@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -36,6 +35,7 @@ from unimm.sheet import Section as SheetSection
 from unimm.tokenizers.model import ImageTokenizer
 from unimm.training.augment import Augmentation, augment, draw_numbers
 from unimm.training.batches import mix
+from unimm.training.branches import Branches, branch_mask, stack_rows
 from unimm.training.recipe import BaseRecipe, Fraction, Positive, Rate, Section, Stage, validate
 
 if TYPE_CHECKING:
@@ -323,7 +323,7 @@ class UnifiedTask:
         asked = [(q.question, q.answer) for q in scene.questions()]
         request = CAPTION_REQUESTS[rng.integers(len(CAPTION_REQUESTS))]
         asked.append((request, captions[rng.integers(len(captions))]))
-        sample = _Branches(processor.ids(*processor.opening([processor.layout.grid])))
+        sample = Branches(processor.ids(*processor.opening([processor.layout.grid])))
         closing = processor.marks(processor.conversation.assistant)
         for question, answer in asked:
             sample.add(
@@ -343,7 +343,7 @@ class UnifiedTask:
     ) -> Sample:
         """A caption as plain text, every token learnt."""
         captions = scenes[index].captions()
-        sample = _Branches([self.processor.bos])
+        sample = Branches([self.processor.bos])
         sample.add([], [*self.processor.text_ids(captions[rng.integers(len(captions))]), self.processor.eos])
         return sample.arrays()
 
@@ -357,7 +357,7 @@ class UnifiedTask:
         prompt = self.processor.drawing_ids(captions[rng.integers(len(captions))], (rows, columns))
         if rng.random() < options.prompt_dropout:
             prompt = self.processor.unconditional_ids(prompt)
-        sample = _Branches(prompt)
+        sample = Branches(prompt)
         placeholders = self.processor.layout.drawing_steps(*codes.shape)
         sample.add([], placeholders, codes.flatten().tolist())
         return {**sample.arrays(), "codes": codes}
@@ -370,11 +370,11 @@ class UnifiedTask:
         """Pad to the longest row; pictures and codes are stacked in the order of the stream."""
         longest = max(len(sample["ids"]) for sample in samples)
         batch: Batch = {
-            "input_ids": _stack([s["ids"] for s in samples], longest, self.processor.pad),
-            "labels": _stack([s["labels"] for s in samples], longest, IGNORED),
-            "position_ids": _stack([s["positions"] for s in samples], longest, 0),
+            "input_ids": stack_rows([s["ids"] for s in samples], longest, self.processor.pad),
+            "labels": stack_rows([s["labels"] for s in samples], longest, IGNORED),
+            "position_ids": stack_rows([s["positions"] for s in samples], longest, 0),
         }
-        branches = _stack([s["branches"] for s in samples], longest, 0)
+        branches = stack_rows([s["branches"] for s in samples], longest, 0)
         batch["attention_mask"] = branch_mask(branches)
         pictures = [sample for sample in samples if "pixels" in sample]
         if pictures:
@@ -458,47 +458,3 @@ def caption_scenes(model: UniMMModel, processor: UniMMProcessor, scenes: Sequenc
     pictures = [[Image.fromarray(scene.render())] for scene in scenes]
     inputs = processor([CAPTION_REQUESTS[0]] * len(pictures), pictures)
     return generate_text(model, processor, inputs, max_new_tokens=32)
-
-
-class _Branches:
-    """Builds one row: a shared prefix, then branches that each see the prefix and themselves only."""
-
-    def __init__(self, prefix: Sequence[int]) -> None:
-        self.prefix = len(prefix)
-        self.ids = list(prefix)
-        self.labels = [IGNORED] * len(prefix)
-        self.positions = list(range(len(prefix)))
-        self.branches = [0] * len(prefix)
-
-    def add(self, given: Sequence[int], learnt: Sequence[int], labels: Sequence[int] | None = None) -> None:
-        """Add a branch: tokens that are given, then tokens to learn (`labels` where they differ from the tokens)."""
-        length, number = len(given) + len(learnt), self.branches[-1] + 1
-        self.ids += [*given, *learnt]
-        self.labels += [IGNORED] * len(given) + list(learnt if labels is None else labels)
-        self.positions += range(self.prefix, self.prefix + length)
-        self.branches += [number] * length
-
-    def arrays(self) -> dict[str, NDArray[np.int64]]:
-        """The row as arrays [T]."""
-        rows = {
-            "ids": self.ids,
-            "labels": self.labels,
-            "positions": self.positions,
-            "branches": self.branches,
-        }
-        return {name: np.array(values, np.int64) for name, values in rows.items()}
-
-
-def _stack(rows: Sequence[NDArray[np.int64]], length: int, fill: int) -> Tensor:
-    """Rows [T_i] as one tensor [B, length], filled up on the right."""
-    stacked = np.full((len(rows), length), fill, np.int64)
-    for i, row in enumerate(rows):
-        stacked[i, : len(row)] = row
-    return torch.from_numpy(stacked)
-
-
-def branch_mask(branches: Tensor) -> Tensor:
-    """Return who may look where: bool [B, 1, T, T] for branch numbers [B, T], 0 being the shared prefix."""
-    query, key = branches[:, :, None], branches[:, None, :]
-    order = torch.ones(branches.shape[1], branches.shape[1], dtype=torch.bool).tril()
-    return (order & ((key == 0) | (key == query)))[:, None]

@@ -1,0 +1,59 @@
+"""Rows of the stream as a shared prefix with branches, each of which sees the prefix and itself but no other branch.
+
+Positions restart after the prefix and attention does not cross, so a branch gets what it would get alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from unimm.modeling import IGNORED
+
+
+class Branches:
+    """Builds one row: a shared prefix, then branches that each see the prefix and themselves only."""
+
+    def __init__(self, prefix: Sequence[int]) -> None:
+        self.prefix = len(prefix)
+        self.ids = list(prefix)
+        self.labels = [IGNORED] * len(prefix)
+        self.positions = list(range(len(prefix)))
+        self.branches = [0] * len(prefix)
+
+    def add(self, given: Sequence[int], learnt: Sequence[int], labels: Sequence[int] | None = None) -> None:
+        """Add a branch: tokens that are given, then tokens to learn (`labels` where they differ from the tokens)."""
+        length, number = len(given) + len(learnt), self.branches[-1] + 1
+        self.ids += [*given, *learnt]
+        self.labels += [IGNORED] * len(given) + list(learnt if labels is None else labels)
+        self.positions += range(self.prefix, self.prefix + length)
+        self.branches += [number] * length
+
+    def arrays(self) -> dict[str, NDArray[np.int64]]:
+        """The row as arrays [T]."""
+        rows = {
+            "ids": self.ids,
+            "labels": self.labels,
+            "positions": self.positions,
+            "branches": self.branches,
+        }
+        return {name: np.array(values, np.int64) for name, values in rows.items()}
+
+
+def stack_rows(rows: Sequence[NDArray[np.int64]], length: int, fill: int) -> Tensor:
+    """Rows [T_i] as one tensor [B, length], filled up on the right."""
+    stacked = np.full((len(rows), length), fill, np.int64)
+    for i, row in enumerate(rows):
+        stacked[i, : len(row)] = row
+    return torch.from_numpy(stacked)
+
+
+def branch_mask(branches: Tensor) -> Tensor:
+    """Return who may look where: bool [B, 1, T, T] for branch numbers [B, T], 0 being the shared prefix."""
+    query, key = branches[:, :, None], branches[:, None, :]
+    order = torch.ones(branches.shape[1], branches.shape[1], dtype=torch.bool).tril()
+    return (order & ((key == 0) | (key == query)))[:, None]
