@@ -1,0 +1,242 @@
+"""Preferences on disk: one JSON object a line, `prompt`, `chosen` and `rejected`, checked before anything is trained.
+
+A prompt is a user's turn of words and images, or just words; an answer is a text, an image file, or the codes that
+were sampled (kept because tokenising a drawing again gives other codes):
+
+    {"prompt": "a red apple", "chosen": {"codes": [[3, 1], [0, 2]]}, "rejected": {"image": "b.png"}}
+    {"prompt": [{"role": "user", "content": [{"image": "a.png"}, {"text": "what is this?"}]}],
+     "chosen": "an apple", "rejected": "a pear", "scores": [0.9, 0.2], "source": "vote"}
+
+Paths are relative to the file that names them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PrivateAttr, model_validator
+
+from unimm.errors import UserError
+from unimm.images import atomic_write
+from unimm.training.recipe import NotNegative, Section, show, validate
+
+Modality = Literal["text", "image"]
+MODALITIES: tuple[Modality, ...] = ("text", "image")
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Codes = Annotated[list[Annotated[list[NotNegative], Field(min_length=1)]], Field(min_length=1)]
+
+
+class Part(Section):
+    """A part of a prompt: words or an image file."""
+
+    type: Literal["text", "image"] | None = None
+    """Says which of the two it is, as chat formats do; not needed."""
+    text: str | None = None
+    image: str | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Part:
+        if (self.text is None) == (self.image is None):
+            raise ValueError("expected either text or image")
+        return self
+
+
+class Message(Section):
+    """The user's turn."""
+
+    role: Literal["user"] = "user"
+    content: Annotated[list[Part], Field(min_length=1)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _words(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("content"), str):
+            return {**data, "content": [{"text": data["content"]}]}
+        return data
+
+
+class Answer(Section):
+    """A text, an image file, or rows of image codes."""
+
+    text: str | None = None
+    image: str | None = None
+    codes: Codes | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _words(cls, data: Any) -> Any:
+        return {"text": data} if isinstance(data, str) else data
+
+    @model_validator(mode="after")
+    def _one(self) -> Answer:
+        given = [name for name in ("text", "image", "codes") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"expected one of text, image, codes, got {', '.join(given) or 'none'}")
+        if self.text is not None and not self.text.strip():
+            raise ValueError("the text is empty")
+        if self.codes is not None and len({len(row) for row in self.codes}) > 1:
+            raise ValueError("the rows of codes are of different lengths")
+        return self
+
+    @property
+    def modality(self) -> Modality:
+        """Text or image."""
+        return "image" if self.text is None else "text"
+
+
+class Preference(Section):
+    """A prompt and two answers of one kind, of which one is better."""
+
+    prompt: Annotated[list[Message], Field(min_length=1, max_length=1)]
+    chosen: Answer
+    rejected: Answer
+    margin: Annotated[Finite, Field(ge=0)] | None = None
+    """How much better, in the units of whoever judged."""
+    scores: Annotated[list[Finite], Field(min_length=2, max_length=2)] | None = None
+    """What the better and the worse answer were given."""
+    source: str | dict[str, Any] | None = None
+    """Where the judgement is from."""
+
+    _where: str = PrivateAttr(default="preference")
+
+    @property
+    def where(self) -> str:
+        """File and line that it was read from, for messages."""
+        return self._where
+
+    @model_validator(mode="before")
+    @classmethod
+    def _words(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("prompt"), str):
+            return {**data, "prompt": [{"content": data["prompt"]}]}
+        return data
+
+    @property
+    def modality(self) -> Modality:
+        """What the answers are."""
+        return self.chosen.modality
+
+    @property
+    def words(self) -> str:
+        """The prompt's words."""
+        parts = (part.text for message in self.prompt for part in message.content)
+        return " ".join(text.strip() for text in parts if text is not None).strip()
+
+    @property
+    def images(self) -> list[str]:
+        """The prompt's image files."""
+        parts = (part.image for message in self.prompt for part in message.content)
+        return [image for image in parts if image is not None]
+
+    def files(self) -> list[str]:
+        """Every file that the prompt and the answers name."""
+        named = (self.chosen.image, self.rejected.image)
+        return [*self.images, *(image for image in named if image is not None)]
+
+
+def _problem(preference: Preference) -> str | None:
+    """What is wrong between the parts of a preference, each of which is right."""
+    chosen, rejected = preference.chosen, preference.rejected
+    if chosen.modality != rejected.modality:
+        return f"chosen is {_kind(chosen)} and rejected {_kind(rejected)}; give two of a kind"
+    if chosen == rejected:
+        return "chosen and rejected are equal; there is nothing to prefer"
+    if preference.modality == "image" and preference.images:
+        return "prompt: a drawing is asked for in words only; leave the image out"
+    return None if preference.words else "prompt: has no words"
+
+
+def _kind(answer: Answer) -> str:
+    return "a text" if answer.modality == "text" else "an image"
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Read JSON lines: `file:line` for messages, and the value; blank lines are passed over.
+
+    Raises:
+        UserError: the file is missing or a line is no JSON object.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as text ({error})") from None
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{where}: not JSON ({error})") from None
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: expected a JSON object, got {show(value)}")
+        yield where, value
+
+
+def read_preferences(path: str | Path) -> list[Preference]:
+    """Read and check a file of preferences; paths in it come back resolved.
+
+    Raises:
+        UserError: one line naming file, line and field: bad JSON, a wrong type, sides that are equal or of
+            different modality, a score that is no number, a missing image, or no line at all.
+    """
+    path = Path(path)
+    found = []
+    for where, value in read_lines(path):
+        preference = validate(Preference, value, where)
+        if (problem := _problem(preference)) is not None:
+            raise UserError(f"{where}: {problem}")
+        for file in preference.files():
+            if not (path.parent / file).is_file():
+                raise UserError(f"{where}: {path.parent / file}: no such image")
+        preference._where = where
+        found.append(_resolved(preference, path.parent))
+    if not found:
+        raise UserError(f"{path}: empty; it should hold a preference a line")
+    return found
+
+
+def _resolved(preference: Preference, folder: Path) -> Preference:
+    """The same with paths that do not depend on where the file is."""
+    for part in (part for message in preference.prompt for part in message.content):
+        if part.image is not None:
+            part.image = str(folder / part.image)
+    for answer in (preference.chosen, preference.rejected):
+        if answer.image is not None:
+            answer.image = str(folder / answer.image)
+    return preference
+
+
+def check_codes(codes: list[list[int]], vocabulary: int, grid: tuple[int, int] | None, where: str) -> None:
+    """Check the codes of an answer against a model.
+
+    Args:
+        codes: rows of codes.
+        vocabulary: how many codes there are.
+        grid: rows and columns of a drawing; None where any size is drawn.
+        where: file, line and field, for the message.
+
+    Raises:
+        UserError: a code that the model does not have, or another count than it draws.
+    """
+    rows, columns = len(codes), len(codes[0])
+    if grid is not None and (rows, columns) != grid:
+        raise UserError(f"{where}: {rows} x {columns} codes; this model draws {grid[0]} x {grid[1]}")
+    highest = max(max(row) for row in codes)
+    if highest >= vocabulary:
+        raise UserError(f"{where}: code {highest}; this model's codes are 0 to {vocabulary - 1}")
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
+    """Write JSON lines, whole or not at all; return how many."""
+    count = 0
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            count += 1
+    return count
