@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,20 @@ class UniMMOutput(ModelOutput):
     text_count: int | None = None
     code_count: int | None = None
     past_key_values: Any = None
+
+
+class AnswerScores(NamedTuple):
+    """How likely a model finds answers, each a float64 tensor [S] over S answers.
+
+    Attributes:
+        log_probs: log-probability of the answer's labels, summed.
+        entropy: entropy of the predictions at the same positions, summed; without gradient.
+        length: how many positions were counted.
+    """
+
+    log_probs: Tensor
+    entropy: Tensor
+    length: Tensor
 
 
 class CodeEmbedding(nn.Module):
@@ -308,21 +322,71 @@ class UniMMModel(PreTrainedModel):
             With labels the losses and no logits (they are never held whole); without, text logits [B, T, V].
         """
         stream_BTC = self.embed(input_ids, pixel_values, image_codes, image_sizes)
-        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
-            position_ids = positions(attention_mask)
-        output = self.decode(stream_BTC, attention_mask=attention_mask, position_ids=position_ids, **options)
+        output = self._run(stream_BTC, attention_mask, position_ids, **options)
         hidden_BTC = output.last_hidden_state
         if labels is None:
             logits = self.decoder.get_output_embeddings()(hidden_BTC)
             return UniMMOutput(logits=logits, past_key_values=output.past_key_values)
         return self.losses(hidden_BTC, input_ids, labels)
 
-    def losses(self, hidden: Tensor, input_ids: Tensor, labels: Tensor) -> UniMMOutput:
-        """Return summed text and code losses; each head sees its own positions and no others."""
-        hidden, targets = hidden[:, :-1], labels[:, 1:]
+    def _run(
+        self, stream: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, **options: Any
+    ) -> Any:
+        """Decode a stream [B, T, C], with positions counted from a mask [B, T] where none are given."""
+        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+            position_ids = positions(attention_mask)
+        return self.decode(stream, attention_mask=attention_mask, position_ids=position_ids, **options)
+
+    def score(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        answers: Tensor,
+        count: int,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_codes: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> AnswerScores:
+        """Return how likely answers are, in words through the text head and in codes through the code head.
+
+        Args:
+            input_ids: [B, T], and the other inputs as `forward` has them.
+            labels: [B, T] as `forward` has them; only counted positions are scored.
+            answers: int64 [B, T], at each counted position the number (0 to `count` - 1) of its answer. A row may
+                hold several answers, and an answer may be spread over rows.
+            count: number of answers S.
+            attention_mask: as for `forward`; so are the arguments that follow.
+            pixel_values: see `forward`.
+            image_codes: see `forward`.
+            image_sizes: see `forward`.
+            position_ids: see `forward`.
+        """
+        stream_BTC = self.embed(input_ids, pixel_values, image_codes, image_sizes)
+        hidden = self._run(stream_BTC, attention_mask, position_ids).last_hidden_state[:, :-1]
+        targets, text, code = self._counted(input_ids, labels)
+        # In float64: what matters are small differences of long sums.
+        sums = torch.zeros(count, 3, dtype=torch.float64, device=hidden.device)
+        first = self.layout.code if self.layout.shared else 0
+        heads = ((self.decoder.get_output_embeddings(), text, 0), (self.code_logits, code, first))
+        for head, where, offset in heads:
+            if where.any():
+                scores = position_scores(head, hidden[where], targets[where] - offset)
+                sums = sums.index_add(0, answers[:, 1:][where], scores)
+        return AnswerScores(*sums.unbind(1))
+
+    def _counted(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the shifted labels [B, T - 1], and which of them the text head and the code head are to predict."""
+        targets = labels[:, 1:]
         counted = targets != IGNORED
         is_code = self.layout.code_positions(input_ids[:, 1:])
-        text, code = counted & ~is_code, counted & is_code
+        return targets, counted & ~is_code, counted & is_code
+
+    def losses(self, hidden: Tensor, input_ids: Tensor, labels: Tensor) -> UniMMOutput:
+        """Return summed text and code losses; each head sees its own positions and no others."""
+        hidden = hidden[:, :-1]
+        targets, text, code = self._counted(input_ids, labels)
         text_loss = summed_loss(self.decoder.get_output_embeddings(), hidden[text], targets[text])
         code_loss = text_loss.new_zeros(())
         if self.code_head is not None or self.layout.shared:
@@ -361,6 +425,26 @@ def summed_loss(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tenso
     for part, target in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
         total = total + checkpoint(_chunk_loss, head, part, target, use_reentrant=False)
     return total
+
+
+def _chunk_scores(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
+    logits = head(hidden)
+    log_probs = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+    flat = log_probs.detach()
+    entropy = -(flat.exp() * flat.clamp(min=torch.finfo(flat.dtype).min)).sum(-1)  # 0 log 0 is 0
+    chosen = log_probs.gather(-1, targets[:, None])[:, 0].double()
+    return torch.stack([chosen, entropy.double(), torch.ones_like(chosen)], dim=1)
+
+
+def position_scores(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
+    """Return float64 [P, 3]: log-probability of each target, entropy of its prediction, and 1.
+
+    The logits of more than a chunk are never held, as in `summed_loss`, whose arguments these are.
+    """
+    if len(targets) <= LOSS_CHUNK:
+        return _chunk_scores(head, hidden, targets)
+    parts = zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
+    return torch.cat([checkpoint(_chunk_scores, head, *part, use_reentrant=False) for part in parts])
 
 
 AutoModel.register(UniMMConfig, UniMMModel)
