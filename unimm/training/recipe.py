@@ -34,6 +34,7 @@ TASKS: dict[str, str] = {
     "tokenizer": "unimm.tokenizers.task:TokenizerRecipe",
     "siglip": "unimm.training.siglip:SiglipRecipe",
     "unified": "unimm.training.unified:UnifiedRecipe",
+    "dpo": "unimm.training.preferences.recipe:PreferenceRecipe",
 }
 """Task name -> "module:RecipeClass"; imported only when a recipe asks for it."""
 

@@ -1,0 +1,119 @@
+"""The recipe of the task `dpo`: where it starts, what it learns from, by which losses, against which reference."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from unimm.training.preferences.data import MODALITIES
+from unimm.training.preferences.losses import LOSSES, REFERENCE_FREE, Options
+from unimm.training.recipe import BaseRecipe, NotNegative, Positive, Rate, Section, near
+
+if TYPE_CHECKING:
+    from unimm.training.preferences.task import PreferenceTask
+
+
+class Objective(Section):
+    """What is minimised on pairs of one modality."""
+
+    losses: dict[str, Rate] = Field(default={"sigmoid": 1.0}, min_length=1)
+    """Weights of the losses, by name (`unimm.training.preferences.losses`)."""
+    beta: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
+    """How strongly the policy is held to the reference."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of pairs that may be the wrong way round; `robust` and `exo` read it."""
+    weight: Rate = 1.0
+    """What a pair of this modality counts."""
+    per_position: bool = False
+    """Whether log-probabilities are means over an answer's positions rather than sums."""
+
+    @field_validator("losses")
+    @classmethod
+    def _known(cls, value: dict[str, float]) -> dict[str, float]:
+        for name in value:
+            if name not in LOSSES:
+                raise ValueError(f'unknown loss "{name}"{near(name, LOSSES)} (known: {", ".join(LOSSES)})')
+        if not any(value.values()):
+            raise ValueError("expected a weight above 0")
+        return value
+
+    @field_validator("label_smoothing")
+    @classmethod
+    def _doubt(cls, value: float, info: Any) -> float:
+        if value == 0 and "exo" in info.data.get("losses", {}):
+            raise ValueError("the loss exo needs more than 0, such as 0.01")
+        return value
+
+    @property
+    def options(self) -> Options:
+        """What the losses are set to."""
+        return Options(self.beta, self.label_smoothing)
+
+
+class PreferenceData(Section):
+    """The preferences, and how they go through the model."""
+
+    file: Annotated[str, Field(min_length=1)]
+    """JSON lines, as `unimm.training.preferences.data` has them."""
+    packed: bool = True
+    """Both answers in one row, after a prompt that is read once; else a row for each."""
+
+
+class Reference(Section):
+    """What the policy is compared with."""
+
+    mode: Literal["copy", "precomputed", "none"] = "copy"
+    """A frozen copy of the first weights; its log-probabilities computed once and kept; or nothing."""
+    file: str | None = None
+    """Where precomputed log-probabilities are kept; null: beside the data."""
+
+
+class PreviewSection(Section):
+    """What is drawn and said at every preview, before and after."""
+
+    prompts: Annotated[tuple[str, ...], Field(max_length=16, strict=False)] = ()
+    """To draw; by default the first prompts of the data."""
+    guidance_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5.0
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    seed: NotNegative = 0
+    texts: Positive = 8
+    """Prompts of the data that are answered in words."""
+
+
+class PreferenceRecipe(BaseRecipe):
+    """Recipe of the task `dpo`; groups are the model's parts, the mixture is over text and image pairs."""
+
+    task: Literal["dpo"]
+    model: str | None = None
+    """Folder or hub id of the model to start from; null: the embedded model."""
+    data: PreferenceData
+    text: Objective = Objective()
+    image: Objective = Objective()
+    reference: Reference = Reference()
+    preview: PreviewSection = PreviewSection()
+    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the exported weights."""
+
+    def objective(self, modality: str) -> Objective:
+        """The section of a modality."""
+        return self.text if modality == "text" else self.image
+
+    def build_task(self) -> PreferenceTask:
+        """The task that this recipe describes."""
+        from unimm.training.preferences.task import PreferenceTask
+
+        for index, stage in enumerate(self.stages):
+            for kind in stage.mixture:
+                if kind not in MODALITIES:
+                    expected = f"expected one of {', '.join(MODALITIES)}{near(kind, MODALITIES)}"
+                    raise self.error(f"stages[{index}].mixture.{kind}", expected)
+            if stage.options:
+                raise self.error(f"stages[{index}].options", "this task has none; remove it")
+        if self.reference.mode == "none":
+            for modality in MODALITIES:
+                for name in self.objective(modality).losses:
+                    if name not in REFERENCE_FREE:
+                        message = f"needs a reference; without one: {', '.join(REFERENCE_FREE)}"
+                        raise self.error(f"{modality}.losses.{name}", message)
+        return PreferenceTask(self)

@@ -1,0 +1,291 @@
+"""Task `dpo`: align a unified model with preferences about its drawings and its words.
+
+It differs from other training in its batch (pairs of answers) and its loss; stages, engine, checkpoints and resume
+are the trainer's. Answers are scored without guidance and without dropout, so that at the start the policy and its
+copy agree exactly.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from unimm.modeling import AnswerScores, UniMMModel
+from unimm.pipeline import UniMM, load
+from unimm.sampling.choose import streams
+from unimm.sampling.images import sample_codes
+from unimm.sheet import Card, Line, Section, draw_sheet
+from unimm.training.batches import mix
+from unimm.training.engine import pick_device
+from unimm.training.preferences.data import MODALITIES, Preference, read_preferences
+from unimm.training.preferences.losses import Pairs, objective
+from unimm.training.preferences.recipe import PreferenceRecipe
+from unimm.training.preferences.reference import hash_data, hash_module, hash_processor, read_or_compute
+from unimm.training.preferences.samples import PairSamples, collate, row_length, score_batch
+
+if TYPE_CHECKING:
+    from unimm.training.recipe import Stage
+    from unimm.training.task import Batch, Metrics, Sample
+
+PREVIEW_PROMPTS = 16
+
+
+class PreferenceModel(nn.Module):
+    """The policy that learns and, where the recipe keeps one, the frozen copy that it is compared with."""
+
+    def __init__(self, policy: UniMMModel, copied: bool) -> None:
+        super().__init__()
+        self.policy = policy
+        self.reference: UniMMModel | None = None
+        if copied:
+            self.reference = copy.deepcopy(policy).requires_grad_(False)
+            self.reference.image_tokenizer = None  # codes come in as codes
+
+
+class PreferenceTask:
+    """Trains and exports a `UniMMModel` on pairs; see the module's docstring and `unimm.training.task.Task`."""
+
+    def __init__(self, recipe: PreferenceRecipe) -> None:
+        self.recipe = recipe
+        self.pairs: PairSamples | None = None
+        self.reference_scores: Tensor | None = None
+
+    def build(self) -> nn.Module:
+        """The model to start from, as float32 on the CPU, and its copy."""
+        um = load(self.recipe.model, device="cpu", dtype="float32")
+        self.processor, policy = um.processor, um.model
+        assert isinstance(policy, UniMMModel)
+        mode = self.recipe.reference.mode
+        if mode == "precomputed":  # now, before a checkpoint's weights are put in
+            self.model_hash = hash_module(policy)
+        self.policy = policy
+        return PreferenceModel(policy, mode == "copy")
+
+    def groups(self, module: nn.Module) -> dict[str, list[nn.Parameter]]:
+        """One group for each part of the policy."""
+        assert isinstance(module, PreferenceModel)
+        return {name: list(part.parameters()) for name, part in module.policy.parts().items()}
+
+    def dataset(self, stage: Stage, seed: int) -> Any:
+        """The preferences, shuffled anew in each pass; mixed by modality where the stage says so."""
+        if self.pairs is None:
+            self._read()
+        assert self.pairs is not None
+        if not stage.mixture:
+            return mix({"pairs": self.pairs}, {"pairs": 1}, seed)
+        preferences = self.pairs.preferences
+        sources: dict[str, Any] = {
+            modality: _Subset(self.pairs, [i for i, p in enumerate(preferences) if p.modality == modality])
+            for modality in MODALITIES
+        }
+        return mix(sources, stage.mixture, seed)
+
+    def _read(self) -> None:
+        """Read the data and, where the recipe says so, the reference's scores of it."""
+        path = Path(self.recipe.data.file)
+        preferences = read_preferences(path)
+        self.pairs = PairSamples(preferences, self.processor, self.policy)
+        self.modalities = [m for m in MODALITIES if any(p.modality == m for p in preferences)]
+        if self.recipe.reference.mode != "precomputed":
+            return
+        kept = Path(self.recipe.reference.file or path.with_name(f"{path.name}.reference.safetensors"))
+        marks = {
+            "model": f"{self.model_hash} {'bfloat16' if self._bfloat16() else 'float32'}",
+            "data": hash_data(path, preferences),
+            "processor": hash_processor(self.processor),
+        }
+        several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+        first = not several or torch.distributed.get_rank() == 0
+        if several and not first:
+            torch.distributed.barrier()  # the first process writes the file, the others read it
+        self.reference_scores = read_or_compute(kept, marks, self._score_all, first)
+        if several and first:
+            torch.distributed.barrier()
+
+    def _bfloat16(self) -> bool:
+        """Whether the trainer runs losses under autocast, as the reference then must be."""
+        recipe = self.recipe
+        return recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and pick_device(recipe).type == "cuda")
+
+    @torch.no_grad()
+    def _score_all(self) -> Tensor:
+        """The reference's log-probabilities of every pair, float64 [N, 2]."""
+        assert self.pairs is not None
+        device = pick_device(self.recipe)
+        # Loaded again: on resuming, the policy is no longer what the reference is.
+        model = load(self.recipe.model, device="cpu", dtype="float32").model
+        assert isinstance(model, UniMMModel)
+        nn.Module.to(model, device)
+        micro, parts = self.recipe.stages[0].micro, []
+        for start in range(0, len(self.pairs), micro):
+            indices = range(start, min(start + micro, len(self.pairs)))
+            batch = self.collate([self.pairs[index] for index in indices])
+            moved = {key: value.to(device) for key, value in batch.items()}
+            with torch.autocast(device.type, torch.bfloat16, enabled=self._bfloat16()):
+                scores = score_batch(model, moved)
+            parts.append(scores.log_probs.view(2, -1).T.cpu())
+        return torch.cat(parts).contiguous()
+
+    def length(self, sample: Sample) -> int:
+        """Tokens of a pair."""
+        return row_length(sample)
+
+    def collate(self, samples: list[Sample]) -> Batch:
+        """Rows of the stream, with the reference's scores where they are precomputed."""
+        layout = self.processor.layout
+        batch = collate(samples, self.processor.pad, layout.shared, self.recipe.data.packed)
+        if self.reference_scores is not None:
+            batch["reference"] = self.reference_scores[batch["index"]]
+        return batch
+
+    def targets(self, batch: Batch) -> dict[str, int | float]:
+        """Pairs of each modality, and the positions of their answers."""
+        counts: dict[str, int | float] = {
+            f"{name}_pairs": int((batch["modality"] == number).sum())
+            for number, name in enumerate(MODALITIES)
+        }
+        return {**counts, "answer_tokens": int((batch["labels"] >= 0).sum())}
+
+    def loss(
+        self, module: nn.Module, batch: Batch, step: int, totals: Mapping[str, float]
+    ) -> tuple[Tensor, Metrics]:
+        """Mean over pairs of the weighted losses of their modality."""
+        assert isinstance(module, PreferenceModel)
+        module.eval()  # no dropout
+        scores = score_batch(module.policy, batch)
+        pairs = self._pairs(scores, self._reference_log_probs(module, batch, scores))
+        count = max(sum(totals[f"{name}_pairs"] for name in MODALITIES), 1)
+        loss = scores.log_probs.new_zeros(())
+        metrics: dict[str, Tensor] = {}
+        for name in self.modalities:
+            section = self.recipe.objective(name)
+            where = batch["modality"] == MODALITIES.index(name)
+            chosen = Pairs(*(tensor[where] for tensor in pairs))
+            used = chosen.per_position() if section.per_position else chosen
+            losses = objective(used, section.losses, section.options)
+            loss = loss + section.weight * losses.sum() / count
+            entropy = (scores.entropy / scores.length).view(2, -1).mean(0)[where]
+            told = {"loss": losses, "entropy": entropy, **_told(chosen, used, section.beta)}
+            share = max(totals[f"{name}_pairs"], 1)
+            metrics |= {f"{name}/{key}": value.detach().sum() / share for key, value in told.items()}
+        return loss.float(), metrics
+
+    def _reference_log_probs(self, module: PreferenceModel, batch: Batch, scores: AnswerScores) -> Tensor:
+        """The reference's log-probabilities [2 N] of a batch's answers."""
+        if self.recipe.reference.mode == "none":
+            return torch.zeros_like(scores.log_probs)
+        if module.reference is None:
+            return batch["reference"].T.flatten()
+        with torch.no_grad():
+            return score_batch(module.reference, batch).log_probs
+
+    def _pairs(self, scores: AnswerScores, reference: Tensor) -> Pairs:
+        sums = (scores.log_probs, reference, scores.length)
+        (chosen, rejected), (better, worse), lengths = (tensor.view(2, -1).unbind(0) for tensor in sums)
+        return Pairs(chosen, rejected, better, worse, *lengths)
+
+    @torch.no_grad()
+    def preview(self, module: nn.Module, folder: Path, step: int) -> None:
+        """Draw and answer fixed prompts, beside what the model drew and said before the first step."""
+        assert isinstance(module, PreferenceModel) and self.pairs is not None
+        after = UniMM(module.policy, self.processor)
+        file = folder / "before.json"
+        if not file.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            device = str(module.policy.device)
+            file.write_text(json.dumps(self._shown(load(self.recipe.model, device, "float32"))))
+        before, now = json.loads(file.read_text()), self._shown(after)
+        if now["codes"]:
+            self._sheet(after, before["codes"], now["codes"]).save(folder / f"{step:06d}.png")
+        if now["answers"]:
+            asked = [pair.words for pair in self._asked()]
+            said = zip(asked, before["answers"], now["answers"], strict=True)
+            lines = [{"step": step, "prompt": p, "before": b, "after": a} for p, b, a in said]
+            with (folder / "answers.jsonl").open("a", encoding="utf-8") as out:
+                out.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+    def _prompts(self) -> list[str]:
+        """What previews draw."""
+        assert self.pairs is not None
+        if self.recipe.preview.prompts:
+            return list(self.recipe.preview.prompts)
+        words = (pair.words for pair in self.pairs.preferences if pair.modality == "image")
+        return list(dict.fromkeys(words))[:PREVIEW_PROMPTS]
+
+    def _asked(self) -> list[Preference]:
+        """What previews answer in words: the first prompts of the data, each once."""
+        assert self.pairs is not None
+        pairs = (pair for pair in self.pairs.preferences if pair.modality == "text")
+        return list({(p.words, *p.images): p for p in pairs}.values())[: self.recipe.preview.texts]
+
+    def _shown(self, um: UniMM) -> dict[str, Any]:
+        """Codes of the fixed prompts and answers to the fixed questions."""
+        prompts, asked, section = self._prompts(), self._asked(), self.recipe.preview
+        codes: list[Any] = []
+        if prompts:
+            rows, columns = um.model.layout.grid
+            uniforms = streams(section.seed, len(prompts), rows * columns)
+            options = (section.guidance_scale, section.temperature)
+            codes = sample_codes(um.model, um.processor, prompts, uniforms, *options).tolist()
+        answers = um.ask([pair.images for pair in asked], [pair.words for pair in asked]) if asked else []
+        return {"codes": codes, "answers": answers}
+
+    def _sheet(self, um: UniMM, *codes: list[Any]) -> Image.Image:
+        """Drawings of the fixed prompts, before and after side by side."""
+        device = um.model.device
+        pictures = [
+            um.processor.to_images(um.image_tokenizer.decode(torch.tensor(one, device=device)))
+            for one in codes
+        ]
+        cards = [
+            Card(list(drawings), [Line(prompt)])
+            for prompt, *drawings in zip(self._prompts(), *pictures, strict=True)
+        ]
+        return draw_sheet("Drawings", "before and after", [Section("Fixed prompts and seeds", cards)])
+
+    def export(self, module: nn.Module, folder: Path) -> None:
+        """Write a folder that `unimm.load` takes."""
+        assert isinstance(module, PreferenceModel)
+        folder.mkdir(parents=True, exist_ok=True)
+        dtype = getattr(torch, self.recipe.export_dtype)
+        copy.deepcopy(module.policy).to(dtype).save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+
+class _Subset(Sequence["Sample"]):
+    """Some of the pairs."""
+
+    def __init__(self, pairs: PairSamples, indices: list[int]) -> None:
+        self.pairs, self.indices = pairs, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
+        return self.pairs[self.indices[index]]
+
+
+def _told(pairs: Pairs, used: Pairs, beta: float) -> dict[str, Tensor]:
+    """What is logged of N pairs, each [N]: `pairs` as sums over positions, `used` as the losses see them.
+
+    `kl` estimates the divergence of the policy from the reference, a position, as if the reference had given these
+    answers: the mean of log(reference / policy), which single steps may put below 0.
+    """
+    chosen, rejected = beta * used.chosen_ratio, beta * used.rejected_ratio
+    means = pairs.per_position()
+    return {
+        "reward_chosen": chosen,
+        "reward_rejected": rejected,
+        "margin": chosen - rejected,
+        "accuracy": (chosen > rejected).double(),
+        "logp_chosen": pairs.chosen,
+        "logp_rejected": pairs.rejected,
+        "kl": -(means.chosen_ratio + means.rejected_ratio) / 2,
+    }
