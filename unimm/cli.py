@@ -30,6 +30,7 @@ from unimm.console import (
     say,
 )
 from unimm.errors import UserError
+from unimm.preferences import commands as preferences
 
 Options = argparse.Namespace
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # the disk's fault, not the program's
@@ -419,6 +420,19 @@ def _pack(options: Options) -> Any:
     return pack(Path(options.modules), Path(options.folder))
 
 
+# --- preferences: draw, rank, check ------------------------------------------------------------------------
+
+
+def _candidates_arguments(parser: argparse.ArgumentParser) -> None:
+    preferences.draw_arguments(parser)
+    _model_arguments(parser)
+
+
+def _rank_arguments(parser: argparse.ArgumentParser) -> None:
+    preferences.rank_arguments(parser)
+    _model_arguments(parser)
+
+
 # --- small parsers -----------------------------------------------------------------------------------------
 
 
@@ -467,6 +481,27 @@ COMMANDS = (
     Command("recipes copy", "copy a recipe out, to edit it", _copy_arguments, _copy_recipe, _show_copied),
     Command(
         "data preview", "show scenes of a data set on a sheet", _preview_arguments, _preview, _show_sheet
+    ),
+    Command(
+        "preferences draw",
+        "draw several candidates of each prompt",
+        _candidates_arguments,
+        lambda options: preferences.draw(options, _load),
+        print_tree,
+    ),
+    Command(
+        "preferences rank",
+        "score candidates and pair the best with the worst",
+        _rank_arguments,
+        lambda options: preferences.rank(options, _load),
+        print_tree,
+    ),
+    Command(
+        "preferences check",
+        "check a file of preferences",
+        preferences.check_arguments,
+        preferences.check,
+        print_tree,
     ),
     Command("data pack", "pack the artwork from npm packages", _pack_arguments, _pack, print_tree),
 )

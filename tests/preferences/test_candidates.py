@@ -1,0 +1,199 @@
+"""Candidates drawn, stopped and gone on with; scored, ranked and turned into preferences."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from unimm.data.emojiscenes import EmojiScenes
+from unimm.errors import UserError
+from unimm.pipeline import UniMM
+from unimm.preferences.candidates import (
+    DrawingPrompt,
+    Drawn,
+    draw_candidates,
+    read_candidates,
+    read_prompts,
+    scene_prompts,
+)
+from unimm.preferences.rank import Rules, candidates_of, rank_candidates
+from unimm.preferences.scorers import Candidate, make_scorer
+from unimm.training.preferences.data import read_preferences
+
+SETTINGS = {"model": "tiny", "guidance_scale": 2.0, "temperature": 1.0, "top_k": None, "top_p": None}
+
+
+@pytest.fixture
+def few(tiny_model: UniMM) -> UniMM:
+    """The tiny model, two prompts of three at once."""
+    return UniMM(tiny_model.model, tiny_model.processor, batch_size=6)
+
+
+def prompts() -> list[DrawingPrompt]:
+    return [DrawingPrompt(prompt=text) for text in ("a red apple", "blue", "what?", "this is", "on a")]
+
+
+def test_candidates_are_what_draw_draws(few: UniMM, tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    report = draw_candidates(few, prompts(), path, 3, 7, SETTINGS)
+    assert report == {"candidates": str(path), "prompts": 5, "drawn_before": 0, "each": 3}
+    rows = read_candidates(path)
+    assert [row.prompt for row in rows] == [prompt.prompt for prompt in prompts()]
+    _, codes = few.draw(
+        "this is", seed=[9], guidance_scale=2.0, return_codes=True
+    )  # its third, of seed 7 + 2
+    assert rows[3].candidates[2].seed == 9
+    assert rows[3].candidates[2].codes == codes[0].tolist()
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not(few: UniMM, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    draw_candidates(few, prompts(), whole, 3, 0, SETTINGS)
+    text = whole.read_text()
+    cut.write_text(text[: text.index("\n", text.index("\n") + 1) + 40])  # two lines and a piece
+    assert draw_candidates(few, prompts(), cut, 3, 0, SETTINGS)["drawn_before"] == 2
+    assert cut.read_text() == text
+    assert draw_candidates(few, prompts(), cut, 3, 0, SETTINGS)["drawn_before"] == 5
+    assert cut.read_text() == text
+    with pytest.raises(UserError, match=r"c.*jsonl:1: drawn with guidance_scale 2.0, now 3.0"):
+        draw_candidates(few, prompts(), cut, 3, 0, {**SETTINGS, "guidance_scale": 3.0})
+    with pytest.raises(UserError, match=r"jsonl:1: drawn with n 3, now 4"):
+        draw_candidates(few, prompts(), cut, 4, 0, SETTINGS)
+    with pytest.raises(UserError, match=r"jsonl:1: the prompt is not that of this run"):
+        draw_candidates(few, prompts()[1:], cut, 3, 0, SETTINGS)
+
+
+def drawn(few: UniMM, path: Path, wanted: list[DrawingPrompt], n: int = 3) -> list[Drawn]:
+    draw_candidates(few, wanted, path, n, 0, SETTINGS)
+    return read_candidates(path)
+
+
+def test_best_and_worst_become_pairs_and_the_rest_is_counted(few: UniMM, tmp_path: Path) -> None:
+    rows = drawn(few, tmp_path / "c.jsonl", [*prompts(), DrawingPrompt(prompt="a star")])
+    given = {
+        "a red apple": [0.2, 0.9, 0.5],
+        "blue": [0.5, 0.5, 0.5],
+        "what?": [0.5, 0.55, 0.52],
+        "this is": [0.96, 1.0, 0.99],
+        "on a": [0.0, 0.05, 0.01],
+        "a star": [0.7, 0.1, 0.1],
+    }
+    path = tmp_path / "p.jsonl"
+    report = rank_candidates(few, rows, lambda c: given[c[0].prompt.prompt], "mine", path, Rules(margin=0.1))
+    expected = {"prompts": 6, "pairs": 2, "ties": 1, "near_ties": 1, "easy": 1, "hard": 1, "failed": 0}
+    assert {key: report[key] for key in expected} == expected
+    assert report["mean_score"] == pytest.approx(np.mean(list(given.values())), abs=1e-4)
+    first, second = read_preferences(path)
+    assert first.words == "a red apple" and second.words == "a star"
+    assert first.chosen.codes == rows[0].candidates[1].codes
+    assert first.rejected.codes == rows[0].candidates[0].codes
+    assert (first.scores, first.margin) == ([0.9, 0.2], pytest.approx(0.7))
+    assert isinstance(first.source, dict) and first.source["seeds"] == [1, 0]
+    assert second.rejected.codes == rows[5].candidates[1].codes  # of equals the first
+    with pytest.raises(
+        UserError, match=r"no pair is left of 6 prompts \(1 ties, 3 near ties, 1 easy, 1 hard"
+    ):
+        rank_candidates(few, rows, lambda c: given[c[0].prompt.prompt], "mine", path, Rules(margin=2))
+
+
+def wrong_count(candidates: Sequence[Candidate]) -> list[float]:
+    return [1.0] if candidates[0].prompt.prompt == "blue" else [0.1, 0.9, 0.5]
+
+
+def raises(candidates: Sequence[Candidate]) -> list[float]:
+    if candidates[0].prompt.prompt == "blue":
+        raise RuntimeError("no idea")
+    return [0.1, 0.9, 0.5]
+
+
+def no_number(candidates: Sequence[Candidate]) -> list[float]:
+    return [0.1, float("nan"), 0.5] if candidates[0].prompt.prompt == "blue" else [0.1, 0.9, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("scorer", "line"),
+    [
+        (wrong_count, "prompt 'blue': gave 1 scores for 3 candidates"),
+        (raises, "prompt 'blue': raised RuntimeError: no idea"),
+        (no_number, "prompt 'blue': gave scores that are no finite numbers"),
+    ],
+)
+def test_scorers_that_fail(few: UniMM, tmp_path: Path, scorer, line: str) -> None:
+    rows = drawn(few, tmp_path / "c.jsonl", prompts()[:3])
+    with pytest.raises(UserError, match=f"scorer mine: {line}"):
+        rank_candidates(few, rows, scorer, "mine", tmp_path / "p.jsonl")
+    report = rank_candidates(few, rows, scorer, "mine", tmp_path / "p.jsonl", Rules(on_error="skip"))
+    assert (report["failed"], report["pairs"]) == (1, 2)
+
+
+def test_scorers_are_found_by_dotted_path(
+    few: UniMM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_scorers.py").write_text("def redness(candidates):\n    return [1.0] * len(candidates)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*__import__("sys").path])
+    for name in ("my_scorers.redness", "my_scorers:redness"):
+        assert make_scorer(name, few, tmp_path)([None, None]) == [1.0, 1.0]
+    with pytest.raises(UserError, match=r"scorer: 'my_scorers.blueness' cannot be imported"):
+        make_scorer("my_scorers.blueness", few, tmp_path)
+    with pytest.raises(UserError, match=r"scorer: 'my_scorers.__name__' is str"):
+        make_scorer("my_scorers.__name__", few, tmp_path)
+    with pytest.raises(UserError, match='self-vqa, rules, probe; did you mean "rules"'):
+        make_scorer("rule", few, tmp_path)
+
+
+def test_self_vqa_is_the_mean_probability_of_the_answers(few: UniMM, tmp_path: Path) -> None:
+    wanted = scene_prompts("train", 3, 2)
+    assert all(len(prompt.questions) == 6 for prompt in wanted)
+    rows = drawn(few, tmp_path / "c.jsonl", wanted, n=2)
+    candidates = [one for row in rows for one in candidates_of(few, row)]
+    scores = make_scorer("self-vqa", few, tmp_path)(candidates)
+    processor, model = few.processor, few.model
+    for candidate, score in zip(candidates, scores, strict=True):
+        each = []
+        for asked in candidate.prompt.questions:
+            prompt = processor.question_ids(asked.question)
+            answer = [*processor.text_ids(asked.answer), processor.eos]
+            with torch.no_grad():
+                ids = torch.tensor([prompt + answer])
+                logits = model(input_ids=ids, pixel_values=processor.pixels([candidate.image])).logits
+            predicted = logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            each.append(predicted[torch.arange(len(answer)), answer].sum().exp().item())
+        assert score == pytest.approx(np.mean(each), rel=1e-4)
+    with pytest.raises(UserError, match="self-vqa: the prompt 'blue' has no questions"):
+        make_scorer("self-vqa", few, tmp_path)(
+            candidates_of(few, drawn(few, tmp_path / "d.jsonl", prompts())[1])
+        )
+
+
+def test_rules_know_a_real_render_from_a_wrong_one(few: UniMM, tmp_path: Path) -> None:
+    wanted = scene_prompts("train", 0, 40)
+    scenes = EmojiScenes("train", 0)
+    score = make_scorer("rules", few, tmp_path)
+
+    def candidate(index: int, shown: int) -> Candidate:
+        from PIL import Image
+
+        return Candidate(wanted[index], 0, torch.zeros(4, 4), Image.fromarray(scenes[shown].render()))
+
+    right = [score([candidate(index, index)])[0] for index in range(40)]
+    wrong = [score([candidate(index, (index + 1) % 40)])[0] for index in range(40)]
+    assert np.mean(right) > 0.95
+    assert np.mean(wrong) < 0.7
+
+
+def test_prompts_from_files(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a star\n\n  a bell \n")
+    assert [prompt.prompt for prompt in read_prompts(tmp_path / "p.txt")] == ["a star", "a bell"]
+    row = {"prompt": "a star", "questions": [{"question": "what is this?", "answer": "a star"}]}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"prompt": ""}))
+    with pytest.raises(UserError, match=r"p.jsonl:2: prompt: expected at least 1"):
+        read_prompts(tmp_path / "p.jsonl")
+    (tmp_path / "p.txt").write_text("\n")
+    with pytest.raises(UserError, match=r"p.txt: empty"):
+        read_prompts(tmp_path / "p.txt")

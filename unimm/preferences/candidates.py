@@ -1,0 +1,175 @@
+"""Candidates: several drawings of each prompt, their codes kept; a file of JSON lines that can be gone on with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from unimm.data.emojiscenes import EmojiScenes, Split
+from unimm.errors import UserError
+from unimm.training.preferences.data import Codes, read_lines
+from unimm.training.recipe import NotNegative, Section, show, validate
+
+if TYPE_CHECKING:
+    from unimm.pipeline import UniMM
+
+
+class Asked(Section):
+    """A question about a drawing, and the answer if the drawing is what was asked for."""
+
+    question: Annotated[str, Field(min_length=1)]
+    answer: Annotated[str, Field(min_length=1)]
+
+
+class SceneKey(Section):
+    """Which scene of EmojiScenes a prompt describes."""
+
+    split: Split
+    seed: NotNegative
+    index: NotNegative
+
+
+class DrawingPrompt(Section):
+    """What to draw, and what scorers may know of it."""
+
+    prompt: Annotated[str, Field(min_length=1)]
+    questions: list[Asked] = Field(default=[])
+    scene: SceneKey | None = None
+
+
+class Drawing(Section):
+    """One candidate."""
+
+    seed: NotNegative
+    codes: Codes
+
+
+class Drawn(DrawingPrompt):
+    """A prompt with its candidates and how they were drawn."""
+
+    candidates: Annotated[list[Drawing], Field(min_length=1)]
+    settings: dict[str, Any] = Field(default={})
+
+
+def read_prompts(path: str | Path) -> list[DrawingPrompt]:
+    """Read what to draw: a text file with a prompt a line, or (`.jsonl`) a `DrawingPrompt` a line.
+
+    Raises:
+        UserError: naming file, line and field; or there is no prompt.
+    """
+    path = Path(path)
+    if path.suffix == ".jsonl":
+        prompts = [validate(DrawingPrompt, value, where) for where, value in read_lines(path)]
+    else:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not readable as text ({error})") from None
+        prompts = [DrawingPrompt(prompt=line.strip()) for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"{path}: empty; it should hold a prompt a line")
+    return prompts
+
+
+def scene_prompts(split: Split, seed: int, count: int) -> list[DrawingPrompt]:
+    """Return captions of scenes of EmojiScenes, with the scenes' own questions and answers."""
+    scenes = EmojiScenes(split, seed)
+    prompts = []
+    for index in range(count):
+        scene = scenes[index]
+        captions = scene.captions()
+        asked = [Asked(question=one.question, answer=one.answer) for one in scene.questions()]
+        key = SceneKey(split=split, seed=seed, index=index)
+        prompt = captions[scene.key % len(captions)]
+        prompts.append(DrawingPrompt(prompt=prompt, questions=asked, scene=key))
+    return prompts
+
+
+def draw_candidates(
+    um: UniMM,
+    prompts: Sequence[DrawingPrompt],
+    path: str | Path,
+    n: int,
+    seed: int,
+    settings: Mapping[str, Any],
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Draw `n` candidates of every prompt and append them to a file; what it holds already is kept.
+
+    Candidate k of every prompt has the random stream of seed `seed + k`, so that a stopped run that is started again
+    writes what one left alone would have.
+
+    Args:
+        um: what draws.
+        prompts: what to draw.
+        path: JSON lines of `Drawn`.
+        n: candidates of each prompt.
+        seed: of the first candidate.
+        settings: `guidance_scale`, `temperature`, `top_k`, `top_p` of `UniMM.draw`, and `model`, its name.
+        on_progress: called with prompts done and prompts in all.
+
+    Returns:
+        The file, its prompts, and how many of them were there before.
+
+    Raises:
+        UserError: the file holds other prompts, or candidates that were drawn in another way.
+    """
+    path = Path(path)
+    written = {**settings, "n": n, "seed": seed}
+    done = _already(path, prompts, written)
+    options = {key: value for key, value in settings.items() if key != "model"}
+    seeds = [seed + k for k in range(n)]
+    share = max(1, um.batch_size // n)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        for start in range(done, len(prompts), share):
+            part = prompts[start : start + share]
+            texts = [prompt.prompt for prompt in part]
+            _, codes = um.draw(texts, n=n, seed=seeds * len(part), return_codes=True, **options)
+            for prompt, drawn in zip(part, codes.view(len(part), n, *codes.shape[1:]).tolist(), strict=True):
+                candidates = [{"seed": s, "codes": one} for s, one in zip(seeds, drawn, strict=True)]
+                row = {**prompt.model_dump(), "candidates": candidates, "settings": written}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            if on_progress is not None:
+                on_progress(start + len(part), len(prompts))
+    return {"candidates": str(path), "prompts": len(prompts), "drawn_before": done, "each": n}
+
+
+def read_candidates(path: str | Path) -> list[Drawn]:
+    """Read a file of candidates.
+
+    Raises:
+        UserError: naming file, line and field; or it is empty.
+    """
+    rows = [validate(Drawn, value, where) for where, value in read_lines(Path(path))]
+    if not rows:
+        raise UserError(f"{path}: empty; draw candidates first (`unimm preferences draw`)")
+    return rows
+
+
+def _already(path: Path, prompts: Sequence[DrawingPrompt], settings: Mapping[str, Any]) -> int:
+    """How many prompts a file holds; a last line that was cut off in writing is removed."""
+    if not path.exists():
+        return 0
+    whole, newline, rest = path.read_bytes().rpartition(b"\n")
+    if rest:
+        with path.open("r+b") as file:
+            file.truncate(len(whole) + len(newline))
+    count = 0
+    for where, value in read_lines(path):
+        row = validate(Drawn, value, where)
+        if count >= len(prompts) or row.prompt != prompts[count].prompt:
+            raise UserError(f"{where}: the prompt is not that of this run; give another file, or remove it")
+        for key, wanted in settings.items():
+            if row.settings.get(key) != wanted:
+                was = show(row.settings.get(key))
+                raise UserError(
+                    f"{where}: drawn with {key} {was}, now {show(wanted)}; give another file, or remove it"
+                )
+        count += 1
+    return count

@@ -1,0 +1,121 @@
+"""The commands `unimm preferences draw`, `rank` and `check`: arguments, and one call into the library each.
+
+Nothing heavy is imported before a command runs; the model is loaded by the caller, after what can be wrong with the
+files has been said.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from unimm.console import progress
+from unimm.errors import UserError
+
+Options = argparse.Namespace
+Load = Callable[[Options], Any]
+SCENE_SPLITS = ("train", "seen", "composed", "vendor")
+
+
+def draw_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `draw`."""
+    parser.add_argument(
+        "prompts", nargs="?", metavar="FILE", help="a prompt a line, or .jsonl with questions"
+    )
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="candidates, as JSON lines")
+    parser.add_argument("-n", type=int, default=8, metavar="N", help="drawings of each prompt (default: 8)")
+    parser.add_argument("--scenes", type=int, metavar="N", help="in place of FILE: captions of N EmojiScenes")
+    parser.add_argument(
+        "--split", default="train", choices=SCENE_SPLITS, help="of the scenes (default: train)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of scenes and of the first drawing (default: 0)")
+    parser.add_argument("--guidance-scale", type=float, default=5.0, metavar="X", help="default: 5")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default: 1")
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest codes")
+    parser.add_argument("--top-p", type=float, metavar="P", help="sample among codes that make up P")
+
+
+def draw(options: Options, load: Load) -> Any:
+    """Draw candidates; a file that was begun is gone on with."""
+    from unimm.preferences.candidates import draw_candidates, read_prompts, scene_prompts
+    from unimm.sampling.choose import check_options
+
+    if (options.prompts is None) == (options.scenes is None):
+        raise UserError("preferences draw: give either a file of prompts or --scenes N")
+    for name in ("n", "scenes"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise UserError(f"preferences draw: {name}: {getattr(options, name)}; give 1 or more")
+    if options.seed < 0:
+        raise UserError(f"preferences draw: seed: {options.seed}; give 0 or more")
+    check_options(options.guidance_scale, options.temperature, options.top_k, options.top_p)
+    if options.prompts is not None:
+        prompts = read_prompts(options.prompts)
+    else:
+        prompts = scene_prompts(options.split, options.seed, options.scenes)
+    names = ("guidance_scale", "temperature", "top_k", "top_p")
+    settings = {"model": options.model or "embedded", **{name: getattr(options, name) for name in names}}
+    um = load(options)
+    with progress("candidates") as report:
+        return draw_candidates(um, prompts, options.output, options.n, options.seed, settings, report)
+
+
+def rank_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `rank`."""
+    parser.add_argument("candidates", metavar="FILE", help="what `unimm preferences draw` wrote")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="preferences, as JSON lines")
+    known = "self-vqa, rules, probe, or a callable as module.name"
+    parser.add_argument("--scorer", default="self-vqa", metavar="NAME", help=f"{known} (default: self-vqa)")
+    parser.add_argument(
+        "--margin", type=float, default=0.1, metavar="X", help="least difference (default: 0.1)"
+    )
+    parser.add_argument(
+        "--easy", type=_or_none, default=0.95, metavar="X", help="all score this: drop (or none)"
+    )
+    parser.add_argument(
+        "--hard", type=_or_none, default=0.05, metavar="X", help="none scores more: drop (or none)"
+    )
+    parser.add_argument("--on-error", default="stop", choices=("stop", "skip"), help="if the scorer fails")
+
+
+def rank(options: Options, load: Load) -> Any:
+    """Score candidates and write the pairs."""
+    from unimm.preferences.candidates import read_candidates
+    from unimm.preferences.rank import Rules, rank_candidates
+    from unimm.preferences.scorers import make_scorer
+
+    rules = Rules(options.margin, options.easy, options.hard, options.on_error)
+    if not rules.margin >= 0:
+        raise UserError(f"preferences rank: margin: {rules.margin}; give 0 or more")
+    rows = read_candidates(options.candidates)
+    um = load(options)
+    scorer = make_scorer(options.scorer, um, Path(options.output).parent)
+    with progress("scores") as report:
+        return rank_candidates(um, rows, scorer, options.scorer, options.output, rules, report)
+
+
+def check_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `check`."""
+    parser.add_argument("preferences", metavar="FILE", help="preferences, as JSON lines")
+
+
+def check(options: Options) -> Any:
+    """Read a file of preferences and count what it holds."""
+    from unimm.training.preferences.data import read_preferences
+
+    pairs = read_preferences(options.preferences)
+    kinds = Counter(pair.modality for pair in pairs)
+    prompts = {(pair.words, *pair.images) for pair in pairs}
+    return {"preferences": options.preferences, "pairs": len(pairs), **kinds, "prompts": len(prompts)}
+
+
+def _or_none(text: str) -> float | None:
+    """Parse a number, or none."""
+    if text == "none":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or none, got {text!r}") from None

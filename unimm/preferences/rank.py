@@ -1,0 +1,155 @@
+"""From scored candidates to pairs: the best and the worst drawing of a prompt, where they differ enough."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from unimm.errors import UserError
+from unimm.preferences.candidates import Drawn
+from unimm.preferences.scorers import Candidate, Scorer
+from unimm.training.preferences.data import write_lines
+
+if TYPE_CHECKING:
+    from unimm.pipeline import UniMM
+
+OUTCOMES = ("pairs", "ties", "near_ties", "easy", "hard", "failed")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Which prompts make a pair.
+
+    Attributes:
+        margin: least difference of the best and the worst score.
+        easy: a prompt of which every candidate scores at least this teaches nothing; None: there are none.
+        hard: nor does one of which no candidate scores more than this; None: there are none.
+        on_error: what a scorer that raises, or gives no number for each candidate, does: its prompt is skipped and
+            counted, or the run stops.
+    """
+
+    margin: float = 0.1
+    easy: float | None = 0.95
+    hard: float | None = 0.05
+    on_error: Literal["skip", "stop"] = "stop"
+
+
+class ScorerError(Exception):
+    """A scorer gave no scores for a prompt."""
+
+
+def rank_candidates(
+    um: UniMM,
+    rows: Sequence[Drawn],
+    scorer: Scorer,
+    name: str,
+    path: str | Path,
+    rules: Rules = Rules(),
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Score every prompt's candidates and write the pairs as preferences.
+
+    Args:
+        um: the model that drew, which turns codes into pictures.
+        rows: candidates.
+        scorer: gives each candidate a number.
+        name: what the scorer is called, kept with each pair.
+        path: where the pairs go.
+        rules: which prompts make a pair.
+        on_progress: called with prompts done and prompts in all.
+
+    Returns:
+        The file, the mean score, and how many prompts made a pair, tied, were too easy or hard, or failed.
+
+    Raises:
+        UserError: a scorer fails and `rules.on_error` says stop, or not one pair is left.
+    """
+    counts = Counter(dict.fromkeys(OUTCOMES, 0))
+    scored: list[float] = []
+
+    def pairs() -> Iterator[dict[str, Any]]:
+        for done, row in enumerate(rows, start=1):
+            try:
+                scores = _scores(scorer, candidates_of(um, row))
+            except ScorerError as error:
+                if rules.on_error == "stop":
+                    raise UserError(f"scorer {name}: prompt {row.prompt!r}: {error}") from error
+                counts["failed"] += 1
+                continue
+            scored.extend(scores)
+            outcome = _outcome(scores, rules)
+            counts[outcome] += 1
+            if outcome == "pairs":
+                yield _pair(row, scores, name)
+            if on_progress is not None:
+                on_progress(done, len(rows))
+
+    found = list(pairs())
+    told = ", ".join(f"{counts[key]} {key.replace('_', ' ')}" for key in OUTCOMES[1:])
+    if not found:
+        raise UserError(
+            f"{path}: no pair is left of {len(rows)} prompts ({told}); lower the margin or draw more"
+        )
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_lines(Path(path), found)
+    mean = sum(scored) / len(scored)
+    return {"preferences": str(path), "prompts": len(rows), **counts, "mean_score": round(mean, 4)}
+
+
+def candidates_of(um: UniMM, row: Drawn) -> list[Candidate]:
+    """A prompt's candidates with their pictures."""
+    codes = torch.tensor([drawing.codes for drawing in row.candidates])
+    with torch.inference_mode():
+        pixels = um.image_tokenizer.decode(codes.to(um.model.device))
+    images = um.processor.to_images(pixels)
+    return [
+        Candidate(row, drawing.seed, one, image)
+        for drawing, one, image in zip(row.candidates, codes, images, strict=True)
+    ]
+
+
+def _scores(scorer: Scorer, candidates: Sequence[Candidate]) -> list[float]:
+    """The scorer's numbers, one for each candidate; what else it does is a `ScorerError`."""
+    try:
+        scores = [float(score) for score in scorer(candidates)]
+    except UserError:  # the data lacks what the scorer needs; no candidate will have it
+        raise
+    except Exception as error:  # it may be anyone's code
+        raise ScorerError(f"raised {type(error).__name__}: {error}") from error
+    if len(scores) != len(candidates):
+        raise ScorerError(f"gave {len(scores)} scores for {len(candidates)} candidates")
+    if not all(map(math.isfinite, scores)):
+        raise ScorerError(f"gave scores that are no finite numbers: {scores}")
+    return scores
+
+
+def _outcome(scores: Sequence[float], rules: Rules) -> str:
+    """What becomes of a prompt."""
+    best, worst = max(scores), min(scores)
+    if rules.easy is not None and worst >= rules.easy:
+        return "easy"
+    if rules.hard is not None and best <= rules.hard:
+        return "hard"
+    if best == worst:
+        return "ties"
+    return "pairs" if best - worst >= rules.margin else "near_ties"
+
+
+def _pair(row: Drawn, scores: Sequence[float], scorer: str) -> dict[str, Any]:
+    """The best and the worst candidate as a preference; of equals the first."""
+    best, worst = scores.index(max(scores)), scores.index(min(scores))
+    chosen, rejected = row.candidates[best], row.candidates[worst]
+    return {
+        "prompt": row.prompt,
+        "chosen": {"codes": chosen.codes},
+        "rejected": {"codes": rejected.codes},
+        "margin": scores[best] - scores[worst],
+        "scores": [scores[best], scores[worst]],
+        "source": {"scorer": scorer, "seeds": [chosen.seed, rejected.seed], **row.settings},
+    }

@@ -1,0 +1,182 @@
+"""Scorers of candidates: any callable that takes a prompt's candidates and gives a number for each, higher is better.
+
+Three come with the package, each giving shares in [0, 1]: `self-vqa`, the model's own answers about its drawings;
+`rules`, pixel rules on scenes; `probe`, the judge of `unimm.evaluation` on scenes. Judge with another than you train
+on: what is optimised stops being a measure.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from unimm.data.emojiscenes import EmojiScenes, Scene
+from unimm.errors import UserError
+from unimm.modeling import IGNORED
+from unimm.preferences.candidates import DrawingPrompt
+from unimm.training.branches import Branches, branch_mask, stack_rows
+from unimm.training.recipe import near
+
+if TYPE_CHECKING:
+    from unimm.pipeline import UniMM
+    from unimm.processing import UniMMProcessor
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A drawing of a prompt, as a picture and as codes [h, w]."""
+
+    prompt: DrawingPrompt
+    seed: int
+    codes: Tensor
+    image: Image.Image
+
+
+Scorer = Callable[[Sequence[Candidate]], Sequence[float]]
+
+
+def make_scorer(name: str, um: UniMM, folder: Path) -> Scorer:
+    """Return a scorer by its name or by the dotted path of a callable, as `mymodule.score` or `mymodule:score`.
+
+    Args:
+        name: `self-vqa`, `rules`, `probe`, or a path; modules of the working directory are found too.
+        um: the model that drew.
+        folder: where a scorer may keep what it fits.
+
+    Raises:
+        UserError: there is no such scorer.
+    """
+    if name in SCORERS:
+        return SCORERS[name](um, folder)
+    module_name, _, attribute = name.replace(":", ".").rpartition(".")
+    if not module_name:
+        known = ", ".join(SCORERS)
+        raise UserError(f"scorer: {name!r}; give one of {known}{near(name, SCORERS)}, or a dotted path")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"scorer: {name!r} cannot be imported ({error})") from None
+    if not callable(found):
+        raise UserError(f"scorer: {name!r} is {type(found).__name__}, which cannot be called")
+    scorer: Scorer = found
+    return scorer
+
+
+def self_vqa(um: UniMM, folder: Path) -> Scorer:
+    """Ask the model the prompt's questions about each drawing: the mean probability that it gives the right answers.
+
+    The idea of scoring a generator by questions about its output is TIFA's (Hu et al. 2023, arXiv:2303.11897); here
+    the model that draws answers too. The questions of a drawing are branches behind one reading of it.
+    """
+
+    @torch.inference_mode()
+    def score(candidates: Sequence[Candidate]) -> list[float]:
+        inputs, owners = _questions(um.processor, candidates)
+        moved = {key: value.to(um.model.device) for key, value in inputs.items()}
+        right = um.model.score(count=len(owners), **moved).log_probs.exp().cpu().numpy()
+        totals = np.bincount(owners, weights=right, minlength=len(candidates))
+        return list(totals / np.bincount(owners, minlength=len(candidates)))
+
+    return score
+
+
+def _questions(
+    processor: UniMMProcessor, candidates: Sequence[Candidate]
+) -> tuple[dict[str, Tensor], list[int]]:
+    """Rows of a picture and its questions, each answer numbered, and the candidate of each answer."""
+    closing = processor.marks(processor.conversation.assistant)
+    pictures = [candidate.image for candidate in candidates]
+    inputs: dict[str, Tensor] = {}
+    grids = [processor.layout.grid] * len(pictures)
+    if processor.layout.shared:
+        inputs["pixel_values"], inputs["image_sizes"] = processor.sized_pixels(pictures)
+        stride = processor.stride
+        grids = [(height // stride, width // stride) for height, width in inputs["image_sizes"].tolist()]
+    else:
+        inputs["pixel_values"] = processor.pixels(pictures)
+    rows: list[dict[str, Any]] = []
+    owners: list[int] = []
+    for place, (candidate, grid) in enumerate(zip(candidates, grids, strict=True)):
+        if not candidate.prompt.questions:
+            raise UserError(f"self-vqa: the prompt {candidate.prompt.prompt!r} has no questions to ask")
+        row = Branches(processor.ids(*processor.opening([grid])))
+        for asked in candidate.prompt.questions:
+            answer = [*processor.text_ids(asked.answer), processor.eos]
+            row.add(processor.ids(asked.question, *closing), answer)
+        arrays = row.arrays()
+        answers = np.maximum(arrays["branches"] - 1, 0) + len(owners)
+        rows.append({**arrays, "answers": answers})
+        owners += [place] * len(candidate.prompt.questions)
+    longest = max(len(row["ids"]) for row in rows)
+    fills = {"ids": processor.pad, "labels": IGNORED, "positions": 0, "branches": 0, "answers": 0}
+    stacked = {key: stack_rows([row[key] for row in rows], longest, fill) for key, fill in fills.items()}
+    inputs |= {
+        "input_ids": stacked["ids"],
+        "labels": stacked["labels"],
+        "answers": stacked["answers"],
+        "attention_mask": branch_mask(stacked["branches"]),
+        "position_ids": stacked["positions"],
+    }
+    return inputs, owners
+
+
+def rules(um: UniMM, folder: Path) -> Scorer:
+    """Pixel rules on scenes: the background's colour, the number of objects, and how two of them lie to each other."""
+    from unimm.evaluation.pixels import Pixels, background_name, find_objects, relation
+
+    def one(scene: Scene, picture: Pixels) -> float:
+        boxes = find_objects(picture)
+        right = [background_name(picture) == scene.background, len(boxes) == len(scene.objects)]
+        if scene.relation is not None:
+            sideways = scene.relation in ("left of", "right of")
+            found = relation(boxes[0], boxes[1]) if len(boxes) == 2 else None
+            right.append(found in (("left of", "right of") if sideways else ("above", "below")))
+        return sum(right) / len(right)
+
+    def score(candidates: Sequence[Candidate]) -> list[float]:
+        return [one(_scene(candidate, "rules"), np.asarray(candidate.image)) for candidate in candidates]
+
+    return score
+
+
+def probe(um: UniMM, folder: Path) -> Scorer:
+    """The judge of drawings on scenes: the share of background, object, place and count that is right."""
+    from unimm.evaluation.drawing import judge_pictures
+    from unimm.evaluation.judge import Judge
+    from unimm.evaluation.recipe import JudgeSection
+
+    judge = Judge(JudgeSection(), folder / "judge.safetensors", str(um.model.device))
+
+    def score(candidates: Sequence[Candidate]) -> list[float]:
+        scenes = [_scene(candidate, "probe") for candidate in candidates]
+        verdicts = judge_pictures(judge, scenes, [np.asarray(candidate.image) for candidate in candidates])
+        shares = []
+        for verdict in verdicts:
+            figures = (verdict.background, verdict.object, verdict.place_named, verdict.count)
+            asked = [good for good in figures if good is not None]
+            shares.append(sum(asked) / len(asked))
+        return shares
+
+    return score
+
+
+SCORERS: dict[str, Callable[[UniMM, Path], Scorer]] = {"self-vqa": self_vqa, "rules": rules, "probe": probe}
+"""The scorers that come with the package."""
+
+
+def _scene(candidate: Candidate, scorer: str) -> Scene:
+    key = candidate.prompt.scene
+    if key is None:
+        raise UserError(f"{scorer}: the prompt {candidate.prompt.prompt!r} names no scene of EmojiScenes")
+    return EmojiScenes(key.split, key.seed)[key.index]
