@@ -11,6 +11,13 @@ from unimm.modeling import IGNORED, UniMMModel
 from unimm.pipeline import UniMM
 
 
+def start_alone() -> None:
+    """Make this process a group of one."""
+    if not torch.distributed.is_initialized():
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+
 def drawing_batch(um: UniMM) -> dict[str, torch.Tensor]:
     """Two rows: a caption and a drawing; a question about a picture, padded on the right."""
     processor, generator = um.processor, torch.Generator().manual_seed(0)
@@ -70,6 +77,35 @@ def test_chunked_loss_equals_whole(tiny_model: UniMM, monkeypatch: pytest.Monkey
 
     for whole, chunked in zip(gradients(4096), gradients(3), strict=True):
         torch.testing.assert_close(chunked, whole)
+    model.zero_grad(set_to_none=True)
+
+
+def test_empty_chunks_change_no_loss() -> None:
+    torch.manual_seed(0)
+    head, hidden, targets = torch.nn.Linear(4, 7), torch.randn(5, 4), torch.randint(7, (5,))
+    found = []
+    for chunks in (1, 3):
+        head.zero_grad()
+        modeling.summed_loss(head, hidden, targets, chunks).backward()
+        assert head.weight.grad is not None
+        found.append(head.weight.grad.clone())
+    torch.testing.assert_close(*found)
+
+
+def test_in_lockstep_every_part_runs_and_nothing_changes(tiny_model: UniMM) -> None:
+    """Text alone reaches no other part, but each has a gradient, of 0."""
+    start_alone()
+    model, ids = tiny_model.model, torch.arange(20, 30)[None]
+    model.zero_grad(set_to_none=True)
+    plain = model(input_ids=ids, labels=ids).text_loss
+    output = model(input_ids=ids, labels=ids, lockstep=True)
+    (output.text_loss + output.code_loss).backward()
+    torch.testing.assert_close(output.text_loss, plain, rtol=0, atol=0)
+    for name, part in model.parts().items():
+        for key, weight in part.named_parameters():
+            if "attn_pool" not in key:
+                assert weight.grad is not None, (name, key)
+                assert name == "decoder" or not weight.grad.any()
     model.zero_grad(set_to_none=True)
 
 

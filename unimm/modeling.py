@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from unimm.attention import FLEX, block_mask, dense_mask
 from unimm.configuration import UniMMConfig
 from unimm.errors import UserError
 from unimm.layout import ImageLayout
@@ -199,6 +200,7 @@ class UniMMModel(PreTrainedModel):
         pixel_values: Tensor | None = None,
         image_codes: Tensor | None = None,
         image_sizes: Tensor | None = None,
+        lockstep: bool = False,
     ) -> Tensor:
         """Return the stream [B, T, C].
 
@@ -208,6 +210,7 @@ class UniMMModel(PreTrainedModel):
             image_codes: int64 [M, h, w], images as codes in the order of the stream.
             image_sizes: int64 [N, 2], height and width of each image that is understood by its codes; what
                 `pixel_values` has beyond is padding.
+            lockstep: run parts that these inputs have no use for as well, on a blank that adds nothing.
 
         Raises:
             ValueError: the images do not fill the placeholders, or the model lacks the part that reads them.
@@ -225,10 +228,17 @@ class UniMMModel(PreTrainedModel):
             stream_BTC = scatter_rows(
                 stream_BTC, mask, features.flatten(0, 1), "pixel_values: image features"
             )
+        elif lockstep and self.vision is not None and self.connector is not None:
+            side = self.vision.config.image_size
+            blank = torch.zeros(1, 3, side, side, dtype=self.dtype, device=input_ids.device)
+            stream_BTC = stream_BTC + 0 * self.connector(self.vision(blank)).mean()
         if image_codes is not None:
             embedded = self.embed_codes(image_codes.flatten(1))
             mask = self.layout.code_positions(input_ids)
             stream_BTC = scatter_rows(stream_BTC, mask, embedded.flatten(0, 1), "image_codes: codes")
+        elif lockstep and self.code_embedding is not None:
+            blank = torch.zeros(1, self.layout.grid[0] * self.layout.grid[1], dtype=torch.long)
+            stream_BTC = stream_BTC + 0 * self.embed_codes(blank.to(input_ids.device)).mean()
         return stream_BTC
 
     def _embed_shared(
@@ -303,6 +313,9 @@ class UniMMModel(PreTrainedModel):
         image_sizes: Tensor | None = None,
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
+        samples: Tensor | None = None,
+        branches: Tensor | None = None,
+        lockstep: bool = False,
         **options: Any,
     ) -> UniMMOutput:
         """Run the model.
@@ -316,18 +329,27 @@ class UniMMModel(PreTrainedModel):
             labels: [B, T], aligned with `input_ids` (shifted here); at code positions the code (its token,
                 where codes are tokens), else a text token, and -100 where nothing is to be learnt.
             position_ids: [B, T]; by default counted over the attended positions.
+            samples: [B, T], for rows that hold several samples: which of them a position belongs to. Then
+                `position_ids` are needed, and `attention_mask` is made from these.
+            branches: [B, T], with `samples`: see `unimm.attention`.
+            lockstep: run every part, and each as often as all other processes do, whatever this process's inputs
+                need. Where weights or gradients are sharded, processes that ran different modules would wait for
+                each other forever, or add up gradients of different weights. Needs a process group.
             **options: what else the decoder takes (`past_key_values`, `use_cache`).
 
         Returns:
             With labels the losses and no logits (they are never held whole); without, text logits [B, T, V].
         """
-        stream_BTC = self.embed(input_ids, pixel_values, image_codes, image_sizes)
+        stream_BTC = self.embed(input_ids, pixel_values, image_codes, image_sizes, lockstep)
+        if samples is not None and branches is not None:
+            flexible = self.decoder.config._attn_implementation == FLEX
+            attention_mask = (block_mask if flexible else dense_mask)(samples, branches)
         output = self._run(stream_BTC, attention_mask, position_ids, **options)
         hidden_BTC = output.last_hidden_state
         if labels is None:
             logits = self.decoder.get_output_embeddings()(hidden_BTC)
             return UniMMOutput(logits=logits, past_key_values=output.past_key_values)
-        return self.losses(hidden_BTC, input_ids, labels)
+        return self.losses(hidden_BTC, input_ids, labels, lockstep)
 
     def _run(
         self, stream: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, **options: Any
@@ -383,15 +405,18 @@ class UniMMModel(PreTrainedModel):
         is_code = self.layout.code_positions(input_ids[:, 1:])
         return targets, counted & ~is_code, counted & is_code
 
-    def losses(self, hidden: Tensor, input_ids: Tensor, labels: Tensor) -> UniMMOutput:
+    def losses(
+        self, hidden: Tensor, input_ids: Tensor, labels: Tensor, lockstep: bool = False
+    ) -> UniMMOutput:
         """Return summed text and code losses; each head sees its own positions and no others."""
         hidden = hidden[:, :-1]
         targets, text, code = self._counted(input_ids, labels)
-        text_loss = summed_loss(self.decoder.get_output_embeddings(), hidden[text], targets[text])
+        chunks = most_chunks(int(text.sum()), int(code.sum())) if lockstep else (1, 1)
+        text_loss = summed_loss(self.decoder.get_output_embeddings(), hidden[text], targets[text], chunks[0])
         code_loss = text_loss.new_zeros(())
         if self.code_head is not None or self.layout.shared:
             first = self.layout.code if self.layout.shared else 0
-            code_loss = summed_loss(self.code_logits, hidden[code], targets[code] - first)
+            code_loss = summed_loss(self.code_logits, hidden[code], targets[code] - first, chunks[1])
         text_count, code_count = int(text.sum()), int(code.sum())
         return UniMMOutput(
             loss=(text_loss + code_loss) / max(text_count + code_count, 1),
@@ -411,18 +436,31 @@ def _chunk_loss(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tenso
     return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
 
 
-def summed_loss(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
+def most_chunks(*counts: int) -> list[int]:
+    """Return the chunks that the process with the most of so many positions computes a loss in; a collective."""
+    chunks = torch.tensor([-(-count // LOSS_CHUNK) for count in counts])
+    if torch.distributed.get_backend() == "nccl":
+        chunks = chunks.cuda()
+    torch.distributed.all_reduce(chunks, op=torch.distributed.ReduceOp.MAX)
+    most: list[int] = chunks.tolist()
+    return most
+
+
+def summed_loss(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, chunks: int = 1) -> Tensor:
     """Return the cross-entropy summed over positions, without ever holding the logits of more than a chunk.
 
     Args:
         head: maps [P, C] to logits.
         hidden: [P, C].
         targets: int64 [P].
+        chunks: compute at least so many, the last of them empty where need be.
     """
-    if len(targets) <= LOSS_CHUNK:
+    chunks = max(chunks, -(-len(targets) // LOSS_CHUNK))
+    if chunks <= 1:
         return _chunk_loss(head, hidden, targets)
     total = hidden.new_zeros((), dtype=torch.float32)
-    for part, target in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
+    for start in range(0, chunks * LOSS_CHUNK, LOSS_CHUNK):
+        part, target = hidden[start : start + LOSS_CHUNK], targets[start : start + LOSS_CHUNK]
         total = total + checkpoint(_chunk_loss, head, part, target, use_reentrant=False)
     return total
 

@@ -292,6 +292,7 @@ def load(
     device: str = "auto",
     dtype: str | torch.dtype = "auto",
     quantize: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> UniMM:
     """Load a model.
 
@@ -301,17 +302,37 @@ def load(
         dtype: "auto" is bfloat16 on CUDA and float32 elsewhere.
         quantize: "int8" gives the decoder's linear layers and large heads int8 weights (`unimm.quantization`),
             a quarter of float32's memory; on CPUs small batches are faster too. The model cannot be saved then.
+        adapter: folder of a peft adapter of that model, which is merged into its weights.
 
     Raises:
-        UserError: the source is missing, broken, or not a unimm model, or an option is of no known name.
+        UserError: the source is missing, broken, or not a unimm model; the adapter is, or is of another model; or
+            an option is of no known name.
     """
     check_method(quantize)
     folder = resolve(source)
     place = choose_device(device)
     model, processor = _read(folder, choose_dtype(dtype, place))
+    if adapter is not None:
+        model = _with_adapter(model, Path(adapter))
     if quantize is not None:  # before it moves: the device then never holds the whole weights
         model.quantise()
     return UniMM(nn.Module.to(model, place), processor)
+
+
+def _with_adapter(model: UniMMModel, folder: Path) -> UniMMModel:
+    """Return a model with a peft adapter merged into its weights."""
+    if not (folder / "adapter_config.json").exists():
+        raise UserError(f"{folder}: holds no adapter (adapter_config.json is missing)")
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise UserError("adapter: needs peft; install it with: pip install 'unimm[lora]'") from None
+    try:
+        merged: UniMMModel = PeftModel.from_pretrained(model, folder).merge_and_unload().eval()
+    except (ValueError, RuntimeError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise UserError(f"{folder}: not an adapter of this model ({line})") from None
+    return merged
 
 
 def _read(folder: Path, dtype: torch.dtype) -> tuple[UniMMModel, UniMMProcessor]:

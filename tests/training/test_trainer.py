@@ -212,8 +212,10 @@ def test_mistakes_found_at_the_start_are_one_line(tmp_path: Path) -> None:
         UserError, match=r'stages\[0\]\.lr\.haed: no such group of weights; did you mean "head"'
     ):
         train(recipe(tmp_path, {"lr": {"haed": 1e-2}}), quiet=True)
-    with pytest.raises(UserError, match=r"deepspeed\.zero_optimization\.stage: expected 0"):
-        train(recipe(tmp_path, {"lr": ALL}, deepspeed={"zero_optimization": {"stage": 2}}), quiet=True)
+    with pytest.raises(UserError, match=r"deepspeed: zero_optimization: expected a stage of 0, 1, 2 or 3"):
+        recipe(tmp_path, {"lr": ALL}, deepspeed={"zero_optimization": {"stage": 4}})
+    with pytest.raises(UserError, match=r"deepspeed: bf16: weights stay float32"):
+        recipe(tmp_path, {"lr": ALL}, deepspeed={"bf16": {"enabled": True}})
 
 
 def test_a_loss_that_is_no_number_stops_before_it_is_saved(tmp_path: Path) -> None:

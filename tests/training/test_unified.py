@@ -22,7 +22,6 @@ from unimm.data.emojiscenes import EmojiScenes
 from unimm.errors import UserError
 from unimm.modeling import IGNORED, UniMMModel
 from unimm.tokenizers.model import ImageTokenizer, ImageTokenizerConfig
-from unimm.training.branches import branch_mask
 from unimm.training.recipe import load_recipe
 from unimm.training.trainer import train
 from unimm.training.unified import UnifiedOptions, UnifiedTask
@@ -78,17 +77,6 @@ def task(recipe_file: Path) -> UnifiedTask:
     task = load_recipe(recipe_file).build_task()
     assert isinstance(task, UnifiedTask)
     return task
-
-
-def test_branch_mask_by_hand() -> None:
-    mask = branch_mask(torch.tensor([[0, 0, 1, 1, 2]]))
-    assert mask[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0],
-        [1, 1, 1, 1, 0],
-        [1, 1, 0, 0, 1],
-    ]
 
 
 def test_each_branch_is_the_question_alone(task: UnifiedTask) -> None:
@@ -213,21 +201,44 @@ def test_a_run_starts_from_parts_of_an_earlier_one(recipe_file: Path, tmp_path: 
         load_recipe(recipe_file, [*chosen, "model.decoder.hidden_size=16"]).build_task().build()
 
 
+SHARDED = {
+    "plain": {},
+    "zero2": {"deepspeed": {"zero_optimization": {"stage": 2}}},
+    "zero3": {"deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}},
+}
+
+
 def test_two_processes_take_the_steps_of_one(recipe_file: Path, tmp_path: Path) -> None:
+    """With a picture to understand on one process only in most steps, whatever is sharded, packed too."""
     halves = [f"stages[{stage}].micro_batch=2" for stage in range(2)]
     train(load_recipe(recipe_file, [f"output={tmp_path}/one", *halves]), quiet=True)
+    paths = []
+    for name, engine in {**SHARDED, "packed": SHARDED["zero3"]}.items():
+        recipe = yaml.safe_load(recipe_file.read_text()) | engine | {"output": str(tmp_path / name)}
+        for stage in recipe["stages"]:
+            stage |= {"pack": {"length": 128}} if name == "packed" else {"micro_batch": 2}
+        recipe["logging"] |= {"samples_every": 4}
+        paths.append(tmp_path / f"{name}.yaml")
+        paths[-1].write_text(yaml.safe_dump(recipe))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    program = ["-m", "unimm.training.trainer", str(recipe_file), f"output={tmp_path}/two", *halves]
-    threads = {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*launcher, *program], env=os.environ | threads, check=True, capture_output=True)
-    one, two = (
+    program = [str(Path(__file__).with_name("run_recipes.py")), *map(str, paths)]
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([*launcher, *program], env=os.environ | environment, check=True, capture_output=True)
+    one, *others = (
         [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
-        for run in ("one", "two")
+        for run in ("one", *SHARDED, "packed")
     )
-    assert len(one) == len(two) == 6
-    for mine, theirs in zip(one, two, strict=True):
-        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
-        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    train(load_recipe(tmp_path / "zero3.yaml", [f"output={tmp_path}/alone"]), quiet=True)
+    alone = [json.loads(line) for line in (tmp_path / "alone" / "metrics.jsonl").read_text().splitlines()]
+    for other in (*others, alone):
+        for mine, theirs in zip(one, other, strict=True):
+            assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+            assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    whole = load_file(tmp_path / "one" / "export" / "model.safetensors")
+    for run in (*SHARDED, "packed"):
+        state = load_file(tmp_path / run / "export" / "model.safetensors")
+        assert state.keys() == whole.keys()
+        assert (tmp_path / run / "samples" / "000004.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -41,7 +43,10 @@ class ToySource:
 
 
 class ToyTask:
-    """Squared error weighted by `items`, so that micro-batches hold unequal numbers of targets."""
+    """Squared error weighted by `items`, so that micro-batches hold unequal numbers of targets.
+
+    TOY_DIES_AT in the environment kills every process but the first at that step.
+    """
 
     def __init__(self, model: ToyModel) -> None:
         self.model = model
@@ -75,6 +80,8 @@ class ToyTask:
     def loss(
         self, module: nn.Module, batch: dict[str, Tensor], step: int, totals: Mapping[str, float]
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        if os.environ.get("TOY_DIES_AT") == str(step) and os.environ.get("RANK", "0") != "0":
+            os.kill(os.getpid(), signal.SIGKILL)
         error = (module(batch["x"]).squeeze(-1) - batch["y"]).square()
         loss = (error * batch["items"]).sum() / totals["tokens"]
         return loss, {"squared": loss.detach()}

@@ -19,11 +19,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from unimm.attention import dense_mask
 from unimm.data.emojiscenes import EmojiScenes, Scene
 from unimm.errors import UserError
 from unimm.modeling import IGNORED
 from unimm.preferences.candidates import DrawingPrompt
-from unimm.training.branches import Branches, branch_mask, stack_rows
+from unimm.training.branches import Branches, stack_rows
 from unimm.training.recipe import near
 
 if TYPE_CHECKING:
@@ -118,14 +119,13 @@ def _questions(
         answers = np.maximum(arrays["branches"] - 1, 0) + len(owners)
         rows.append({**arrays, "answers": answers})
         owners += [place] * len(candidate.prompt.questions)
-    longest = max(len(row["ids"]) for row in rows)
     fills = {"ids": processor.pad, "labels": IGNORED, "positions": 0, "branches": 0, "answers": 0}
-    stacked = {key: stack_rows([row[key] for row in rows], longest, fill) for key, fill in fills.items()}
+    stacked = {key: stack_rows([row[key] for row in rows], fill) for key, fill in fills.items()}
     inputs |= {
         "input_ids": stacked["ids"],
         "labels": stacked["labels"],
         "answers": stacked["answers"],
-        "attention_mask": branch_mask(stacked["branches"]),
+        "attention_mask": dense_mask(torch.zeros_like(stacked["branches"]), stacked["branches"]),
         "position_ids": stacked["positions"],
     }
     return inputs, owners

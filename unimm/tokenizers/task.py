@@ -138,6 +138,13 @@ class TokenizerRecipe(BaseRecipe):
     loss: Loss = Loss()
     evaluation: Evaluation = Evaluation()
 
+    @classmethod
+    def shrink(cls, data: dict[str, Any]) -> None:
+        """As many levels, of a few channels."""
+        levels = len(data["model"].get("block_out_channels", [0]))
+        data["model"] |= {"block_out_channels": [8] * levels, "norm_num_groups": 2, "latent_channels": 8}
+        data["model"] |= {"codebook_size": 16, "codebook_dim": 4}
+
     def build_task(self) -> TokenizerTask:
         """Return the task, having checked what only the whole recipe can tell."""
         for number, stage in enumerate(self.stages):

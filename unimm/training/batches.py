@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from unimm.errors import UserError
+from unimm.training.packing import best_fit
+from unimm.training.task import Packs
 
 if TYPE_CHECKING:
     from unimm.training.recipe import Stage
@@ -42,21 +44,45 @@ def read_step(
 ) -> StepBatch:
     """The micro-batches of `step` (0-based, within the stage) for one rank, and the sums of their targets.
 
-    Samples of like length share a micro-batch, so that little of it is padding.
+    Samples of like length share a micro-batch, so that little of it is padding; or, where the stage packs,
+    they share rows.
     """
+    make = _padded if stage.pack is None else _packed
+    micro_batches = make(task, source, stage, step * stage.batch, rank, world)
+    totals: dict[str, float] = {}
+    for batch in micro_batches:
+        for kind, count in task.targets(batch).items():
+            totals[kind] = totals.get(kind, 0.0) + float(count)
+    return StepBatch(micro_batches, totals)
+
+
+def _padded(task: Task, source: Source, stage: Stage, first: int, rank: int, world: int) -> list[Batch]:
     micro = stage.micro
-    first = step * stage.batch
     starts = range(first + rank * micro, first + stage.batch, micro * world)
     samples = [source[index] for start in starts for index in range(start, start + micro)]
     samples.sort(key=task.length)
-    micro_batches: list[Batch] = []
-    totals: dict[str, float] = {}
-    for start in range(0, len(samples), micro):
-        batch = task.collate(samples[start : start + micro])
-        for kind, count in task.targets(batch).items():
-            totals[kind] = totals.get(kind, 0.0) + float(count)
-        micro_batches.append(batch)
-    return StepBatch(micro_batches, totals)
+    return [task.collate(samples[start : start + micro]) for start in range(0, len(samples), micro)]
+
+
+def _packed(task: Task, source: Source, stage: Stage, first: int, rank: int, world: int) -> list[Batch]:
+    assert stage.pack is not None and isinstance(task, Packs)
+    settings = stage.pack
+    samples = [source[index] for index in range(first + rank, first + stage.batch, world)]
+    lengths, pictures = [task.length(one) for one in samples], [task.pictures(one) for one in samples]
+    key = f"stages.{stage.name}.pack"
+    if max(lengths) > settings.length:
+        raise UserError(f"{key}.length: a sample has {max(lengths)} tokens, a row holds {settings.length}")
+    if settings.pictures is not None and max(pictures) > settings.pictures:
+        raise UserError(
+            f"{key}.pictures: a sample has {max(pictures)} pictures, a row holds {settings.pictures}"
+        )
+    rows = [
+        [samples[index] for index in row]
+        for row in best_fit(lengths, pictures, settings.length, settings.pictures)
+    ]
+    return [
+        task.collate_rows(rows[start : start + settings.rows]) for start in range(0, len(rows), settings.rows)
+    ]
 
 
 @contextmanager

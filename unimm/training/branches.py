@@ -37,23 +37,16 @@ class Branches:
         """The row as arrays [T]."""
         rows = {
             "ids": self.ids,
-            "labels": self.labels,
+            "labels": [IGNORED, *self.labels[1:]],  # nothing comes before it, packed or not
             "positions": self.positions,
             "branches": self.branches,
         }
         return {name: np.array(values, np.int64) for name, values in rows.items()}
 
 
-def stack_rows(rows: Sequence[NDArray[np.int64]], length: int, fill: int) -> Tensor:
-    """Rows [T_i] as one tensor [B, length], filled up on the right."""
-    stacked = np.full((len(rows), length), fill, np.int64)
+def stack_rows(rows: Sequence[NDArray[np.int64]], fill: int) -> Tensor:
+    """Rows [T_i] as one tensor [B, T] of the longest, filled up on the right."""
+    stacked = np.full((len(rows), max(map(len, rows))), fill, np.int64)
     for i, row in enumerate(rows):
         stacked[i, : len(row)] = row
     return torch.from_numpy(stacked)
-
-
-def branch_mask(branches: Tensor) -> Tensor:
-    """Return who may look where: bool [B, 1, T, T] for branch numbers [B, T], 0 being the shared prefix."""
-    query, key = branches[:, :, None], branches[:, None, :]
-    order = torch.ones(branches.shape[1], branches.shape[1], dtype=torch.bool).tril()
-    return (order & ((key == 0) | (key == query)))[:, None]

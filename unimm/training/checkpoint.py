@@ -182,13 +182,15 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], source: str) ->
 
 FREE = ("output", "logging", "checkpoint", "device", "deepspeed")
 """Sections that may differ between a checkpoint's recipe and the one that goes on."""
+FREE_IN_STAGE = ("micro_batch", "pack", "gradient_checkpointing", "compile")
+"""Keys of a stage that say how a step is computed, not what it is."""
 
 
 def check_resumable(snapshot: Snapshot, recipe: BaseRecipe) -> None:
     """Refuse to go on where the recipe has changed in a way that makes the old steps wrong.
 
-    Logging, checkpointing, device, engine settings and micro-batches may change, and so may stages not yet
-    begun; the stage at which the run stands may change its `steps` where its schedule is constant. Keys that
+    Logging, checkpointing, device, engine settings, micro-batches and packing may change, and so may stages not
+    yet begun; the stage at which the run stands may change its `steps` where its schedule is constant. Keys that
     the checkpoint is too old to know are taken at their defaults.
 
     Raises:
@@ -209,7 +211,7 @@ def _harmless(key: str, after: Any, snapshot: Snapshot, recipe: BaseRecipe) -> b
         return key.split(".")[0] in FREE
     number = int(key[len("stages[") : key.index("]")])
     rest = key.partition("].")[2]
-    if number > snapshot.stage or rest == "micro_batch":
+    if number > snapshot.stage or rest.split(".")[0] in FREE_IN_STAGE:
         return True
     constant = rest == "steps" and recipe.stages[number].schedule == "constant"
     return constant and number == snapshot.stage and int(after) >= snapshot.stage_step

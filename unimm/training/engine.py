@@ -1,7 +1,10 @@
 """The DeepSpeed engine around a task: start-up, optimizer, one optimisation step, its state for checkpoints.
 
 DeepSpeed always runs the step, with or without a launcher; here it is told only what the recipe says. Weights
-are float32 and replicated on every rank (ZeRO 0); bfloat16 is autocast.
+are float32, bfloat16 is autocast. What each rank holds is the recipe's choice (`deepspeed.zero_optimization.
+stage`): all (0), a shard of the optimizer (1), of the gradients too (2), of the weights too (3). Everything
+that leaves the engine is whole and goes by the parameter's name, so that it fits any stage and any number of
+ranks; the shards themselves are the business of `unimm.training.shards`.
 """
 
 from __future__ import annotations
@@ -9,14 +12,17 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from unimm.training import checkpoint, shards
 from unimm.training.recipe import near
+from unimm.training.task import Packs
 
 if TYPE_CHECKING:
     from unimm.training.recipe import BaseRecipe, Stage
@@ -68,12 +74,19 @@ def _stop_distributed() -> None:
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """The element-wise sum of a CPU tensor over all ranks; alone, the tensor itself."""
-    if torch.distributed.get_world_size() == 1:
-        return tensor
+    return gather_over_ranks(tensor).sum(0)
+
+
+def gather_over_ranks(tensor: Tensor) -> Tensor:
+    """A CPU tensor of every rank, stacked [ranks, ...]."""
+    world = torch.distributed.get_world_size()
+    if world == 1:
+        return tensor[None]
     on_cuda = torch.distributed.get_backend() == "nccl"
     moved = tensor.cuda() if on_cuda else tensor.clone()
-    torch.distributed.all_reduce(moved)
-    return moved.cpu()
+    gathered = [torch.empty_like(moved) for _ in range(world)]
+    torch.distributed.all_gather(gathered, moved)
+    return torch.stack(gathered).cpu()
 
 
 class LossModule(nn.Module):
@@ -193,44 +206,59 @@ class Engine:
         deepspeed = start_distributed(device)
         self.world = torch.distributed.get_world_size()
         self.device = device
+        self.zero = recipe.zero_stage
         stage, settings = recipe.stages[index], recipe.optimizer
-        if stage.batch % (stage.micro * self.world):
-            message = f"{stage.batch} is not divisible by micro_batch {stage.micro} x {self.world} processes"
+        self._micro = stage.micro if stage.pack is None else 1
+        if stage.batch % (self._micro * self.world):
+            micro = f"micro_batch {self._micro} x " if stage.pack is None else ""
+            message = f"{stage.batch} is not divisible by {micro}{self.world} processes"
             raise recipe.error(f"stages[{index}].batch", message)
+        if stage.pack is not None and not isinstance(task, Packs):
+            raise recipe.error(f"stages[{index}].pack", f"the task {recipe.task} cannot pack; remove it")
+        self._packed = stage.pack is not None
         parameters, self.names = parameter_groups(module, groups, stage, settings.weight_decay)
-        self.parameters = [parameter for group in parameters for parameter in group["params"]]
+        self.parameters: list[nn.Parameter] = [one for group in parameters for one in group["params"]]
         self._clip = settings.clip
         self.optimizer = torch.optim.AdamW(
             parameters, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True
         )
         bfloat16 = recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and device.type == "cuda")
+        self.module = module
+        if self.zero == 3:  # weights go to the device shard by shard
+            shards.move_buffers(module, device)
         wrapped = LossModule(task, module, device.type, bfloat16)
         self._engine, *_ = deepspeed.initialize(
             model=wrapped, optimizer=self.optimizer, config=self._config(recipe, stage)
         )
-        if self.world == 1:
+        if self.zero:
+            shards.allocate_optimizer_state(self._engine.optimizer)
+        if self.world == 1 and self.zero == 0:
             self._engine.enable_backward_allreduce = False  # nobody to share gradients with
 
     def _config(self, recipe: BaseRecipe, stage: Stage) -> dict[str, Any]:
-        config = merge(
+        weights = sum(parameter.numel() for parameter in self.parameters)
+        return merge(
             {
                 "train_batch_size": stage.batch,
-                "train_micro_batch_size_per_gpu": stage.micro,
-                "gradient_accumulation_steps": stage.batch // (stage.micro * self.world),
-                "gradient_clipping": 0.0,  # done below, where the norm is known
-                "zero_optimization": {"stage": 0},
+                "train_micro_batch_size_per_gpu": self._micro,
+                "gradient_accumulation_steps": stage.batch // (self._micro * self.world),
+                # Without ZeRO the engine knows no norm in float32; it is done below.
+                "gradient_clipping": (self._clip or 0.0) if self.zero else 0.0,
+                "zero_optimization": {"stage": 0, "reduce_bucket_size": min(weights, 500_000_000)},
                 "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
                 "steps_per_print": 1 << 60,
             },
             recipe.deepspeed,
         )
-        if config["zero_optimization"].get("stage") != 0:
-            message = "expected 0: this trainer replicates weights and optimizer on every rank"
-            raise recipe.error("deepspeed.zero_optimization.stage", message)
-        return config
 
     def step(
-        self, batches: Sequence[Batch], totals: Mapping[str, float], step: int, factor: float
+        self,
+        batches: Sequence[Batch],
+        totals: Mapping[str, float],
+        step: int,
+        factor: float,
+        most: int | None = None,
     ) -> StepResult:
         """Forward and backward every micro-batch, clip by the true global norm, and update.
 
@@ -239,17 +267,25 @@ class Engine:
             totals: the whole step's targets over all ranks.
             step: steps done before, over all stages.
             factor: what the base learning rates are multiplied by.
+            most: micro-batches of the rank that has the most; the others run their last again, for nothing, since
+                ranks that share gradients do so after each.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         loss_sum = norm = torch.zeros((), device=self.device)
         sums: dict[str, Any] = {}
-        for position, batch in enumerate(batches):
+        count = max(len(batches), most or 0)
+        for position in range(count):
+            batch = batches[min(position, len(batches) - 1)]
+            if self._packed:  # their number varies
+                self._engine.set_gradient_accumulation_boundary(position == count - 1)
             moved = {
                 key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
                 for key, value in batch.items()
             }
             loss, metrics = self._engine(moved, step, totals)
+            if position >= len(batches):
+                loss, metrics = 0 * loss, {}
             # The loss is divided by the whole step's totals already: undo the engine's mean over ranks, and
             # keep it from dividing by the number of micro-batches. The product matters alone too: handed the
             # forward's own output, DeepSpeed 0.19 divides in spite of `scale_wrt_gas=False`.
@@ -258,46 +294,85 @@ class Engine:
             for key, value in metrics.items():
                 value = value.detach() if isinstance(value, Tensor) else value
                 sums[key] = sums[key] + value if key in sums else value
-            if position == len(batches) - 1:
+            if position == count - 1 and self.zero == 0:
                 norm = self._clip_gradients()
             self._engine.step()
+        if self.zero:
+            norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self.device).float()
         return StepResult(loss_sum, sums, norm)
 
     def _clip_gradients(self) -> Tensor:
         """Scale the gradients to at most the recipe's norm; gives the norm before.
 
-        The engine reports no norm for float32 without ZeRO, and clips again if told to, so both are done
-        here, after the reduction over ranks and before its update.
+        For ZeRO 0, after the reduction over ranks and before the engine's update. A weight that no sample of
+        this step has reached counts as having a gradient of 0, as it does where gradients are sharded.
         """
-        with_gradient = [parameter for parameter in self.parameters if parameter.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in with_gradient if p.grad is not None])
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self._clip is not None:
-            nn.utils.clip_grads_with_norm_(with_gradient, self._clip, norm)
+            nn.utils.clip_grads_with_norm_(self.parameters, self._clip, norm)
         return norm
 
     def rates(self) -> dict[str, float]:
         """The learning rate of each group as of the last step."""
         return {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
 
-    def optimizer_tensors(self) -> dict[str, Tensor]:
-        """The optimizer's state as `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`, `step.<parameter>`."""
-        state = self.optimizer.state
-        return {
-            f"{kind}.{name}": value
-            for name, parameter in zip(self.names, self.parameters, strict=True)
-            for kind, value in state.get(parameter, {}).items()
-        }
+    def model_tensors(self, keep: bool) -> dict[str, Tensor]:
+        """The module's whole state on the CPU, each tied tensor once; all ranks call this together.
+
+        Args:
+            keep: whether this rank wants it; the others take part and get nothing.
+        """
+        if self.zero == 3:
+            return shards.full_state(self.module, keep)
+        return checkpoint.distinct_state(self.module) if keep else {}
+
+    def optimizer_tensors(self, keep: bool) -> dict[str, Tensor]:
+        """The optimizer's whole state as `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`, `step.<parameter>`.
+
+        All ranks call this together; those that do not `keep` it get nothing.
+        """
+        found: dict[str, Tensor] = {}
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            state = (
+                shards.full_optimizer_state(self._engine.optimizer, parameter)
+                if self.zero
+                else self.optimizer.state.get(parameter, {})
+            )
+            if keep:
+                found |= {f"{kind}.{name}": value.detach().cpu().clone() for kind, value in state.items()}
+        return found
 
     def load_optimizer_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `optimizer_tensors` gave."""
+        """Put back what `optimizer_tensors` gave, whatever the stage and the ranks it was gathered from."""
         position = {name: number for number, name in enumerate(self.names)}
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             kind, _, name = key.partition(".")
             state.setdefault(position[name], {})[kind] = value
+        if self.zero:
+            for number, values in state.items():
+                shards.set_optimizer_state(self._engine.optimizer, self.parameters[number], values)
+            return
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within, the module's weights are whole on every rank and one rank may run it alone."""
+        with shards.whole_module(self._engine) if self.zero == 3 else nullcontext():
+            yield
+
+    def release(self) -> None:
+        """After the last step: leave the module with ordinary, whole weights; all ranks call this together."""
+        if self.zero == 3:
+            self._engine.optimizer.destroy()  # its hooks would gather what is whole
+            shards.make_ordinary(self.module)
+            self.parameters = []
+
     def close(self) -> None:
-        """Let go of the engine; the module and its weights stay."""
-        self._engine.destroy()
+        """Let go of the engine; the module stays."""
+        if self.zero != 3 or self.parameters:
+            self._engine.destroy()

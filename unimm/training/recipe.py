@@ -75,6 +75,17 @@ class Checkpointing(Section):
     keep: Positive = 2
 
 
+class Packing(Section):
+    """Several samples in a row, none of which sees another."""
+
+    length: Positive
+    """Tokens that a row holds; no sample may be longer."""
+    pictures: Positive | None = None
+    """Pictures to understand that a row holds; null: any number."""
+    rows: Positive = 1
+    """Rows in one forward on one device."""
+
+
 class Stage(Section):
     """One stage: which groups train at which rate, on which mixture of data, for how many steps."""
 
@@ -84,6 +95,12 @@ class Stage(Section):
     """Samples in a step, over all micro-batches and ranks."""
     micro_batch: Positive | None = None
     """Samples in one forward on one device; null: the whole batch."""
+    pack: Packing | None = None
+    """Pack samples into rows, instead of a row for each; `micro_batch` has no meaning then."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
+    compile: bool = False
+    """Compile the decoder with `torch.compile`."""
     lr: Annotated[dict[str, Rate], Field(min_length=1)]
     """Group -> learning rate; groups not listed are frozen."""
     warmup: NotNegative = 0
@@ -105,6 +122,13 @@ class Stage(Section):
         batch = info.data.get("batch")
         if value is not None and batch is not None and batch % value:
             raise ValueError(f"expected a divisor of batch ({batch}), got {value}")
+        return value
+
+    @field_validator("pack")
+    @classmethod
+    def _alone(cls, value: Packing | None, info: Any) -> Packing | None:
+        if value is not None and info.data.get("micro_batch") is not None:
+            raise ValueError("rows take the place of micro_batch; remove one of the two")
         return value
 
     @field_validator("mixture")
@@ -159,7 +183,18 @@ class BaseRecipe(Section):
         for key in cls.ENGINE_KEYS:
             if key in value:
                 raise ValueError(f'"{key}" is set by the trainer from the recipe; remove it here')
+        zero = value.get("zero_optimization", {})
+        if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+            raise ValueError(f"zero_optimization: expected a stage of 0, 1, 2 or 3, got {show(zero)}")
+        for key in ("bf16", "fp16"):
+            if isinstance(value.get(key), dict) and value[key].get("enabled"):
+                raise ValueError(f'{key}: weights stay float32; set "dtype" for bfloat16 arithmetic')
         return value
+
+    @property
+    def zero_stage(self) -> int:
+        """What DeepSpeed shards over the ranks: 0 nothing, 1 the optimizer, 2 and gradients, 3 and weights."""
+        return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
 
     @property
     def source(self) -> str:
@@ -169,6 +204,10 @@ class BaseRecipe(Section):
     def error(self, key: str, message: str) -> UserError:
         """A one-line error about a key of this recipe, for a task that finds one later."""
         return UserError(f"{self._source}: {key}: {message}")
+
+    @classmethod
+    def shrink(cls, data: dict[str, Any]) -> None:
+        """Make the model and the data of a recipe, as read from its file, tiny; see `smoke_recipe`."""
 
     def build_task(self) -> Task:
         """The task that this recipe describes."""
@@ -191,6 +230,34 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> BaseRecipe:
     """
     source = str(path)
     data = read_yaml(path, overrides)
+    return _typed(_recipe_class(data, source), data, source)
+
+
+def smoke_recipe(path: str | Path, overrides: Iterable[str] = ()) -> BaseRecipe:
+    """Read a training recipe and make it so small that two cores finish it in a minute: does it run at all?
+
+    Every stage keeps its groups, rates, schedule, mixture and options, on two steps of two samples each, with
+    tiny widths and random weights; the run goes into a folder of its own.
+
+    Raises:
+        UserError: one line naming the file and the key.
+    """
+    source = str(path)
+    data = read_yaml(path, overrides)
+    recipe_class = _recipe_class(data, source)
+    _typed(recipe_class, data, source)  # mistakes in the recipe itself are named as ever
+    data["output"] = f"{str(data['output']).rstrip('/')}-smoke"
+    for stage in data["stages"]:
+        stage |= {"steps": 2, "batch": 2, "micro_batch": None, "warmup": min(stage.get("warmup", 0), 1)}
+        if stage.get("pack"):
+            stage |= {"pack": {"length": 512}}
+    data |= {"device": "cpu", "checkpoint": {"every": 2}, "logging": {"every": 1, "tensorboard": False}}
+    recipe_class.shrink(data)
+    return _typed(recipe_class, data, source)
+
+
+def _recipe_class(data: Mapping[str, Any], source: str) -> type[BaseRecipe]:
+    """The recipe class of the task that a recipe names."""
     name = data.get("task")
     if name is None:
         raise UserError(f"{source}: task: missing; one of {', '.join(TASKS)}")
@@ -200,6 +267,11 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> BaseRecipe:
         )
     module, _, attribute = TASKS[name].partition(":")
     recipe_class: type[BaseRecipe] = getattr(importlib.import_module(module), attribute)
+    return recipe_class
+
+
+def _typed(recipe_class: type[BaseRecipe], data: Mapping[str, Any], source: str) -> BaseRecipe:
+    """The recipe that `data` holds."""
     recipe = validate(recipe_class, data, source)
     recipe._source = source
     return recipe

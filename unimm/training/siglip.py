@@ -128,6 +128,13 @@ class SiglipRecipe(BaseRecipe):
     model: SiglipModelSection = SiglipModelSection()
     data: SiglipData = SiglipData()
 
+    @classmethod
+    def shrink(cls, data: dict[str, Any]) -> None:
+        """Two narrow towers of a block each."""
+        model = data.setdefault("model", {})
+        model["vision"] = {**model.get("vision", {}), "embed_dim": 32, "depth": 1, "num_heads": 2}
+        model["text"] = {**model.get("text", {}), "hidden_size": 16, "depth": 1, "num_heads": 2, "corpus": 50}
+
     def build_task(self) -> SiglipTask:
         """The task that this recipe describes."""
         for index, stage in enumerate(self.stages):

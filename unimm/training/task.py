@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -83,6 +83,10 @@ class Task(Protocol):
     ) -> tuple[Tensor, Metrics]:
         """Loss of a micro-batch, to be *added* to those of the step's other micro-batches.
 
+        Under ZeRO it must run the same modules for every micro-batch and reach every weight that is trained, if
+        with a gradient of 0, alone too: processes wait for each other in each module, and ZeRO 3 adds to a weight's
+        gradient of the step before where the first micro-batch has none.
+
         Args:
             module: what `build` gave (on the device, training mode, under autocast where the recipe says
                 bfloat16).
@@ -104,4 +108,26 @@ class Task(Protocol):
 
     def export(self, module: nn.Module, folder: Path) -> None:
         """Write the finished artefact into `folder` (module in eval mode, averaged weights)."""
+        ...
+
+
+@runtime_checkable
+class Packs(Protocol):
+    """A task that can put several samples into a row (`pack` of a stage)."""
+
+    def pictures(self, sample: Sample) -> int:
+        """How many pictures a sample holds that take room of their own."""
+        ...
+
+    def collate_rows(self, rows: list[list[Sample]]) -> Batch:
+        """Rows of samples to a micro-batch, in which no sample sees another."""
+        ...
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """A task whose module has settings that a stage may change (`gradient_checkpointing`, `compile`)."""
+
+    def prepare(self, module: nn.Module, stage: Stage) -> None:
+        """Set the module up for a stage; called once, before the stage's engine is made."""
         ...

@@ -27,16 +27,16 @@ from types import FrameType
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from unimm.errors import UserError
 from unimm.training import checkpoint
-from unimm.training.batches import derive_seed, read_ahead
-from unimm.training.engine import Engine, freeze, pick_device, set_modes, start_distributed, sum_over_ranks
+from unimm.training.average import Average
+from unimm.training.batches import StepBatch, derive_seed, read_ahead
+from unimm.training.engine import Engine, freeze, gather_over_ranks, pick_device, set_modes, start_distributed
 from unimm.training.logging import RunLog
 from unimm.training.recipe import BaseRecipe, load_recipe
 from unimm.training.schedule import lr_factor
-from unimm.training.task import Source
+from unimm.training.task import Prepares, Source
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -78,10 +78,13 @@ class Run:
         self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         seed_everything(recipe.seed)
         self.task = recipe.build_task()
-        self.module = self.task.build().to(self.device)
+        self.module = self.task.build()
+        if recipe.zero_stage < 3:  # else the engine moves them slice by slice
+            self.module.to(self.device)
         self.groups: Mapping[str, Sequence[nn.Parameter]] = self.task.groups(self.module)
         self.stage, self.stage_step, self.step = 0, 0, 0
-        self.ema: dict[str, Tensor] = {}
+        self.average: Average | None = None  # while a stage runs
+        self.ema: dict[str, Tensor] = {}  # between stages
         self.ema_updates = 0
         self.stopping = False
         self.snapshot = checkpoint.read_newest(self.output / "checkpoints")
@@ -96,8 +99,7 @@ class Run:
         checkpoint.set_random_states(snapshot.python_rng, snapshot.rng)
         checkpoint.load_state(self.module, snapshot.model, str(self.output / "checkpoints"))
         self.stage, self.stage_step, self.step = snapshot.stage, snapshot.stage_step, snapshot.step
-        self.ema = {name: tensor.to(self.device) for name, tensor in snapshot.ema.items()}
-        self.ema_updates = snapshot.ema_updates
+        self.ema, self.ema_updates = snapshot.ema, snapshot.ema_updates
 
     def run(self) -> Path:
         """All stages that are left, then the export."""
@@ -129,7 +131,9 @@ class Run:
         try:
             with read_ahead(self.task, source, stage, self.stage_step, self.rank, self.world) as steps:
                 for batch in steps:
-                    self._step(engine, batch.micro_batches, self._agree(batch.totals))
+                    self._step(engine, batch.micro_batches, *self._agree(batch))
+            with self.log.aside():
+                self._end_stage(engine)
         finally:
             engine.close()
 
@@ -140,33 +144,51 @@ class Run:
         source = self.task.dataset(stage, derive_seed(recipe.seed, self.stage))
         if self.stage_step >= stage.steps:
             return None, source
+        if isinstance(self.task, Prepares):
+            self.task.prepare(self.module, stage)
         engine = Engine(recipe, self.stage, self.task, self.module, self.groups, self.device)
         if self.snapshot is not None:
             engine.load_optimizer_tensors(self.snapshot.optimizer)
             self.snapshot = None
-        if recipe.ema is not None and not self.ema:
-            pairs = zip(engine.names, engine.parameters, strict=True)
-            self.ema = {name: parameter.detach().clone().float() for name, parameter in pairs}
+        if recipe.ema is not None:
+            self.average = Average(engine, recipe.ema, self.ema, self.ema_updates)
+            self.ema = {}
         return engine, source
 
-    def _agree(self, totals: dict[str, float]) -> dict[str, float]:
-        """The step's totals over all ranks; a stop signal travels along, so that all ranks stop together."""
-        stop, kinds = float(self.stop.number), sorted(totals)
-        mine = torch.tensor([stop, *(totals[kind] for kind in kinds)], dtype=torch.float64)
-        stop, *sums = sum_over_ranks(mine).tolist()
-        self.stopping = stop > 0
-        return dict(zip(kinds, sums, strict=True))
+    def _end_stage(self, engine: Engine) -> None:
+        """Take the averages out of the engine, and the weights too."""
+        if self.average is not None:
+            self.ema, self.ema_updates = self.average.whole(), self.average.updates
+            self.average = None
+        engine.release()
+        self.groups = self.task.groups(self.module)
+
+    def _agree(self, batch: StepBatch) -> tuple[dict[str, float], int]:
+        """The step's totals over all ranks, and the most micro-batches of any.
+
+        A stop signal travels along, so that all ranks stop together.
+        """
+        kinds = sorted(batch.totals)
+        numbers = [self.stop.number, len(batch.micro_batches), *(batch.totals[kind] for kind in kinds)]
+        stops, counts, *totals = gather_over_ranks(torch.tensor(numbers, dtype=torch.float64)).T
+        self.stopping = bool(stops.any())
+        sums = {kind: float(total.sum()) for kind, total in zip(kinds, totals, strict=True)}
+        return sums, int(counts.max())
 
     def _step(
-        self, engine: Engine, batches: Sequence[dict[str, Tensor]], totals: Mapping[str, float]
+        self,
+        engine: Engine,
+        batches: Sequence[dict[str, Tensor]],
+        totals: Mapping[str, float],
+        most: int,
     ) -> None:
         recipe, stage = self.recipe, self.recipe.stages[self.stage]
         seed_everything(derive_seed(recipe.seed, self.stage, self.stage_step, self.rank))
-        result = engine.step(batches, totals, self.step, lr_factor(stage, self.stage_step))
+        result = engine.step(batches, totals, self.step, lr_factor(stage, self.stage_step), most)
         self.step += 1
         self.stage_step += 1
-        if recipe.ema is not None:
-            self._average(engine, recipe.ema)
+        if self.average is not None:
+            self.average.update()
         last = self.stage_step == stage.steps
         means = self.log.step(
             result,
@@ -184,7 +206,7 @@ class Run:
             self._check({"grad_norm": float(result.norm)})
         every = recipe.logging.samples_every
         if every and (self.step % every == 0 or last):
-            self._preview()
+            self._preview(engine)
         if saving:
             self._save(engine)
         if self.stopping and not last:
@@ -200,45 +222,42 @@ class Run:
                 message = f"{name} is {value} at step {self.step}; lower the rate or lengthen the warmup"
                 raise self.recipe.error(f"stages[{self.stage}].lr", message)
 
-    def _average(self, engine: Engine, decay: float) -> None:
-        """Move the averaged weights; early on the decay is lower, so that the start is forgotten."""
-        self.ema_updates += 1
-        decay = min(decay, (1 + self.ema_updates) / (10 + self.ema_updates))
-        averages = [self.ema[name] for name in engine.names]
-        move = get_ema_multi_avg_fn(decay)
-        move(averages, engine.parameters, self.ema_updates)
-
     def _save(self, engine: Engine) -> None:
         with self.log.aside():
+            snapshot = self._snapshot(engine)
             if self.rank == 0:
                 checkpoint.write_checkpoint(
-                    self.output / "checkpoints", self._snapshot(engine), self.recipe.checkpoint.keep
+                    self.output / "checkpoints", snapshot, self.recipe.checkpoint.keep
                 )
             self._wait()
 
     def _snapshot(self, engine: Engine) -> checkpoint.Snapshot:
+        """All that a run needs to go on, whole on the first rank; all ranks call this together."""
+        keep = self.rank == 0
         python_rng, rng = checkpoint.random_states()
         return checkpoint.Snapshot(
             stage=self.stage,
             stage_step=self.stage_step,
             step=self.step,
             recipe=self.recipe.model_dump(mode="json"),
-            model=checkpoint.distinct_state(self.module),
-            optimizer=engine.optimizer_tensors(),
-            ema=self.ema,
-            ema_updates=self.ema_updates,
+            model=engine.model_tensors(keep),
+            optimizer=engine.optimizer_tensors(keep),
+            ema=self.average.whole() if self.average is not None else {},
+            ema_updates=self.average.updates if self.average is not None else 0,
             python_rng=python_rng,
             rng=rng,
         )
 
-    def _preview(self) -> None:
+    def _preview(self, engine: Engine) -> None:
         folder = self.output / "samples"
         with self.log.aside():
-            if self.rank == 0:
-                folder.mkdir(parents=True, exist_ok=True)
-                with self._finished_module():
-                    self.task.preview(self.module, folder, self.step)
-            self._wait()
+            average = self.average.whole() if self.average is not None else {}
+            with engine.whole():
+                if self.rank == 0:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    with self._finished_module(average):
+                        self.task.preview(self.module, folder, self.step)
+                self._wait()
 
     def _export(self) -> Path:
         """The artefact, written beside and moved into place."""
@@ -247,7 +266,7 @@ class Run:
             temporary = self.output / ".export.tmp"
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            with self._finished_module():
+            with self._finished_module(self.ema):
                 self.task.export(self.module, temporary)
             shutil.rmtree(target, ignore_errors=True)
             temporary.rename(target)
@@ -256,21 +275,20 @@ class Run:
         return target
 
     @contextmanager
-    def _finished_module(self) -> Iterator[None]:
+    def _finished_module(self, averages: Mapping[str, Tensor]) -> Iterator[None]:
         """Eval mode, averaged weights, no gradients; everything as before afterwards."""
         parameters = dict(self.module.named_parameters())
-        raw = {name: parameters[name].detach().clone() for name in self.ema}
+        raw = {name: parameters[name].data for name in averages}
         self.module.eval()
         seed_everything(self.recipe.seed)
         try:
+            for name, average in averages.items():
+                parameters[name].data = average.to(raw[name].device)
             with torch.no_grad():
-                for name, average in self.ema.items():
-                    parameters[name].copy_(average)
                 yield
         finally:
-            with torch.no_grad():
-                for name, value in raw.items():
-                    parameters[name].copy_(value)
+            for name, value in raw.items():
+                parameters[name].data = value
             set_modes(self.module)
 
     def _wait(self) -> None:

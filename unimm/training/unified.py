@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,12 +19,10 @@ import torch
 from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
-from unimm.configuration import UniMMConfig
+from unimm.attention import FLEX
 from unimm.data.emojiscenes import BACKGROUNDS, EmojiScenes, Kind, Scene
 from unimm.data.emojiscenes import KINDS as KIND_SHARES
-from unimm.errors import UserError
 from unimm.images import atomic_write, to_tensor
 from unimm.modeling import IGNORED, UniMMModel
 from unimm.processing import CAPTION_REQUESTS, UniMMProcessor
@@ -35,33 +34,23 @@ from unimm.sheet import Section as SheetSection
 from unimm.tokenizers.model import ImageTokenizer
 from unimm.training.augment import Augmentation, augment, draw_numbers
 from unimm.training.batches import mix
-from unimm.training.branches import Branches, branch_mask, stack_rows
+from unimm.training.branches import Branches, stack_rows
+from unimm.training.lora import (
+    ADAPTER,
+    LoraSection,
+    add_adapters,
+    has_adapters,
+    merged,
+    save_adapters,
+)
+from unimm.training.parts import Assembly, ModelSection, model_groups, tiny_model
 from unimm.training.recipe import BaseRecipe, Fraction, Positive, Rate, Section, Stage, validate
 
 if TYPE_CHECKING:
     from unimm.training.task import Batch, Metrics, Sample
 
 KINDS = ("understanding", "text", "generation")
-ALL_PARTS = ("decoder", "vision", "connector", "code_embedding", "code_head")
 PREVIEW_PROMPTS = 16
-
-
-class ModelSection(Section):
-    """The parts: a decoder from nothing, and two encoders that were trained before.
-
-    `vision` is the export of a `siglip` run and `image_tokenizer` that of a `tokenizer` run.
-    """
-
-    decoder: dict[str, Any]
-    vision: str
-    image_tokenizer: str
-    merge: Positive = 2
-    connector_depth: Positive = 2
-    places: bool = True
-    initialize: str | None = None
-    """Folder of an earlier export, on the same codes, to start from; null: from nothing."""
-    initialize_parts: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = ALL_PARTS
-    """Which parts come from there; the others start as in any run."""
 
 
 class DataSection(Section):
@@ -99,12 +88,20 @@ class UnifiedRecipe(BaseRecipe):
 
     task: Literal["unified"]
     model: ModelSection
+    lora: LoraSection | None = None
+    """Adapters, trained as the group `lora`; the export is merged, the adapters alone are beside it."""
     data: DataSection = DataSection()
     loss: LossSection = LossSection()
     prompts: Annotated[tuple[str, ...], Field(max_length=PREVIEW_PROMPTS, strict=False)] = ()
     """Drawn at every preview; by default captions of held-out scenes."""
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the exported weights; 16 bits halve the file."""
+
+    @classmethod
+    def shrink(cls, data: dict[str, Any]) -> None:
+        """Tiny parts with random weights, on a few built-in scenes."""
+        data["model"] = tiny_model(data["model"])
+        data["data"] = {"scenes": 8}
 
     def build_task(self) -> UnifiedTask:
         """The task that this recipe describes."""
@@ -113,18 +110,6 @@ class UnifiedRecipe(BaseRecipe):
                 if kind not in KINDS:
                     raise self.error(f"stages[{index}].mixture.{kind}", f"expected one of {', '.join(KINDS)}")
         return UnifiedTask(self)
-
-
-def read_vision(folder: Path, merge: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the vision section of a `UniMMConfig` and the encoder's weights, from a `siglip` export."""
-    try:
-        section = dict(json.loads((folder / "vision.json").read_text()))
-        weights = load_file(folder / "vision.safetensors")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: no export of a siglip run ({error}); train the encoder first") from None
-    # The pooling head serves the contrastive loss only.
-    kept = {f"model.{key}": value for key, value in weights.items() if not key.startswith("attn_pool.")}
-    return {**section, "merge": merge}, kept
 
 
 class SceneCodes:
@@ -200,105 +185,46 @@ class UnifiedTask:
 
     def __init__(self, recipe: UnifiedRecipe) -> None:
         self.recipe = recipe
-        section = recipe.model
-        vision_folder, tokenizer_folder = Path(section.vision), Path(section.image_tokenizer)
-        vision, self.vision_weights = read_vision(vision_folder, section.merge)
-        if not (tokenizer_folder / "config.json").exists():
-            raise recipe.error(
-                "model.image_tokenizer", f"{tokenizer_folder} holds no image tokenizer; train it first"
-            )
-        self.image_tokenizer = ImageTokenizer.from_pretrained(tokenizer_folder).eval()
-        self.text_tokenizer = AutoTokenizer.from_pretrained(vision_folder)
-        self.config = self._config(vision)
-        self.processor = UniMMProcessor.from_config(self.config, self.text_tokenizer)
+        self._assembly = Assembly(recipe)
+        self.config, self.processor = self._assembly.config, self._assembly.processor
+        self.image_tokenizer: Any = self._assembly.image_tokenizer
         self.codes: SceneCodes | None = None
-
-    def _config(self, vision: dict[str, Any]) -> UniMMConfig:
-        sizes, words = self.image_tokenizer.config, self.text_tokenizer
-        side = sizes.image_size // sizes.stride
-        names = ["<begin_of_image>", "<end_of_image>", "<image_placeholder>", "<image>"]
-        begin, end, feature, code = (words.convert_tokens_to_ids(name) for name in names)
-        ids = {
-            "pad_token_id": words.pad_token_id,
-            "bos_token_id": words.bos_token_id,
-            "eos_token_id": words.eos_token_id,
-        }
-        return UniMMConfig(
-            decoder={**self.recipe.model.decoder, "vocab_size": len(words), **ids},
-            vision=vision,
-            generation={
-                "codes": sizes.codebook_size,
-                "dim": sizes.codebook_dim,
-                "image_size": sizes.image_size,
-                "stride": sizes.stride,
-                "places": self.recipe.model.places,
-            },
-            image_tokenizer={key: value for key, value in sizes.to_dict().items() if key != "_name_or_path"},
-            layout={
-                "begin": begin,
-                "end": end,
-                "feature": feature,
-                "code": code,
-                "features": vision["tokens"] // vision["merge"] ** 2,
-                "grid": (side, side),
-            },
-            connector_depth=self.recipe.model.connector_depth,
-        )
+        self.lockstep = recipe.zero_stage > 0  # see `Task.loss`
 
     def build(self) -> nn.Module:
-        """The model: decoder and connectors from nothing, encoder and image tokenizer as they were trained."""
-        model = UniMMModel(self.config)
-        assert (
-            model.vision is not None
-            and model.image_tokenizer is not None
-            and model.code_embedding is not None
-        )
-        model.vision.load_state_dict(self.vision_weights)
-        model.image_tokenizer.load_state_dict(self.image_tokenizer.state_dict())
-        # Codes start out as far apart as the tokenizer has them.
-        codebook = self.image_tokenizer.quantize.codebook
-        with torch.no_grad():
-            model.code_embedding.table.weight.copy_(codebook.reshape(model.code_embedding.table.weight.shape))
-        if self.recipe.model.initialize is not None:
-            self._take_over(model, Path(self.recipe.model.initialize))
+        """The model, assembled as the recipe says, with adapters where it has some."""
+        model = self._assembly.build()
+        if self.recipe.lora is not None:
+            add_adapters(model, self.recipe.lora)
         return model
 
-    def _take_over(self, model: UniMMModel, folder: Path) -> None:
-        """Copy parts of an earlier export, once it is known that they fit and speak of the same codes."""
-        error = self.recipe.error
-        if not (folder / "config.json").exists():
-            raise error("model.initialize", f"{folder} holds no exported model")
-        earlier = UniMMModel.from_pretrained(folder, dtype=torch.float32)
-        assert model.image_tokenizer is not None
-        tokenizer = earlier.image_tokenizer
-        if tokenizer is None or not _close(model.image_tokenizer.vectors, tokenizer.vectors):
-            raise error(
-                "model.initialize", f"{folder} has another image tokenizer than model.image_tokenizer"
-            )
-        ours, theirs = model.parts(), earlier.parts()
-        for name in self.recipe.model.initialize_parts:
-            if name not in ours:
-                raise error("model.initialize_parts", f"{name!r}: expected some of {', '.join(ours)}")
-            wanted = {key: tensor.shape for key, tensor in ours[name].state_dict().items()}
-            given = theirs[name].state_dict() if name in theirs else {}
-            if wanted != {key: tensor.shape for key, tensor in given.items()}:
-                raise error("model.initialize", f"{folder} has another {name} than this recipe")
-            ours[name].load_state_dict(given)
+    def prepare(self, module: nn.Module, stage: Stage) -> None:
+        """Set attention, gradient checkpointing and compilation as the stage wants them."""
+        assert isinstance(module, UniMMModel)
+        on_cuda = torch.cuda.is_available() and self.recipe.device != "cpu"
+        module.decoder.set_attn_implementation(FLEX if on_cuda and stage.pack is not None else "sdpa")
+        set_gradient_checkpointing(module, stage.gradient_checkpointing)
+        decoder = module.decoder.get_decoder()
+        decoder._compiled_call_impl = None
+        if stage.compile:
+            decoder.compile(dynamic=True)
 
     def groups(self, module: nn.Module) -> dict[str, list[nn.Parameter]]:
-        """One group for each part; the image tokenizer is in none, so it never trains here."""
+        """One group for each part, and one for all adapters; the image tokenizer is in none, so it never trains."""
         assert isinstance(module, UniMMModel)
-        return {name: list(part.parameters()) for name, part in module.parts().items()}
+        return model_groups(module, self.recipe.lora is not None)
 
     def dataset(self, stage: Stage, seed: int) -> Any:
         """The stage's mixture; image codes are made first, where they are not there yet."""
         self.options = validate(
             UnifiedOptions, stage.options, f"{self.recipe.source}: stages.{stage.name}.options"
         )
-        size = self.image_tokenizer.config.image_size
+        assert self.processor.drawing_size is not None
+        size, shared = self.processor.drawing_size, self.processor.layout.shared
         data = self.recipe.data
         scenes = EmojiScenes("train", self.recipe.seed, size, data.scenes, lattice=data.lattice)
-        if stage.mixture.get("generation", 0) > 0 and self.codes is None:
+        drawn = stage.mixture.get("generation", 0) or (shared and stage.mixture.get("understanding", 0))
+        if (drawn or not stage.mixture) and self.codes is None:
             path = Path(data.codes or Path(self.recipe.output) / "codes.safetensors")
             device = torch.device(
                 "cuda" if torch.cuda.is_available() and self.recipe.device != "cpu" else "cpu"
@@ -308,10 +234,9 @@ class UnifiedTask:
         if not any(kinds.values()):
             raise self.recipe.error(f"stages.{stage.name}.options.kinds", "expected a share above 0")
         endless = EmojiScenes("train", seed, side, 2**40, kinds)
-        sources: dict[str, Any] = {
-            kind: Samples(self, kind, seed, scenes if kind == "generation" else endless, self.options)
-            for kind in KINDS
-        }
+        sources: dict[str, Any] = {kind: Samples(self, kind, seed, endless, self.options) for kind in KINDS}
+        for kind in ("generation", "understanding") if shared else ("generation",):
+            sources[kind].scenes = scenes  # those whose codes are there
         return mix(sources, stage.mixture or {"understanding": 1, "generation": 1}, seed, shuffle=False)
 
     def understanding(
@@ -323,13 +248,20 @@ class UnifiedTask:
         asked = [(q.question, q.answer) for q in scene.questions()]
         request = CAPTION_REQUESTS[rng.integers(len(CAPTION_REQUESTS))]
         asked.append((request, captions[rng.integers(len(captions))]))
-        sample = Branches(processor.ids(*processor.opening([processor.layout.grid])))
+        prefix = np.array(processor.ids(*processor.opening([processor.layout.grid])))
+        if processor.layout.shared:
+            assert self.codes is not None
+            places = prefix == processor.layout.feature
+            prefix[places] = processor.layout.tokens(self.codes[index]).numpy()
+        sample = Branches(prefix.tolist())
         closing = processor.marks(processor.conversation.assistant)
         for question, answer in asked:
             sample.add(
                 processor.ids(question, *closing),
                 [*processor.text_ids(answer), processor.eos],
             )
+        if processor.layout.shared:
+            return sample.arrays()
         return {
             **sample.arrays(),
             "pixels": scene.render(),
@@ -358,24 +290,36 @@ class UnifiedTask:
         if rng.random() < options.prompt_dropout:
             prompt = self.processor.unconditional_ids(prompt)
         sample = Branches(prompt)
-        placeholders = self.processor.layout.drawing_steps(*codes.shape)
-        sample.add([], placeholders, codes.flatten().tolist())
+        layout = self.processor.layout
+        if layout.shared:
+            sample.add([], [*layout.tokens(codes).tolist(), *layout.closing(), self.processor.eos])
+            return sample.arrays()
+        sample.add([], layout.drawing_steps(*codes.shape), codes.flatten().tolist())
         return {**sample.arrays(), "codes": codes}
 
     def length(self, sample: Sample) -> int:
         """Tokens of the row."""
         return len(sample["ids"])
 
+    def pictures(self, sample: Sample) -> int:
+        """Pictures to understand of a sample."""
+        return int("pixels" in sample)
+
     def collate(self, samples: list[Sample]) -> Batch:
-        """Pad to the longest row; pictures and codes are stacked in the order of the stream."""
-        longest = max(len(sample["ids"]) for sample in samples)
+        """A row for each sample."""
+        return self.collate_rows([[sample] for sample in samples])
+
+    def collate_rows(self, rows: list[list[Sample]]) -> Batch:
+        """Rows of samples, filled up to the longest; pictures and codes are stacked in the order of the stream."""
+        fills = {"ids": self.processor.pad, "labels": IGNORED, "positions": 0, "branches": 0}
+        names = {"ids": "input_ids", "positions": "position_ids"}
         batch: Batch = {
-            "input_ids": stack_rows([s["ids"] for s in samples], longest, self.processor.pad),
-            "labels": stack_rows([s["labels"] for s in samples], longest, IGNORED),
-            "position_ids": stack_rows([s["positions"] for s in samples], longest, 0),
+            names.get(name, name): stack_rows([np.concatenate([s[name] for s in row]) for row in rows], fill)
+            for name, fill in fills.items()
         }
-        branches = stack_rows([s["branches"] for s in samples], longest, 0)
-        batch["attention_mask"] = branch_mask(branches)
+        numbers = [np.repeat(np.arange(len(row)), [len(s["ids"]) for s in row]) for row in rows]
+        batch["samples"] = stack_rows(numbers, -1)  # padding is a sample that nobody looks at
+        samples = [sample for row in rows for sample in row]
         pictures = [sample for sample in samples if "pixels" in sample]
         if pictures:
             batch["pixel_values"] = self._pixels(pictures)
@@ -405,7 +349,7 @@ class UnifiedTask:
         self, module: nn.Module, batch: Batch, step: int, totals: Mapping[str, float]
     ) -> tuple[Tensor, Metrics]:
         """Weighted sum of the mean text loss and the mean code loss."""
-        output = module(**batch)
+        output = module(**batch, lockstep=self.lockstep)
         text = output.text_loss / max(totals["text_tokens"], 1)
         code = output.code_loss / max(totals["code_tokens"], 1)
         weights = self.recipe.loss
@@ -418,6 +362,11 @@ class UnifiedTask:
     def preview(self, module: nn.Module, folder: Path, step: int) -> None:
         """Draw fixed prompts, caption held-out scenes; a picture and a line of JSON."""
         assert isinstance(module, UniMMModel) and module.image_tokenizer is not None
+        with plain_attention(module):
+            self._preview(module, folder, step)
+
+    def _preview(self, module: UniMMModel, folder: Path, step: int) -> None:
+        assert module.image_tokenizer is not None
         held_out = EmojiScenes("seen", 7, self.processor.image_size or 64, 64, ("single",))
         prompts = list(self.recipe.prompts) or [held_out[i].captions()[0] for i in range(PREVIEW_PROMPTS)]
         rows, columns = module.layout.grid
@@ -442,13 +391,34 @@ class UnifiedTask:
         assert isinstance(module, UniMMModel)
         folder.mkdir(parents=True, exist_ok=True)
         dtype = getattr(torch, self.recipe.export_dtype)
-        copy.deepcopy(module).to(dtype).save_pretrained(folder)
+        if has_adapters(module):
+            save_adapters(module, folder / ADAPTER, self.recipe.model.pretrained)
+            module = merged(module)
+        else:
+            module = copy.deepcopy(module)
+        module.to(dtype).save_pretrained(folder)
         self.processor.save_pretrained(folder)
 
 
-def _close(one: Tensor, two: Tensor) -> bool:
-    """Whether two codebooks are the same but for the rounding of an export to 16 bits."""
-    return one.shape == two.shape and torch.allclose(one, two, atol=1e-2)
+@contextmanager
+def plain_attention(model: UniMMModel) -> Iterator[None]:
+    """Within, the decoder attends through SDPA: FlexAttention is for training, on rows of one length."""
+    before = model.decoder.config._attn_implementation
+    model.decoder.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.decoder.set_attn_implementation(before)
+
+
+def set_gradient_checkpointing(model: UniMMModel, wanted: bool) -> None:
+    """Switch gradient checkpointing of the decoder and the understanding encoder on or off."""
+    if wanted:
+        model.decoder.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.decoder.activation_checkpointing_disable()
+    if model.vision is not None:
+        model.vision.model.set_grad_checkpointing(wanted)
 
 
 def caption_scenes(model: UniMMModel, processor: UniMMProcessor, scenes: Sequence[Scene]) -> list[str]:

@@ -1,0 +1,111 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) through peft: put in, saved as peft saves them, merged.
+
+The extra `lora` brings peft. A recipe's section `lora` puts adapters into named modules; the group `lora` of a
+stage's `lr` trains them, and nothing of the modules themselves.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+from safetensors.torch import save_file
+from torch import nn
+
+from unimm.errors import UserError
+from unimm.modeling import UniMMModel
+from unimm.training.recipe import Fraction, Positive, Section
+
+ADAPTER = "adapter"  # folder of the adapter within an export
+_PREFIX = "base_model.model."  # of a key in a file that `PeftModel.from_pretrained` reads
+_NOT_IN = r"image_tokenizer\..*"
+
+
+class LoraSection(Section):
+    """Adapters of rank `r`, scaled by `alpha / r`, in the named modules."""
+
+    r: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    dropout: Fraction = 0.0
+    modules: Annotated[list[str], Field(min_length=1)] = Field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"]
+    )
+    """Names of linear or embedding layers or the ends of such names, in any part of the model."""
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise UserError("lora: needs peft; install it with: pip install 'unimm[lora]'") from None
+    return peft
+
+
+def add_adapters(model: UniMMModel, section: LoraSection) -> None:
+    """Put adapters into a model in place; they change nothing yet.
+
+    Raises:
+        UserError: peft is missing, or no module is so named.
+    """
+    peft = _peft()
+    config = peft.LoraConfig(
+        r=section.r,
+        lora_alpha=section.alpha,
+        lora_dropout=section.dropout,
+        target_modules=list(section.modules),
+        exclude_modules=_NOT_IN,
+    )
+    known = [name for name, _ in model.named_modules() if not name.startswith("image_tokenizer.")]
+    for wanted in section.modules:
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in known):
+            raise UserError(f"lora.modules: the model has no module named {wanted}")
+    try:
+        peft.inject_adapter_in_model(config, model)
+    except ValueError as error:
+        raise UserError(f"lora.modules: {str(error).strip().splitlines()[0]}") from None
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name belongs to an adapter."""
+    return "lora_" in name
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether `add_adapters` was here."""
+    return any(is_adapter(name) for name, _ in model.named_parameters())
+
+
+def save_adapters(model: UniMMModel, folder: Path, base: str | None) -> None:
+    """Write the adapters as peft does: `PeftModel.from_pretrained` and `unimm.load(..., adapter=folder)` read them.
+
+    Args:
+        model: with adapters.
+        folder: where to.
+        base: the source of the model that they belong to.
+    """
+    peft = _peft()
+    folder.mkdir(parents=True, exist_ok=True)
+    state = peft.get_peft_model_state_dict(model, adapter_name="default")
+    named = {key if key.startswith(_PREFIX) else _PREFIX + key: value for key, value in state.items()}
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in named.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = copy.deepcopy(model.peft_config["default"])
+    config.base_model_name_or_path, config.inference_mode = base, True
+    config.save_pretrained(folder)
+
+
+def merged(model: UniMMModel) -> UniMMModel:
+    """Return a copy of the model with its adapters added to the weights, an ordinary model again."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    _peft()
+    plain = copy.deepcopy(model)
+    for name, child in list(plain.named_modules()):
+        if isinstance(child, BaseTunerLayer):
+            child.merge()
+            owner, _, leaf = name.rpartition(".")
+            setattr(plain.get_submodule(owner), leaf, child.get_base_layer())
+    del plain.peft_config
+    return plain
