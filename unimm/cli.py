@@ -312,12 +312,18 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    _recipe_arguments(parser)
+    smoke = "try the recipe: tiny widths, two steps a stage, into a folder of its own"
+    parser.add_argument("--smoke", action="store_true", help=smoke)
+
+
 def _train(options: Options, task: str | None = None) -> Any:
     from unimm.recipes import find_recipe
-    from unimm.training.recipe import load_recipe
+    from unimm.training.recipe import load_recipe, smoke_recipe
 
     path = find_recipe(options.recipe)
-    recipe = load_recipe(path, options.overrides)
+    recipe = (smoke_recipe if options.smoke else load_recipe)(path, options.overrides)
     if task is not None and recipe.task != task:
         raise UserError(f"{path}: task: expected {task}, got {recipe.task}; use `unimm train` for it")
     from unimm.training.trainer import train
@@ -332,6 +338,83 @@ def _train_tokenizer(options: Options) -> Any:
 
 def _show_trained(document: dict[str, str]) -> None:
     print(f"Trained: {document['output']}")
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    _recipe_arguments(parser)
+    parser.add_argument("--gpus", type=_positive, required=True, metavar="N", help="how many in all")
+    parser.add_argument("--memory", type=float, required=True, metavar="GIB", help="of each GPU")
+    parser.add_argument(
+        "--peak", type=float, default=989.0, metavar="X", help="TFLOP/s of each (default: 989)"
+    )
+    parser.add_argument(
+        "--utilisation", type=float, default=0.4, metavar="X", help="of the peak (default: 0.4)"
+    )
+    parser.add_argument(
+        "--words", type=_positive, default=128, metavar="N", help="text tokens a sample (default: 128)"
+    )
+
+
+def _plan(options: Options) -> Any:
+    from unimm.recipes import find_recipe
+    from unimm.training.recipe import load_recipe
+
+    path = find_recipe(options.recipe)
+    recipe = load_recipe(path, options.overrides)
+    if recipe.task != "unified":
+        raise UserError(f"{path}: task: expected unified, got {recipe.task}; only such recipes are planned")
+    if not 0 < options.utilisation <= 1:
+        raise UserError(
+            f"plan: --utilisation: expected a share above 0 and up to 1, got {options.utilisation:g}"
+        )
+    from unimm.training.plan import Machines, plan
+    from unimm.training.unified import UnifiedRecipe
+
+    assert isinstance(recipe, UnifiedRecipe)
+    machines = Machines(options.gpus, options.memory, options.peak, options.utilisation, options.words)
+    return plan(recipe, machines)
+
+
+def _show_plan(document: dict[str, Any]) -> None:
+    machines, sizes = document["machines"], document["parameters"]
+    print_table(("part", "parameters"), [(name, f"{size / 1e6:,.1f}M") for name, size in sizes.items()])
+    stages = document["stages"]
+    rows = [
+        (
+            one["name"],
+            f"{one['trained'] / 1e6:,.1f}M",
+            *(f"{size:.1f}" for size in one["memory_gib"].values()),
+            f"{one['tokens'] / 1e9:,.2f}B",
+            f"{one['flops']:.2e}",
+            f"{one['days']:.2f}",
+        )
+        for one in stages
+    ]
+    memory = [f"ZeRO {zero}, GiB" for zero in range(4)]
+    print_table(("stage", "trains", *memory, "tokens", "FLOPs", "days"), rows)
+    for one in stages:
+        if one["chosen"] not in one["fits"]:
+            fitting = f"; {', '.join(one['fits'])} would fit" if one["fits"] else ""
+            print(f"{one['name']}: {one['chosen']} takes more than {machines['memory']:g} GiB{fitting}")
+    share = f"{machines['gpus']} GPUs at {machines['utilisation']:.0%} of {machines['peak']:g} TFLOP/s"
+    print(
+        f"{document['days']:.1f} days on {share}; memory without activations; {machines['words']} words a sample"
+    )
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="the output folder of a training run")
+    parser.add_argument("-o", "--output", metavar="FILE", help="default: report.png in that folder")
+
+
+def _report(options: Options) -> Any:
+    from unimm.training.report import report
+
+    return {"sheet": str(report(options.run, options.output))}
+
+
+def _show_report(document: dict[str, str]) -> None:
+    print(f"Report: {document['sheet']}")
 
 
 def _evaluate_tokenizer(options: Options) -> Any:
@@ -469,11 +552,11 @@ COMMANDS = (
         _convert,
         lambda row: print(f"Written to {row['folder']} in the {row['layout']} layout"),
     ),
-    Command("train", "train by a recipe", _recipe_arguments, _train, _show_trained),
+    Command("train", "train by a recipe", _train_arguments, _train, _show_trained),
+    Command("plan", "what a recipe would take on a cluster", _plan_arguments, _plan, _show_plan),
+    Command("report", "draw curves and samples of a run", _report_arguments, _report, _show_report),
     Command("eval", "evaluate a model by a recipe", _recipe_arguments, _evaluate, _show_evaluation),
-    Command(
-        "tokenizer train", "train an image tokenizer", _recipe_arguments, _train_tokenizer, _show_trained
-    ),
+    Command("tokenizer train", "train an image tokenizer", _train_arguments, _train_tokenizer, _show_trained),
     Command(
         "tokenizer eval", "evaluate an image tokenizer", _recipe_arguments, _evaluate_tokenizer, print_tree
     ),

@@ -176,3 +176,25 @@ def test_note_of_an_animation_goes_to_stderr(unimm, tiny: Path, tmp_path: Path) 
     assert done.code == 0
     assert done.err == f"unimm: note: {tmp_path / 'a.gif'}: has 2 frames; only the first is used\n"
     assert len(json.loads(done.out)) == 1
+
+
+def test_a_plan_is_a_table_or_a_document(unimm) -> None:
+    arguments = ("plan", "training/emu3", "--gpus", 256, "--memory", 4)
+    document = json.loads(unimm(*arguments, "--json").out)
+    stage = document["stages"][0]
+    assert stage["trained"] == document["parameters"]["decoder"] > 8e9
+    assert (stage["chosen"], stage["fits"]) == ("zero3", [])
+    shown = unimm(*arguments).out
+    assert "pretraining: zero3 takes more than 4 GiB" in shown and "days on 256 GPUs at 40%" in shown
+
+
+def test_plans_that_make_no_sense_are_refused(unimm) -> None:
+    done = unimm("plan", "training/siglip", "--gpus", 8, "--memory", 80)
+    assert (done.code, "task: expected unified, got siglip" in done.err) == (2, True)
+    done = unimm("plan", "training/emu3", "--gpus", 8, "--memory", 80, "--utilisation", 2)
+    assert (done.code, "--utilisation: expected a share" in done.err) == (2, True)
+
+
+def test_report_names_a_folder_that_is_no_run(unimm, tmp_path: Path) -> None:
+    done = unimm("report", tmp_path)
+    assert (done.code, "metrics.jsonl: not found" in done.err) == (2, True)

@@ -1,0 +1,26 @@
+"""Every shipped training recipe, made tiny, trains all its stages and exports what loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import unimm
+from unimm.recipes import list_recipes
+from unimm.training.recipe import load_recipe, smoke_recipe
+from unimm.training.trainer import train
+
+RECIPES = {info.name: info.path for info in list_recipes() if not info.name.startswith("sampling/")}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_runs_when_made_tiny(name: str, tmp_path: Path) -> None:
+    whole = load_recipe(RECIPES[name])
+    recipe = smoke_recipe(RECIPES[name], [f"output={tmp_path}/run"])
+    assert recipe.output == f"{tmp_path}/run-smoke"
+    assert [stage.lr for stage in recipe.stages] == [stage.lr for stage in whole.stages]
+    folder = train(recipe, quiet=True)
+    assert folder == tmp_path / "run-smoke" / "export"
+    if whole.task == "unified":
+        assert unimm.load(folder).draw("a star", seed=0)[0].size == (64, 64)
