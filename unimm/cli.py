@@ -379,19 +379,20 @@ def _show_plan(document: dict[str, Any]) -> None:
     machines, sizes = document["machines"], document["parameters"]
     print_table(("part", "parameters"), [(name, f"{size / 1e6:,.1f}M") for name, size in sizes.items()])
     stages = document["stages"]
-    rows = [
+    memory = [
         (
             one["name"],
             f"{one['trained'] / 1e6:,.1f}M",
             *(f"{size:.1f}" for size in one["memory_gib"].values()),
-            f"{one['tokens'] / 1e9:,.2f}B",
-            f"{one['flops']:.2e}",
-            f"{one['days']:.2f}",
         )
         for one in stages
     ]
-    memory = [f"ZeRO {zero}, GiB" for zero in range(4)]
-    print_table(("stage", "trains", *memory, "tokens", "FLOPs", "days"), rows)
+    print_table(("stage", "trains", *(f"ZeRO {zero}" for zero in range(4))), memory, "GiB on each GPU")
+    work = [
+        (one["name"], f"{one['tokens'] / 1e9:,.2f}B", f"{one['flops']:.2e}", f"{one['days']:.2f}")
+        for one in stages
+    ]
+    print_table(("stage", "tokens", "FLOPs", "days"), work)
     for one in stages:
         if one["chosen"] not in one["fits"]:
             fitting = f"; {', '.join(one['fits'])} would fit" if one["fits"] else ""
