@@ -183,7 +183,7 @@ class UniMM:
         texts = [text for text in texts for _ in range(n)]
         shown = [pictures for pictures in shown for _ in range(n)]
         uniforms = streams(seed, len(texts), steps)
-        options = (guidance_scale, temperature, top_k, top_p, grid)
+        options: Any = (guidance_scale, temperature, top_k, top_p, grid)
         codes = [torch.empty((0, *grid), dtype=torch.long, device=self.model.device)]
         for start in range(0, len(texts), self.batch_size):
             part = slice(start, start + self.batch_size)

@@ -31,7 +31,7 @@ from unimm.saving import no_progress, write_folder
 LAYOUTS = ("unimm", "transformers", "original")
 FAMILIES = {"janus": janus, "emu3": emu3}
 # of `config.json`: family and layout
-MODEL_TYPES = {"unimm": ("unimm", "unimm")} | {
+MODEL_TYPES: dict[str, tuple[str, str]] = {"unimm": ("unimm", "unimm")} | {
     kind: (name, layout) for name, family in FAMILIES.items() for kind, layout in family.MODEL_TYPES.items()
 }
 KEPT_FILE = "kept.safetensors"
