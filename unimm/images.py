@@ -7,6 +7,7 @@ animated, broken, enormous) is dealt with here and nowhere else.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import secrets
 import warnings
@@ -29,14 +30,15 @@ _MANY_PICTURES = {"MPO", "PSD", "ICO", "ICNS"}  # formats whose further frames a
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
-def read_image(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
+def read_image(source: str | os.PathLike[str] | Image.Image | bytes, name: str | None = None) -> Image.Image:
     """Read a picture as upright 8-bit RGB.
 
     EXIF rotation is applied, transparency is laid on white, 16-bit grey is scaled to 8, CMYK and palettes are
     converted, and of an animation the first frame is taken (said with a `UserNote`).
 
     Args:
-        source: path of a picture file, or a PIL image (left as it is; the result is a new image).
+        source: path of a picture file, its bytes, or a PIL image (left as it is; the result is a new image).
+        name: what errors and notes call the picture; by default its path.
 
     Returns:
         A new PIL image in mode "RGB".
@@ -45,12 +47,17 @@ def read_image(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
         UserError: the file is missing, is no picture, is truncated, or its header asks for too many pixels.
     """
     if isinstance(source, Image.Image):
-        return _to_rgb(source, "the image")
-    path = os.fspath(source)
+        return _to_rgb(source, name or "the image")
+    if isinstance(source, bytes):
+        file: str | io.BytesIO = io.BytesIO(source)
+        path = name or "the image"
+    else:
+        file = os.fspath(source)
+        path = name or file
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS decides
-            opened = Image.open(path)
+            opened = Image.open(file)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:

@@ -1,0 +1,223 @@
+"""The one structure that every source gives: a `Record`, a keyed list of messages made of texts and pictures.
+
+How each form of data maps onto it (`user` and `assistant` are the roles of its messages):
+
+- text: one assistant message with the text; all of it is learnt.
+- caption: user [picture], assistant [text]; the request for a caption is put in when it is used.
+- conversation: user [pictures and text in any order], assistant [text], as many turns as there are.
+- text to image: user [text], assistant [picture to draw].
+- image and text to image: user [pictures, text], assistant [picture to draw].
+- interleaved: messages in which the assistant mixes text and pictures to draw; a document is one such message.
+
+Pictures stay encoded bytes, where they lie, until they are asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from unimm.errors import UserError
+from unimm.images import read_image
+
+Role = Literal["system", "user", "assistant"]
+RecordKind = Literal["text", "image_to_text", "text_to_image", "image_text_to_image", "interleaved"]
+RECORD_KINDS: tuple[RecordKind, ...] = (
+    "text",
+    "image_to_text",
+    "text_to_image",
+    "image_text_to_image",
+    "interleaved",
+)
+CODES_SUFFIX = ".codes.npy"  # of a member that holds a picture as image codes
+
+
+class BadRecord(UserError):
+    """A record that cannot be used: `key` names it, `file` holds it, `reason` says what is wrong."""
+
+    def __init__(self, key: str, file: str, reason: str) -> None:
+        super().__init__(f"{file}: {key}: {reason}" if key else f"{file}: {reason}")
+        self.key, self.file, self.reason = key, file, reason
+
+    def __reduce__(self) -> tuple[type[BadRecord], tuple[str, str, str]]:
+        return BadRecord, (self.key, self.file, self.reason)
+
+
+@dataclass(frozen=True)
+class Blob:
+    """Bytes, or where they lie: `size` of them at `offset` of the file `path`, or all of it.
+
+    `name` is what messages call them; its suffix says what they are.
+    """
+
+    name: str
+    data: bytes | None = field(default=None, repr=False)
+    path: str | None = None
+    offset: int = 0
+    size: int | None = None
+
+    def read(self) -> bytes:
+        """The bytes.
+
+        Raises:
+            UserError: the file is missing, may not be read, or is shorter than it was.
+        """
+        if self.data is not None:
+            return self.data
+        assert self.path is not None
+        try:
+            with open(self.path, "rb") as handle:
+                handle.seek(self.offset)
+                data = handle.read() if self.size is None else handle.read(self.size)
+        except FileNotFoundError:
+            raise UserError(f"{self.name}: no such file") from None
+        except OSError as error:
+            raise UserError(f"{self.name}: cannot be read ({error.strerror})") from None
+        if self.size is not None and len(data) < self.size:
+            raise UserError(f"{self.name}: cut short ({len(data)} of {self.size} bytes)")
+        return data
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture to look at, or one to `draw`; the latter may be stored as image codes instead of pixels."""
+
+    blob: Blob
+    draw: bool = False
+
+    @property
+    def encoded(self) -> bool:
+        """Whether image codes are stored, not pixels."""
+        return self.blob.name.endswith(CODES_SUFFIX)
+
+    def image(self) -> Image.Image:
+        """Decode to upright RGB (`unimm.images.read_image`).
+
+        Raises:
+            UserError: the bytes are missing or no picture.
+        """
+        if self.encoded:
+            raise UserError(f"{self.blob.name}: holds image codes, which can be drawn but not looked at")
+        return read_image(self.blob.read(), self.blob.name)
+
+    def form(self) -> str:
+        """The picture's format by its header, as PIL names it ("JPEG").
+
+        Raises:
+            UserError: the bytes are missing or no picture.
+        """
+        try:
+            with Image.open(io.BytesIO(self.blob.read())) as opened:
+                return opened.format or "unknown"
+        except OSError:
+            raise UserError(f"{self.blob.name}: not a picture in a known format") from None
+
+    def codes(self) -> NDArray[np.int64]:
+        """The stored image codes [h, w].
+
+        Raises:
+            UserError: they are damaged.
+        """
+        assert self.encoded
+        try:
+            codes = np.load(io.BytesIO(self.blob.read()), allow_pickle=False)
+        except (ValueError, EOFError, OSError):
+            raise UserError(f"{self.blob.name}: damaged image codes") from None
+        if codes.ndim != 2 or codes.dtype.kind not in "iu":
+            raise UserError(f"{self.blob.name}: image codes of shape {list(codes.shape)}, expected [h, w]")
+        return np.asarray(codes, np.int64)
+
+
+Part: TypeAlias = "str | Picture"
+
+
+@dataclass(frozen=True)
+class Message:
+    """What one side says: texts and pictures in their order."""
+
+    role: Role
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One item of a source, under a key by which it is found again; see the module's docstring."""
+
+    key: str
+    messages: tuple[Message, ...]
+
+    @property
+    def kind(self) -> RecordKind:
+        """What is learnt from it."""
+        if not self.pictures(draw=True):
+            return "image_to_text" if self.pictures(draw=False) else "text"
+        said = [part for m in self.messages if m.role == "assistant" for part in m.parts]
+        if any(isinstance(part, str) for part in said):
+            return "interleaved"
+        return "image_text_to_image" if self.pictures(draw=False) else "text_to_image"
+
+    def pictures(self, draw: bool | None = None) -> list[Picture]:
+        """All pictures, or those to draw, or those to look at, in the order of the messages."""
+        found = [part for message in self.messages for part in message.parts if isinstance(part, Picture)]
+        return [picture for picture in found if draw is None or picture.draw == draw]
+
+
+class Source(ABC):
+    """Random access to the records of one place.
+
+    Attributes:
+        location: the path as it was given, for messages.
+        broken: files that cannot be read at all, if the source was opened to be checked.
+        mark: which image tokenizer the stored codes are of; None where there are none.
+    """
+
+    form = "source"
+
+    def __init__(self, location: str) -> None:
+        self.location = location
+        self.broken: list[BadRecord] = []
+        self.mark: str | None = None
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Record:
+        """The record at `index`.
+
+        Raises:
+            BadRecord: what is there cannot be used.
+            IndexError: there is none.
+        """
+
+    @abstractmethod
+    def files(self) -> Sequence[Path]:
+        """The files that list the records."""
+
+    def signature(self) -> str:
+        """A digest that changes when those files do."""
+        return digest(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in self.files())
+
+    def check_index(self, index: int) -> int:
+        """The index, counted from the end if negative; IndexError beyond the ends."""
+        index = int(index)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        return index % len(self)
+
+
+def digest(words: Iterable[str]) -> str:
+    """Sixteen hex digits of a hash over words."""
+    total = hashlib.sha256()
+    for word in words:
+        total.update(word.encode() + b"\0")
+    return total.hexdigest()[:16]
