@@ -18,7 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from unimm import __version__
+from unimm import __version__, cli_data
+from unimm.cli_data import positive
 from unimm.console import (
     debugging,
     hide_loading_bars,
@@ -219,7 +220,7 @@ def _draw_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw")
     parser.add_argument("-o", "--output", default=".", metavar="DIR", help="folder for the drawings")
     parser.add_argument(
-        "-n", type=_positive, default=1, metavar="N", help="drawings of each prompt (default: 1)"
+        "-n", type=positive, default=1, metavar="N", help="drawings of each prompt (default: 1)"
     )
     image = "a picture that goes with every prompt; may be given several times"
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help=image)
@@ -471,39 +472,6 @@ def _show_copied(document: dict[str, str]) -> None:
     print(f"Copied to {document['copied']}")
 
 
-# --- data: preview, pack -----------------------------------------------------------------------------------
-
-
-def _preview_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-o", "--output", default="preview.png", metavar="FILE", help="default: preview.png")
-    splits = ("train", "seen", "composed", "vendor")
-    parser.add_argument("--split", default="train", choices=splits, help="default: train")
-    parser.add_argument("--seed", type=int, default=0, help="of the scenes (default: 0)")
-
-
-def _preview(options: Options) -> Any:
-    from unimm.data.preview import contact_sheet
-    from unimm.images import save_image
-
-    save_image(contact_sheet(split=options.split, seed=options.seed), options.output)
-    return {"sheet": options.output}
-
-
-def _show_sheet(document: dict[str, str]) -> None:
-    print(f"Contact sheet: {document['sheet']}")
-
-
-def _pack_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("modules", metavar="NODE_MODULES", help="folder with the npm packages of the artwork")
-    parser.add_argument("folder", metavar="DIR", help="where the packed artwork goes")
-
-
-def _pack(options: Options) -> Any:
-    from unimm.data.pack import pack
-
-    return pack(Path(options.modules), Path(options.folder))
-
-
 # --- preferences: draw, rank, check ------------------------------------------------------------------------
 
 
@@ -518,13 +486,6 @@ def _rank_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 # --- small parsers -----------------------------------------------------------------------------------------
-
-
-def _positive(text: str) -> int:
-    """Parse a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -564,7 +525,28 @@ COMMANDS = (
     Command("recipes", "list the recipes that ship with unimm", _no_arguments, _recipes, _show_recipes),
     Command("recipes copy", "copy a recipe out, to edit it", _copy_arguments, _copy_recipe, _show_copied),
     Command(
-        "data preview", "show scenes of a data set on a sheet", _preview_arguments, _preview, _show_sheet
+        "data check",
+        "read a data source whole and say what is in it",
+        cli_data.check_arguments,
+        cli_data.check,
+        cli_data.show_check,
+    ),
+    Command(
+        "data encode",
+        "compute image codes once, into tars to train on",
+        cli_data.encode_arguments,
+        cli_data.encode,
+        print_tree,
+    ),
+    Command(
+        "data preview",
+        "show scenes of a data set on a sheet",
+        cli_data.preview_arguments,
+        cli_data.preview,
+        cli_data.show_sheet,
+    ),
+    Command(
+        "data pack", "pack the artwork from npm packages", cli_data.pack_arguments, cli_data.pack, print_tree
     ),
     Command(
         "preferences draw",
@@ -587,5 +569,4 @@ COMMANDS = (
         preferences.check,
         print_tree,
     ),
-    Command("data pack", "pack the artwork from npm packages", _pack_arguments, _pack, print_tree),
 )

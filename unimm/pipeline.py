@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unimm.errors import UserError, UserNote
-from unimm.interop.convert import load_foreign, read_config, recognise
+from unimm.interop.convert import load_foreign, read_config, read_processor, recognise
 from unimm.interop.source import check_weights
 from unimm.modeling import UniMMModel
 from unimm.processing import CAPTION_REQUESTS, UniMMProcessor
@@ -344,6 +344,19 @@ def _read(folder: Path, dtype: torch.dtype) -> tuple[UniMMModel, UniMMProcessor]
     with no_progress():
         model = UniMMModel.from_pretrained(folder, config=config, dtype=dtype)
     return model, UniMMProcessor.from_pretrained(folder, config)
+
+
+def load_processor(source: str | os.PathLike[str] | None = None) -> UniMMProcessor:
+    """Load a model's processor alone; its weights are not read.
+
+    Args:
+        source: what `load` takes.
+
+    Raises:
+        UserError: the source is missing or broken.
+    """
+    folder = resolve(source)
+    return read_processor(folder, read_config(folder))
 
 
 def choose_device(device: str) -> torch.device:

@@ -300,9 +300,7 @@ class UniMMProcessor:
         """Return images to tokenise, float [M, 3, S, S] in [-1, 1]: short side to S, cropped."""
         if self.drawing_size is None:
             raise UserError("images: this model has no image tokenizer")
-        size = (self.drawing_size, self.drawing_size)
-        squares = [ImageOps.fit(read_image(image), size, Image.Resampling.BICUBIC) for image in images]
-        return to_tensor(np.stack([np.asarray(square) for square in squares]))
+        return square_pixels(images, self.drawing_size)
 
     def __call__(
         self, questions: Sequence[str], images: Sequence[Sequence[str | Path | Image.Image]]
@@ -356,6 +354,12 @@ def letterbox(image: Image.Image, side: int, colour: tuple[int, ...]) -> Image.I
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     square.paste(resized, ((square.width - width) // 2, (square.height - height) // 2))
     return square
+
+
+def square_pixels(images: Sequence[str | Path | Image.Image], side: int) -> Tensor:
+    """Return pictures to tokenise, float [M, 3, side, side] in [-1, 1]: short side to `side`, cropped."""
+    squares = [ImageOps.fit(read_image(image), (side, side), Image.Resampling.BICUBIC) for image in images]
+    return to_tensor(np.stack([np.asarray(square) for square in squares]))
 
 
 def area_size(height: int, width: int, factor: int, least: int, most: int) -> tuple[int, int]:

@@ -168,10 +168,10 @@ def load_foreign(folder: Path, dtype: torch.dtype) -> tuple[UniMMModel, UniMMPro
         ours = OurTensors(folder, checkpoint)
         state = dict(ours)
         model = UniMMModel.from_pretrained(None, config=ours.config, state_dict=state, dtype=dtype)
-    return model, _processor(folder, ours.config)
+    return model, read_processor(folder, ours.config)
 
 
-def _processor(folder: Path, config: UniMMConfig) -> UniMMProcessor:
+def read_processor(folder: Path, config: UniMMConfig) -> UniMMProcessor:
     """The processor of a checkpoint of any layout, on its own tokenizer."""
     family = recognise(folder)[0]
     words = read_tokenizer(folder) if family == "unimm" else FAMILIES[family].read_words(folder)
@@ -200,7 +200,7 @@ def convert(source: Path, folder: Path, to: str) -> None:
     with open_checkpoint(source) as checkpoint:
         ours = OurTensors(source, checkpoint)
         family, map_ = _family(ours.config), key_map(to, ours.config)
-        processor = _processor(source, ours.config)
+        processor = read_processor(source, ours.config)
         # A model that was saved again since has no files of its source's beside it any more.
         filed = (source / f"{SOURCE_PREFIX}config.json").exists()
         back = layout == to or (filed and getattr(ours.config, "source_layout", None) == to)

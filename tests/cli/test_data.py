@@ -1,0 +1,65 @@
+"""`unimm data check` and `unimm data encode`: the report, its exit status, and mistakes on one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.data import forms
+
+
+def test_check_counts_kinds_sizes_tokens_and_names_what_is_bad(unimm, tiny: Path, tmp_path: Path) -> None:
+    folder = forms.picture_list(tmp_path / "data", 5)
+    (folder / "pictures" / "3.png").write_bytes(b"no picture")
+    with (folder / "metadata.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "only words"}) + "\n{broken\n")
+    done = unimm("data", "check", folder, "--model", tiny, "--json")
+    report = json.loads(done.out)
+    assert (done.code, done.err) == (0, "")
+    assert report["records"] == 5 and report["bad"] == 2
+    assert report["kinds"] == {"text": 1, "image_to_text": 4}
+    assert report["pictures"]["count"] == 4 and report["pictures"]["width"]["most"] == 64
+    assert report["pictures"]["formats"] == {"PNG": 4}
+    assert report["tokens"]["context"] == 128 and report["tokens"]["least"] > 0
+    picture, line = report["bad_items"]
+    assert picture["key"] == "line 4" and "3.png: not a picture" in picture["reason"]
+    assert line["key"] == "line 7" and "not JSON" in line["reason"]
+    shown = unimm("data", "check", folder, "--model", tiny)
+    assert shown.code == 0 and "kinds.image_to_text" in shown.out and "line 7" in shown.out
+
+
+def test_check_goes_on_past_a_broken_shard(unimm, tiny: Path, tmp_path: Path) -> None:
+    folder = forms.shards(tmp_path, 6)
+    (folder / "000.tar").write_bytes(b"broken")
+    report = json.loads(unimm("data", "check", folder, "--model", tiny, "--json").out)
+    assert report["records"] == 3 and report["bad_items"][0]["file"] == str(folder / "000.tar")
+    (folder / "001.tar").write_bytes(b"broken")
+    done = unimm("data", "check", folder, "--model", tiny)
+    assert (done.code, done.out) == (2, "") and done.err.count("\n") == 1
+    assert "000.tar: not a whole tar" in done.err
+
+
+def test_mistakes_are_one_line(unimm, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "bad.jsonl").write_text("{\n[\n")
+    for path, words in {
+        "nowhere": "nowhere: no such file or folder",
+        "empty.jsonl": "empty.jsonl: has no records",
+        "bad.jsonl": "none of its 2 records can be used; the first: ",
+    }.items():
+        done = unimm("data", "check", tmp_path / path, "--model", tiny)
+        assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+        assert words in done.err
+    done = unimm("data", "encode", tmp_path / "empty.jsonl", tmp_path / "out", "--model", tiny)
+    assert done.code == 2 and "has no records" in done.err
+    done = unimm("data", "check", tmp_path, "--field", "text")
+    assert done.code == 2 and "expected NAME=COLUMN" in done.err
+
+
+def test_encode_and_check_what_it_wrote(unimm, tiny: Path, tmp_path: Path) -> None:
+    folder = forms.picture_folder(tmp_path / "data", 3)
+    options = ["--pairs", "text_to_image", "--model", tiny]
+    report = json.loads(unimm("data", "encode", folder, tmp_path / "out", *options, "--json").out)
+    assert report["written"] == 3 and report["tars"] == 1
+    checked = json.loads(unimm("data", "check", tmp_path / "out", "--model", tiny, "--json").out)
+    assert checked["kinds"] == {"text_to_image": 3} and checked["pictures"]["formats"] == {"codes": 3}

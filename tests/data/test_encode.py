@@ -1,0 +1,75 @@
+"""Image codes written to tars: equal to the tokenizer's, whoever writes them and however often it is cut off."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.data import forms
+from unimm.data.encode import encode_source
+from unimm.data.sources import Reading, open_source
+from unimm.errors import UserError
+from unimm.pipeline import UniMM
+from unimm.processing import square_pixels
+
+DRAWING = Reading(pairs="text_to_image")
+
+
+def test_codes_are_those_of_the_tokenizer(tiny: Path, tiny_model: UniMM, tmp_path: Path) -> None:
+    folder = forms.picture_list(tmp_path / "data", 7)
+    report = encode_source(str(folder), tmp_path / "out", str(tiny), DRAWING, shard=3)
+    assert (report["records"], report["written"], report["bad"], report["tars"]) == (7, 7, 0, 3)
+    source, encoded = open_source(folder, DRAWING), open_source(tmp_path / "out")
+    for i in range(7):
+        assert encoded[i].key == source[i].key and encoded[i].kind == "text_to_image"
+        assert encoded[i].messages[0] == source[i].messages[0]
+        pixels = square_pixels([Image.fromarray(forms.SCENES[i].render())], 32)
+        codes = tiny_model.image_tokenizer.encode(pixels)[0]
+        assert torch.equal(torch.from_numpy(encoded[i].pictures()[0].codes()), codes)
+
+
+def test_pictures_to_look_at_keep_their_bytes_and_bad_records_are_listed(tiny: Path, tmp_path: Path) -> None:
+    forms.picture_list(tmp_path / "data", 4)
+    rows = [
+        {"input_image": f"pictures/{i}.png", "instruction": "redder", "output_image": f"pictures/{i + 1}.png"}
+        for i in range(3)
+    ]
+    (tmp_path / "data" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "data" / "pictures" / "3.png").write_bytes(b"no picture")
+    report = encode_source(str(tmp_path / "data"), tmp_path / "out", str(tiny))
+    assert (report["written"], report["bad"]) == (2, 1)
+    listed = json.loads((tmp_path / "out" / "000000.bad.jsonl").read_text())
+    assert listed["key"] == "line 3" and "not a picture" in listed["reason"]
+    record = open_source(tmp_path / "out")[1]
+    assert record.kind == "image_text_to_image"
+    assert record.pictures(draw=False)[0].blob.read() == (tmp_path / "data/pictures/1.png").read_bytes()
+
+
+def test_a_folder_of_other_work_is_refused(tiny: Path, tmp_path: Path) -> None:
+    folder = forms.picture_folder(tmp_path / "data", 2)
+    out = tmp_path / "out"
+    encode_source(str(folder), out, str(tiny), DRAWING)
+    with pytest.raises(UserError, match="out: holds codes made with another shard; give another folder"):
+        encode_source(str(folder), out, str(tiny), DRAWING, shard=7)
+    (folder / "000.txt").write_text("another word")
+    with pytest.raises(UserError, match="holds codes made with another signature"):
+        encode_source(str(folder), out, str(tiny), DRAWING)
+    with pytest.raises(UserError, match="holds image codes already"):
+        encode_source(str(out), tmp_path / "again", str(tiny))
+    with pytest.raises(UserError, match="holds tars of something else"):
+        encode_source(str(folder), forms.shards(tmp_path / "tars", 1), str(tiny), DRAWING)
+
+
+def test_an_image_tokenizer_alone_encodes_too(tiny: Path, tiny_model: UniMM, tmp_path: Path) -> None:
+    folder = forms.picture_folder(tmp_path / "data", 2)
+    tiny_model.image_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    encode_source(str(folder), tmp_path / "a", str(tmp_path / "tokenizer"), DRAWING)
+    encode_source(str(folder), tmp_path / "b", str(tiny), DRAWING)
+    first, second = (open_source(tmp_path / name) for name in "ab")
+    assert first.mark == second.mark is not None
+    assert np.array_equal(first[1].pictures()[0].codes(), second[1].pictures()[0].codes())
