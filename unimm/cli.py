@@ -343,7 +343,7 @@ def _show_trained(document: dict[str, str]) -> None:
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     _recipe_arguments(parser)
-    parser.add_argument("--gpus", type=_positive, required=True, metavar="N", help="how many in all")
+    parser.add_argument("--gpus", type=positive, required=True, metavar="N", help="how many in all")
     parser.add_argument("--memory", type=float, required=True, metavar="GIB", help="of each GPU")
     parser.add_argument(
         "--peak", type=float, default=989.0, metavar="X", help="TFLOP/s of each (default: 989)"
@@ -352,7 +352,7 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
         "--utilisation", type=float, default=0.4, metavar="X", help="of the peak (default: 0.4)"
     )
     parser.add_argument(
-        "--words", type=_positive, default=128, metavar="N", help="text tokens a sample (default: 128)"
+        "--words", type=positive, default=128, metavar="N", help="text tokens a sample (default: 128)"
     )
 
 

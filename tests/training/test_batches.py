@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -81,6 +82,16 @@ def test_a_mixture_holds_its_shares_in_every_step_and_repeats_itself() -> None:
     assert {i for kind, i in drawn if kind == "a"} == set(range(7))
     assert drawn == [mix(sources, {"a": 1, "b": 3}, seed=4)[index] for index in range(400)]
     assert drawn != [mix(sources, {"a": 1, "b": 3}, seed=5)[index] for index in range(400)]
+
+
+def test_a_mixture_of_unequal_sources_keeps_its_shares_in_every_window() -> None:
+    sources = {"a": ["a"] * 17, "b": ["b"] * 5000, "c": ["c"] * 333}
+    mixed = mix(sources, {"a": 5, "b": 1, "c": 4}, seed=1)
+    drawn = [mixed[index] for index in range(10_000)]
+    for name, share in {"a": 0.5, "b": 0.1, "c": 0.4}.items():
+        before = [0, *accumulate(drawn_name == name for drawn_name in drawn)]
+        windows = [before[start + 1000] - before[start] for start in range(9001)]
+        assert min(windows) >= 1000 * (share - 0.01) and max(windows) <= 1000 * (share + 0.01)
 
 
 def test_mixture_mistakes_are_named() -> None:

@@ -180,8 +180,8 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], source: str) ->
 
 # --- may this checkpoint be gone on from? -------------------------------------------------------------------
 
-FREE = ("output", "logging", "checkpoint", "device", "deepspeed")
-"""Sections that may differ between a checkpoint's recipe and the one that goes on."""
+FREE = ("output", "logging", "checkpoint", "device", "deepspeed", "data.max_bad_items")
+"""Sections and keys that may differ between a checkpoint's recipe and the one that goes on."""
 FREE_IN_STAGE = ("micro_batch", "pack", "gradient_checkpointing", "compile")
 """Keys of a stage that say how a step is computed, not what it is."""
 
@@ -208,7 +208,7 @@ def check_resumable(snapshot: Snapshot, recipe: BaseRecipe) -> None:
 def _harmless(key: str, after: Any, snapshot: Snapshot, recipe: BaseRecipe) -> bool:
     """Whether a run may go on although `key` is another than it was."""
     if not key.startswith("stages["):
-        return key.split(".")[0] in FREE
+        return key.split(".")[0] in FREE or key in FREE
     number = int(key[len("stages[") : key.index("]")])
     rest = key.partition("].")[2]
     if number > snapshot.stage or rest.split(".")[0] in FREE_IN_STAGE:

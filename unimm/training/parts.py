@@ -22,7 +22,7 @@ from unimm.configuration import UniMMConfig
 from unimm.errors import UserError
 from unimm.interop.image_tokenizers import load_image_tokenizer
 from unimm.modeling import UniMMModel
-from unimm.pipeline import embedded_model, load
+from unimm.pipeline import UniMM, embedded_model, load
 from unimm.processing import UniMMProcessor, read_tokenizer
 from unimm.saving import no_progress
 from unimm.tokenizers.model import ImageTokenizerConfig
@@ -43,7 +43,7 @@ class ModelSection(Section):
     """The model: a whole one (`pretrained`), or a decoder and two encoders that are joined by new connectors."""
 
     pretrained: str | None = None
-    """What `unimm.load` takes; the other keys but `initialize` have no meaning then."""
+    """A whole model: what `unimm.load` takes, or "embedded"; the other keys but `initialize` have no meaning then."""
     decoder: dict[str, Any] | None = None
     """Config of a transformers causal language model."""
     vision: str | dict[str, Any] | None = None
@@ -96,6 +96,11 @@ def _tower(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"model.{key}": value for key, value in weights.items() if not key.startswith("attn_pool.")}
 
 
+def _load(source: str) -> UniMM:
+    """Load a whole model to go on from."""
+    return load(None if source == EMBEDDED else source, device="cpu", dtype="float32")
+
+
 class Assembly:
     """The description, the tokenizers and the weights of the model of a recipe.
 
@@ -112,7 +117,7 @@ class Assembly:
         self._whole: UniMMModel | None = None
         self.image_tokenizer: Any = None
         if self.section.pretrained is not None:
-            um = load(self.section.pretrained, device="cpu", dtype="float32")
+            um = _load(self.section.pretrained)
             self.config, self.processor, self._whole = um.model.config, um.processor, um.model
             self.image_tokenizer = copy.deepcopy(um.model.image_tokenizer)
             return
@@ -239,7 +244,7 @@ class Assembly:
     def build(self) -> UniMMModel:
         """The model: parts from nothing, or as they were trained."""
         if self.section.pretrained is not None:
-            model = self._whole or load(self.section.pretrained, device="cpu", dtype="float32").model
+            model = self._whole or _load(self.section.pretrained).model
             self._whole = None
         else:
             model = self._join()
@@ -331,7 +336,7 @@ def model_groups(model: UniMMModel, adapters: bool) -> dict[str, list[nn.Paramet
 def describe_model(recipe: UnifiedRecipe) -> UniMMModel:
     """Return the recipe's model on the meta device: every shape, no weights."""
     if recipe.model.pretrained is not None:
-        return load(recipe.model.pretrained, device="cpu", dtype="float32").model
+        return _load(recipe.model.pretrained).model
     assembly = Assembly(recipe, weights=False)
     with torch.device("meta"):
         return UniMMModel(assembly.config)

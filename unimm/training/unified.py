@@ -17,21 +17,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 import torch
 from pydantic import Field
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from unimm.attention import FLEX
-from unimm.data.emojiscenes import BACKGROUNDS, EmojiScenes, Kind, Scene
+from unimm.data.emojiscenes import BACKGROUNDS, EmojiScenes, Kind
 from unimm.data.emojiscenes import KINDS as KIND_SHARES
-from unimm.images import atomic_write, to_tensor
+from unimm.images import to_tensor
 from unimm.modeling import IGNORED, UniMMModel
-from unimm.processing import CAPTION_REQUESTS, UniMMProcessor
+from unimm.processing import CAPTION_REQUESTS
 from unimm.sampling.choose import streams
 from unimm.sampling.images import sample_codes
-from unimm.sampling.text import generate_text
 from unimm.sheet import Card, Line, draw_sheet
 from unimm.sheet import Section as SheetSection
-from unimm.tokenizers.model import ImageTokenizer
 from unimm.training.augment import Augmentation, augment, draw_numbers
 from unimm.training.batches import mix
 from unimm.training.branches import Branches, stack_rows
@@ -44,7 +42,18 @@ from unimm.training.lora import (
     save_adapters,
 )
 from unimm.training.parts import Assembly, ModelSection, model_groups, tiny_model
-from unimm.training.recipe import BaseRecipe, Fraction, Positive, Rate, Section, Stage, validate
+from unimm.training.recipe import (
+    BaseRecipe,
+    Fraction,
+    NotNegative,
+    Positive,
+    Rate,
+    Section,
+    Stage,
+    validate,
+)
+from unimm.training.records import Records, SourceSection
+from unimm.training.scenes import SceneCodes, caption_scenes
 
 if TYPE_CHECKING:
     from unimm.training.task import Batch, Metrics, Sample
@@ -54,8 +63,12 @@ PREVIEW_PROMPTS = 16
 
 
 class DataSection(Section):
-    """The scenes to learn drawing from, and how pictures to understand are varied."""
+    """Sources of one's own, the scenes to learn drawing from, and how pictures to understand are varied."""
 
+    sources: dict[str, SourceSection] = Field(default_factory=dict)
+    """Name -> data; the name may stand in a stage's mixture beside the kinds of scenes."""
+    max_bad_items: NotNegative = 100
+    """Most items of sources that may be unusable before the run stops."""
     scenes: Positive = 24_000
     """Training scenes whose codes are computed."""
     lattice: Positive = 8
@@ -101,62 +114,19 @@ class UnifiedRecipe(BaseRecipe):
     def shrink(cls, data: dict[str, Any]) -> None:
         """Tiny parts with random weights, on a few built-in scenes."""
         data["model"] = tiny_model(data["model"])
-        data["data"] = {"scenes": 8}
+        data["data"] = {**data.get("data", {}), "scenes": 8, "codes": None}
 
     def build_task(self) -> UnifiedTask:
         """The task that this recipe describes."""
+        for name in self.data.sources:
+            if name in KINDS:
+                raise self.error(f"data.sources.{name}", "this is a kind of scenes; give it another name")
+        known = (*KINDS, *self.data.sources)
         for index, stage in enumerate(self.stages):
             for kind in stage.mixture:
-                if kind not in KINDS:
-                    raise self.error(f"stages[{index}].mixture.{kind}", f"expected one of {', '.join(KINDS)}")
+                if kind not in known:
+                    raise self.error(f"stages[{index}].mixture.{kind}", f"expected one of {', '.join(known)}")
         return UnifiedTask(self)
-
-
-class SceneCodes:
-    """The image codes of the first `scenes` training scenes, computed once and kept in one file.
-
-    Args:
-        path: the safetensors file; made again if it is of another tokenizer or of other scenes.
-        tokenizer: what encodes.
-        scenes: the scenes to encode.
-        device: where to encode.
-    """
-
-    def __init__(
-        self, path: Path, tokenizer: ImageTokenizer, scenes: EmojiScenes, device: torch.device
-    ) -> None:
-        weights = sum(p.detach().double().abs().sum().item() for p in tokenizer.parameters())
-        mark = f"{weights:.6f} {scenes.seed} {scenes.size} {scenes.lattice}"
-        if path.exists():
-            stored = load_file(path)
-            if stored["mark"].numpy().tobytes().decode() == mark and len(stored["codes"]) >= len(scenes):
-                self.codes = stored["codes"]
-                return
-        self.codes = encode_scenes(tokenizer, scenes, device)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as temporary:
-            save_file(
-                {"codes": self.codes, "mark": torch.frombuffer(bytearray(mark, "ascii"), dtype=torch.uint8)},
-                temporary,
-            )
-
-    def __getitem__(self, index: int) -> Tensor:
-        """Codes [h, w] of a scene."""
-        return self.codes[index].long()
-
-
-def encode_scenes(tokenizer: ImageTokenizer, scenes: EmojiScenes, device: torch.device) -> Tensor:
-    """Return the codes int16 [N, h, w] of all scenes, with a progress bar."""
-    from rich.progress import track
-
-    nn.Module.to(tokenizer, device)
-    starts = range(0, len(scenes), 128)
-    codes = []
-    for start in track(starts, "image codes"):
-        stop = min(start + 128, len(scenes))
-        pixels = to_tensor(np.stack([scenes[i].render() for i in range(start, stop)])).to(device)
-        codes.append(tokenizer.encode(pixels).to("cpu", torch.int16))
-    return torch.cat(codes)
 
 
 class Samples:
@@ -189,6 +159,7 @@ class UnifiedTask:
         self.config, self.processor = self._assembly.config, self._assembly.processor
         self.image_tokenizer: Any = self._assembly.image_tokenizer
         self.codes: SceneCodes | None = None
+        self.records: Records | None = None
         self.lockstep = recipe.zero_stage > 0  # see `Task.loss`
 
     def build(self) -> nn.Module:
@@ -219,25 +190,41 @@ class UnifiedTask:
         self.options = validate(
             UnifiedOptions, stage.options, f"{self.recipe.source}: stages.{stage.name}.options"
         )
+        mixture = stage.mixture or (
+            dict.fromkeys(self.recipe.data.sources, 1.0) or {"understanding": 1.0, "generation": 1.0}
+        )
+        sources: dict[str, Any] = self._scenes(stage, mixture, seed)
+        if any(name in mixture for name in self.recipe.data.sources):
+            if self.records is None:
+                data = self.recipe.data
+                parts = (self.processor, self.image_tokenizer, self._device())
+                self.records = Records(self.recipe, data.sources, data.max_bad_items, *parts)
+            sources |= self.records.samples(seed, self.options.prompt_dropout)
+        return mix(sources, mixture, seed, shuffle=False)
+
+    def _device(self) -> torch.device:
+        """Where image codes are made."""
+        wanted = torch.cuda.is_available() and self.recipe.device != "cpu"
+        return torch.device("cuda" if wanted else "cpu")
+
+    def _scenes(self, stage: Stage, mixture: Mapping[str, float], seed: int) -> dict[str, Samples]:
+        """The kinds of EmojiScenes; their codes are made where the mixture asks for them."""
         assert self.processor.drawing_size is not None
         size, shared = self.processor.drawing_size, self.processor.layout.shared
         data = self.recipe.data
         scenes = EmojiScenes("train", self.recipe.seed, size, data.scenes, lattice=data.lattice)
-        drawn = stage.mixture.get("generation", 0) or (shared and stage.mixture.get("understanding", 0))
-        if (drawn or not stage.mixture) and self.codes is None:
+        encoded = ("generation", "understanding") if shared else ("generation",)
+        if any(mixture.get(kind, 0) for kind in encoded) and self.codes is None:
             path = Path(data.codes or Path(self.recipe.output) / "codes.safetensors")
-            device = torch.device(
-                "cuda" if torch.cuda.is_available() and self.recipe.device != "cpu" else "cpu"
-            )
-            self.codes = SceneCodes(path, self.image_tokenizer, scenes, device)
+            self.codes = SceneCodes(path, self.image_tokenizer, scenes, self._device())
         side, kinds = self.processor.image_size or size, self.options.kinds
         if not any(kinds.values()):
             raise self.recipe.error(f"stages.{stage.name}.options.kinds", "expected a share above 0")
         endless = EmojiScenes("train", seed, side, 2**40, kinds)
-        sources: dict[str, Any] = {kind: Samples(self, kind, seed, endless, self.options) for kind in KINDS}
-        for kind in ("generation", "understanding") if shared else ("generation",):
-            sources[kind].scenes = scenes  # those whose codes are there
-        return mix(sources, stage.mixture or {"understanding": 1, "generation": 1}, seed, shuffle=False)
+        return {
+            kind: Samples(self, kind, seed, scenes if kind in encoded else endless, self.options)
+            for kind in KINDS
+        }
 
     def understanding(
         self, rng: np.random.Generator, index: int, scenes: EmojiScenes, options: UnifiedOptions
@@ -303,7 +290,9 @@ class UnifiedTask:
 
     def pictures(self, sample: Sample) -> int:
         """Pictures to understand of a sample."""
-        return int("pixels" in sample)
+        if "background" in sample:  # a scene
+            return 1
+        return len(sample["pixels"]) if "pixels" in sample else 0
 
     def collate(self, samples: list[Sample]) -> Batch:
         """A row for each sample."""
@@ -320,14 +309,27 @@ class UnifiedTask:
         numbers = [np.repeat(np.arange(len(row)), [len(s["ids"]) for s in row]) for row in rows]
         batch["samples"] = stack_rows(numbers, -1)  # padding is a sample that nobody looks at
         samples = [sample for row in rows for sample in row]
-        pictures = [sample for sample in samples if "pixels" in sample]
-        if pictures:
-            batch["pixel_values"] = self._pixels(pictures)
+        if pictures := [sample for sample in samples if "pixels" in sample]:
+            batch |= self._pixels(pictures)
         if codes := [sample["codes"] for sample in samples if "codes" in sample]:
-            batch["image_codes"] = torch.stack(codes)
+            batch["image_codes"] = torch.cat([one.reshape(-1, *one.shape[-2:]) for one in codes])
+        if self.recipe.data.sources:
+            batch["skipped"] = torch.tensor(float(sum(sample.get("skipped", 0) for sample in samples)))
         return batch
 
-    def _pixels(self, pictures: Sequence[Sample]) -> Tensor:
+    def _pixels(self, pictures: Sequence[Sample]) -> Batch:
+        """The pictures of samples, one after the other: scenes, one each, and those of records, already tensors."""
+        scenes = [sample for sample in pictures if "background" in sample]
+        drawn = iter(self._scene_pixels(scenes) if scenes else ())
+        stacks = [next(drawn)[None] if "background" in sample else sample["pixels"] for sample in pictures]
+        if not any("sizes" in sample for sample in pictures):
+            return {"pixel_values": torch.cat(stacks)}
+        height, width = (max(stack.shape[side] for stack in stacks) for side in (2, 3))
+        padded = [F.pad(stack, (0, width - stack.shape[3], 0, height - stack.shape[2])) for stack in stacks]
+        sizes = torch.cat([sample["sizes"] for sample in pictures])
+        return {"pixel_values": torch.cat(padded), "image_sizes": sizes}
+
+    def _scene_pixels(self, pictures: Sequence[Sample]) -> Tensor:
         pixels = to_tensor(np.stack([sample["pixels"] for sample in pictures]))
         if pictures[0]["draws"] is None:
             return pixels
@@ -349,14 +351,16 @@ class UnifiedTask:
         self, module: nn.Module, batch: Batch, step: int, totals: Mapping[str, float]
     ) -> tuple[Tensor, Metrics]:
         """Weighted sum of the mean text loss and the mean code loss."""
-        output = module(**batch, lockstep=self.lockstep)
+        inputs = dict(batch)
+        skipped = inputs.pop("skipped", None)
+        output = module(**inputs, lockstep=self.lockstep)
         text = output.text_loss / max(totals["text_tokens"], 1)
         code = output.code_loss / max(totals["code_tokens"], 1)
         weights = self.recipe.loss
-        return weights.text * text + weights.code * code, {
-            "text_loss": text.detach(),
-            "code_loss": code.detach(),
-        }
+        metrics: dict[str, float | Tensor] = {"text_loss": text.detach(), "code_loss": code.detach()}
+        if skipped is not None:
+            metrics["skipped"] = skipped
+        return weights.text * text + weights.code * code, metrics
 
     @torch.no_grad()
     def preview(self, module: nn.Module, folder: Path, step: int) -> None:
@@ -419,12 +423,3 @@ def set_gradient_checkpointing(model: UniMMModel, wanted: bool) -> None:
         model.decoder.activation_checkpointing_disable()
     if model.vision is not None:
         model.vision.model.set_grad_checkpointing(wanted)
-
-
-def caption_scenes(model: UniMMModel, processor: UniMMProcessor, scenes: Sequence[Scene]) -> list[str]:
-    """Caption scenes in one batch."""
-    from PIL import Image
-
-    pictures = [[Image.fromarray(scene.render())] for scene in scenes]
-    inputs = processor([CAPTION_REQUESTS[0]] * len(pictures), pictures)
-    return generate_text(model, processor, inputs, max_new_tokens=32)

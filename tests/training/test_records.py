@@ -1,0 +1,207 @@
+"""Sources in training: mixtures, bad items that are replaced and counted, codes of either form, exact resume."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import unimm
+from tests.data import forms
+from unimm.data.encode import encode_source
+from unimm.data.sources import Reading
+from unimm.errors import UserError, UserNote
+from unimm.recipes import find_recipe
+from unimm.training.recipe import load_recipe
+from unimm.training.records import Records
+from unimm.training.trainer import train
+from unimm.training.unified import UnifiedRecipe, UnifiedTask
+
+
+def recipe_file(folder: Path, tiny: Path, sources: dict[str, Any], **changes: Any) -> Path:
+    """A recipe that starts from the tiny model and mixes sources."""
+    stage = {
+        "name": "one", "steps": 4, "batch": 4, "micro_batch": 2, "lr": {"decoder": 0.01, "code_head": 0.01},
+        "mixture": dict.fromkeys(sources, 1), "options": {"prompt_dropout": 0.2},
+    }  # fmt: skip
+    recipe = {
+        "task": "unified",
+        "output": str(folder / "run"),
+        "model": {"start": str(tiny)},
+        "data": {"sources": sources, "scenes": 8},
+        "stages": [stage | changes.pop("stage", {})],
+        "logging": {"every": 1, "tensorboard": False},
+        "checkpoint": {"every": 2},
+    } | changes
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def records(path: Path) -> Records:
+    """The sources of a recipe, opened as training opens them."""
+    recipe = load_recipe(path)
+    assert isinstance(recipe, UnifiedRecipe)
+    task = recipe.build_task()
+    task.dataset(recipe.stages[0], 0)
+    assert task.records is not None
+    return task.records
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> dict[str, Any]:
+    """Conversations with several pictures, drawings and plain text."""
+    lines = [json.dumps({"text": caption}) for caption in ("a red apple", "a blue star", "two bells")]
+    (tmp_path / "words.jsonl").write_text("\n".join(lines))
+    return {
+        "talks": {"path": str(forms.llava(tmp_path / "llava", 6))},
+        "pictures": {"path": str(forms.shards(tmp_path / "tars", 5)), "pairs": "text_to_image"},
+        "words": {"path": str(tmp_path / "words.jsonl")},
+    }
+
+
+def test_sources_and_scenes_train_together_and_resume_exactly(
+    tiny: Path, sources: dict[str, Any], tmp_path: Path
+) -> None:
+    mixture = {"talks": 1, "pictures": 1, "words": 1, "understanding": 1}
+    path = recipe_file(tmp_path / "r", tiny, sources, stage={"mixture": mixture})
+    whole = train(load_recipe(path, [f"output={tmp_path}/whole"]), quiet=True)
+    train(load_recipe(path, [f"output={tmp_path}/cut", "stages[0].steps=2"]), quiet=True)
+    again = train(load_recipe(path, [f"output={tmp_path}/cut"]), quiet=True)
+    ours, theirs = load_file(whole / "model.safetensors"), load_file(again / "model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    before = load_file(tiny / "model.safetensors")
+    assert not torch.equal(
+        ours["decoder.model.embed_tokens.weight"], before["decoder.model.embed_tokens.weight"]
+    )
+    frozen = [name for name in before if name.startswith(("vision.", "connector.", "image_tokenizer."))]
+    assert frozen and all(torch.equal(ours[name], before[name]) for name in frozen)
+    lines = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 4 and all(line["skipped"] == 0 for line in lines)
+    assert all(np.isfinite(line["text_loss"]) and line["code_loss"] > 0 for line in lines)
+    assert unimm.load(whole).draw("a star", seed=0)[0].size == (32, 32)
+
+
+def test_batches_hold_pictures_and_codes_of_every_sample(
+    tiny: Path, sources: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = load_recipe(recipe_file(tmp_path / "r", tiny, sources))
+    task = recipe.build_task()
+    assert isinstance(task, UnifiedTask)
+    data = task.dataset(recipe.stages[0], 3)
+    samples = [data[i] for i in range(18)]  # every record of each source
+    batch = task.collate(samples)
+    layout = task.processor.layout
+    assert len(batch["pixel_values"]) * layout.features == int(
+        layout.feature_positions(batch["input_ids"]).sum()
+    )
+    assert batch["image_codes"].numel() == int(layout.code_positions(batch["input_ids"]).sum())
+    assert max(len(sample["pixels"]) for sample in samples if "pixels" in sample) == 2
+    loss, metrics = task.loss(task.build(), batch, 0, task.targets(batch))
+    assert torch.isfinite(loss) and float(metrics["skipped"]) == 0
+
+
+def test_pictures_and_encoded_tars_give_equal_samples(tiny: Path, tmp_path: Path) -> None:
+    folder = forms.picture_list(tmp_path / "data", 6)
+    encode_source(str(folder), tmp_path / "tars", str(tiny), Reading("text_to_image"), shard=4)
+    plain = recipe_file(tmp_path / "a", tiny, {"mine": {"path": str(folder), "pairs": "text_to_image"}})
+    stored = recipe_file(tmp_path / "b", tiny, {"mine": {"path": str(tmp_path / "tars")}})
+    first, second = (records(path).samples(5, 0.3)["mine"] for path in (plain, stored))
+    assert (tmp_path / "a/run/codes/mine.safetensors").exists()
+    assert not (tmp_path / "b/run/codes").exists(), "encoded tars need no codes made"
+    for position in range(20):
+        one, two = first[position], second[position]
+        assert torch.equal(one["codes"], two["codes"])
+        assert np.array_equal(one["ids"], two["ids"]) and np.array_equal(one["labels"], two["labels"])
+    written = (tmp_path / "a/run/codes/mine.safetensors").stat().st_mtime_ns
+    records(plain)
+    assert (tmp_path / "a/run/codes/mine.safetensors").stat().st_mtime_ns == written, "made once"
+
+
+def with_bad(tmp_path: Path, bad: int, good: int = 12) -> dict[str, Any]:
+    """Drawings of which some cannot be read."""
+    folder = forms.picture_list(tmp_path / "data", good + bad)
+    for i in range(bad):
+        (folder / "pictures" / f"{i * 2}.png").write_bytes(b"broken")
+    return {"mine": {"path": str(folder)}}
+
+
+def test_bad_items_are_replaced_the_same_way_and_written_down(tiny: Path, tmp_path: Path) -> None:
+    path = recipe_file(tmp_path / "r", tiny, with_bad(tmp_path, 3))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        samples = records(path).samples(1, 0.0)["mine"]
+        drawn = [samples[position] for position in range(30)]
+    notes = [str(note.message) for note in said if note.category is UserNote]
+    assert len(notes) == 3, "each bad item is said once"
+    assert all("png: not a picture" in note and "another takes its place" in note for note in notes)
+    assert 5 <= sum(sample["skipped"] > 0 for sample in drawn) <= 12
+    listed = [json.loads(line) for line in (tmp_path / "r/run/bad-items.jsonl").read_text().splitlines()]
+    assert sorted(item["key"] for item in listed) == ["line 1", "line 3", "line 5"]
+    assert all(item["source"] == "mine" for item in listed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserNote)  # what is listed is not said again
+        again = records(path).samples(1, 0.0)["mine"]
+        for position in reversed(range(30)):
+            assert np.array_equal(again[position]["ids"], drawn[position]["ids"])
+            assert torch.equal(again[position]["pixels"], drawn[position]["pixels"])
+
+
+def test_a_run_stops_above_the_limit_and_goes_on_below_it(tiny: Path, tmp_path: Path) -> None:
+    path = recipe_file(tmp_path / "r", tiny, with_bad(tmp_path, 3, good=3))
+    line = r"data\.max_bad_items: 2 items cannot be used, more than 1"
+    with pytest.warns(UserNote), pytest.raises(UserError, match=line) as stopped:
+        train(load_recipe(path, ["data.max_bad_items=1"]), quiet=True)
+    assert "\n" not in str(stopped.value) and ".png: not a picture" in str(stopped.value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserNote)
+        train(load_recipe(path, ["data.max_bad_items=3"]), quiet=True)
+    lines = [json.loads(line) for line in (tmp_path / "r/run/metrics.jsonl").read_text().splitlines()]
+    assert sum(line["skipped"] for line in lines) > 0
+
+
+def test_a_mistake_with_a_source_is_one_line(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n")
+    broken = forms.shards(tmp_path / "tars", 6)
+    (broken / "001.tar").write_bytes((broken / "001.tar").read_bytes()[:1000])
+    foreign = forms.picture_folder(tmp_path / "data", 2)
+    encode_source(str(foreign), tmp_path / "coded", str(tiny), Reading("text_to_image"))
+    plan = tmp_path / "coded" / "codes.json"
+    plan.write_text(json.dumps(json.loads(plan.read_text()) | {"tokenizer": "another"}))
+    cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+        ({"a": {"path": str(tmp_path / "no")}}, {}, r"data\.sources\.a: .*no: no such file or folder"),
+        ({"a": {"path": str(tmp_path / "empty.jsonl")}}, {}, r"data\.sources\.a: .*empty\.jsonl: has no records"),
+        ({"a": {"path": str(broken)}}, {}, r"data\.sources\.a: .*001\.tar: "),
+        ({"a": {"path": str(tmp_path / "coded")}}, {}, "image codes of another image tokenizer"),
+        ({"a": {"path": "x"}}, {"mixture": {"a": 0}}, "mixture: expected at least one share above 0"),
+        ({"a": {"path": "x"}}, {"mixture": {"b": 1}}, r"mixture\.b: expected one of .*, generation, a"),
+        ({"text": {"path": "x"}}, {}, r"data\.sources\.text: this is a kind of scenes"),
+        ({"a": {"path": "x", "pairs": "both"}}, {}, r"pairs: expected one of image_to_text, text_to_image"),
+    ]  # fmt: skip
+    for number, (sources, stage, line) in enumerate(cases):
+        with pytest.raises(UserError, match=line) as caught:
+            train(load_recipe(recipe_file(tmp_path / str(number), tiny, sources, stage=stage)), quiet=True)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_recipe_for_a_folder_of_pictures_trains_the_embedded_model(tmp_path: Path) -> None:
+    folder = forms.picture_folder(tmp_path / "pictures", 6)
+    paths = [f"data.sources.{name}.path={folder}" for name in ("captions", "drawings")]
+    small = ["stages[0].steps=3", "stages[0].batch=4", "stages[0].micro_batch=2", "logging.samples_every=0"]
+    quiet = ["logging.tensorboard=false", "logging.every=1", f"output={tmp_path}/run"]
+    folder = train(load_recipe(find_recipe("finetune-folder"), [*paths, *small, *quiet]), quiet=True)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(0 < line["text_loss"] < 3 and 0 < line["code_loss"] < 7 for line in lines), "it starts trained"
+    before, after = unimm.load().model.state_dict(), unimm.load(folder).model.state_dict()
+    assert before.keys() == after.keys()
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder", "connector", "code_embedding", "code_head"}
