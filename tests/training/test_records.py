@@ -34,7 +34,7 @@ def recipe_file(folder: Path, tiny: Path, sources: dict[str, Any], **changes: An
     recipe = {
         "task": "unified",
         "output": str(folder / "run"),
-        "model": {"start": str(tiny)},
+        "model": {"pretrained": str(tiny)},
         "data": {"sources": sources, "scenes": 8},
         "stages": [stage | changes.pop("stage", {})],
         "logging": {"every": 1, "tensorboard": False},

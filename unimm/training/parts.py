@@ -119,6 +119,9 @@ class Assembly:
         if self.section.pretrained is not None:
             um = _load(self.section.pretrained)
             self.config, self.processor, self._whole = um.model.config, um.processor, um.model
+            if um.model.image_tokenizer is None:
+                message = f"{self.section.pretrained} has no image tokenizer; this task trains drawing"
+                raise recipe.error("model.pretrained", message)
             self.image_tokenizer = copy.deepcopy(um.model.image_tokenizer)
             return
         vision, self._vision_weights = (None, None) if self.section.shared else self._vision(weights)
