@@ -128,7 +128,7 @@ def _spread(values: Sequence[float]) -> dict[str, int]:
     """Least, median, 95th percentile and most of some whole numbers."""
     if not values:
         return {}
-    parts = np.percentile(values, [0, 50, 95, 100], method="lower").astype(int).tolist()
+    parts: list[int] = np.percentile(values, [0, 50, 95, 100], method="lower").astype(int).tolist()
     return dict(zip(("least", "median", "p95", "most"), parts, strict=True))
 
 

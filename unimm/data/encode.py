@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -34,8 +34,8 @@ from unimm.processing import square_pixels
 
 BATCH = 32  # pictures that go through the tokenizer at once
 SHARD = 1000  # records
-Codes = NDArray[np.int32]
-Progress = Callable[[int, int], None]
+Codes: TypeAlias = NDArray[np.int32]
+Progress: TypeAlias = Callable[[int, int], None]
 
 
 def fingerprint(tokenizer: nn.Module, size: int | None) -> str:

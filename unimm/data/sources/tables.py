@@ -42,7 +42,8 @@ class ParquetRows(Source):
     def __init__(self, paths: Sequence[Path], reading: Reading, location: str, strict: bool = True) -> None:
         super().__init__(location)
         self.parquet = need("pyarrow.parquet", location)
-        self.reading, self.paths = reading, []
+        self.reading = reading
+        self.paths: list[Path] = []
         self.groups: list[tuple[int, int]] = []  # file and row group
         counts: list[int] = []
         for path in paths:

@@ -176,7 +176,8 @@ class TarShards(Source):
 
     def __init__(self, paths: Sequence[Path], reading: Reading, location: str, strict: bool = True) -> None:
         super().__init__(location)
-        self.reading, self.paths = reading, []
+        self.reading = reading
+        self.paths: list[Path] = []
         self.stamps: list[dict[str, str]] = []
         counts = []
         for path in paths:
