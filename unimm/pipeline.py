@@ -183,14 +183,26 @@ class UniMM:
         texts = [text for text in texts for _ in range(n)]
         shown = [pictures for pictures in shown for _ in range(n)]
         uniforms = streams(seed, len(texts), steps)
-        options: Any = (guidance_scale, temperature, top_k, top_p, grid)
         codes = [torch.empty((0, *grid), dtype=torch.long, device=self.model.device)]
         for start in range(0, len(texts), self.batch_size):
             part = slice(start, start + self.batch_size)
             rows, report = (texts[part], uniforms[part]), None
             if on_progress is not None:
                 report = _reporter(on_progress, start * steps, len(rows[0]), len(texts) * steps)
-            codes.append(sample_codes(self.model, self.processor, *rows, *options, report, shown[part]))
+            codes.append(
+                sample_codes(
+                    self.model,
+                    self.processor,
+                    *rows,
+                    guidance_scale=guidance_scale,
+                    temperature=temperature,
+                    top_k=top_k,
+                    top_p=top_p,
+                    grid=grid,
+                    on_step=report,
+                    images=shown[part],
+                )
+            )
         drawn = torch.cat(codes)
         drawings = [
             image for part in drawn.split(self.batch_size) for image in self._pictures(tokenizer, part)

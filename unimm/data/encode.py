@@ -227,7 +227,7 @@ def _coder(model: str | None, device: str, number: int) -> tuple[int, Any, torch
         raise UserError(f"device: {device!r} is not to be had here; use auto or cpu")
     if model is not None and is_image_tokenizer(Path(model)):
         alone = load_image_tokenizer(model)
-        return int(alone.config.image_size), nn.Module.to(alone.eval(), place), place
+        return int(alone.config.image_size), nn.Module.to(nn.Module.eval(alone), place), place
     um = load(model, "cpu", "float32")
     if um.processor.drawing_size is None or um.model.image_tokenizer is None:
         raise UserError(f"{model}: this model has no image tokenizer, so it has no image codes")

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from unimm.configuration import UniMMConfig
 from unimm.errors import UserError
@@ -37,6 +37,7 @@ ALL_PARTS = ("decoder", "vision", "connector", "code_embedding", "code_head")
 MARKS = ("<begin_of_image>", "<end_of_image>", "<image_placeholder>", "<image>")
 EMBEDDED = "embedded"
 Sizes: TypeAlias = ImageTokenizerConfig | MoVQConfig
+SIZES: dict[str, type[Sizes]] = {"unimm_vq": ImageTokenizerConfig, "unimm_movq": MoVQConfig}
 
 
 class ModelSection(Section):
@@ -124,7 +125,10 @@ class Assembly:
                 raise recipe.error("model.pretrained", message)
             self.image_tokenizer = copy.deepcopy(um.model.image_tokenizer)
             return
-        vision, self._vision_weights = (None, None) if self.section.shared else self._vision(weights)
+        vision: dict[str, Any] | None = None
+        self._vision_weights: dict[str, Tensor] | None = None
+        if not self.section.shared:
+            vision, self._vision_weights = self._vision(weights)
         sizes = self._image_tokenizer(weights)
         words = self._words(weights)
         self.config = self._shared(sizes, words) if vision is None else self._config(vision, sizes, words)
@@ -150,7 +154,11 @@ class Assembly:
         path = section.image_tokenizer
         if isinstance(path, dict):
             options = {"model_type": "unimm_vq", **path}
-            sizes = AutoConfig.for_model(options.pop("model_type"), **options)
+            kind = options.pop("model_type")
+            if kind not in SIZES:
+                message = f"expected one of {', '.join(SIZES)}, got {kind!r}"
+                raise self.recipe.error("model.image_tokenizer.model_type", message)
+            sizes: Sizes = SIZES[kind](**options)
             if not weights:
                 return sizes
             path = section.weights.get("image_tokenizer")
@@ -339,7 +347,8 @@ def model_groups(model: UniMMModel, adapters: bool) -> dict[str, list[nn.Paramet
 def describe_model(recipe: UnifiedRecipe) -> UniMMModel:
     """Return the recipe's model on the meta device: every shape, no weights."""
     if recipe.model.pretrained is not None:
-        return _load(recipe.model.pretrained).model
+        whole: UniMMModel = _load(recipe.model.pretrained).model
+        return whole
     assembly = Assembly(recipe, weights=False)
     with torch.device("meta"):
         return UniMMModel(assembly.config)

@@ -155,8 +155,10 @@ def _sample(model: UniMMModel, stage: Stage, kind: str, words: int) -> tuple[int
     codes = len(layout.drawing_steps(rows, columns)) if kind == "generation" else 0
     features = (layout.features or rows * (columns + 1)) if kind == "understanding" else 0
     length = words + codes + features
-    text_head = model.decoder.get_output_embeddings().weight.numel()
-    body = _weights(model.decoder.get_decoder()) - model.get_input_embeddings().weight.numel()
+    head: Any = model.decoder.get_output_embeddings()
+    table: Any = model.get_input_embeddings()
+    text_head = head.weight.numel()
+    body = _weights(model.decoder.get_decoder()) - table.weight.numel()
     width = config.num_attention_heads * (getattr(config, "head_dim", None) or 0) or config.hidden_size
     attention = (
         2 * config.num_hidden_layers * width * length
