@@ -478,11 +478,13 @@ def _show_copied(document: dict[str, str]) -> None:
 def _candidates_arguments(parser: argparse.ArgumentParser) -> None:
     preferences.draw_arguments(parser)
     _model_arguments(parser)
+    _quantize_argument(parser)
 
 
 def _rank_arguments(parser: argparse.ArgumentParser) -> None:
     preferences.rank_arguments(parser)
     _model_arguments(parser)
+    _quantize_argument(parser)
 
 
 # --- small parsers -----------------------------------------------------------------------------------------
