@@ -105,10 +105,14 @@ def test_the_layouts_hold_the_same_model(folder: Path) -> None:
     assert (
         one.model.config.decoder_config().rope_parameters == two.model.config.decoder_config().rope_parameters
     )
+
+    def asked(um: UniMM, question: str) -> list[int]:
+        # where codes will stand, each layout has a placeholder of its own
+        ids = um.processor.question_ids(question, [(3, 4)])
+        return [-1 if number == um.processor.layout.feature else number for number in ids]
+
     # the original puts a full stop after the question
-    assert one.processor.question_ids("a red apple.", [(3, 4)]) == two.processor.question_ids(
-        "a red apple", [(3, 4)]
-    )
+    assert asked(one, "a red apple.") == asked(two, "a red apple")
 
 
 def test_pixels_are_those_of_the_processor(ours: UniMM, processor: Emu3Processor) -> None:
