@@ -63,7 +63,7 @@ MISTAKES = [
     (
         "task: toy",
         "task: tokeniser",
-        'task: expected one of tokenizer, siglip, unified, toy, got "tokeniser"',
+        'task: expected one of tokenizer, siglip, unified, dpo, toy, got "tokeniser"',
     ),
     ("task: toy", "task: tokeniser", 'did you mean "tokenizer"?'),
     ("task: toy", "", "task: missing; one of"),

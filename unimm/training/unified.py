@@ -112,9 +112,12 @@ class UnifiedRecipe(BaseRecipe):
 
     @classmethod
     def shrink(cls, data: dict[str, Any]) -> None:
-        """Tiny parts with random weights, on a few built-in scenes."""
+        """Tiny parts with random weights, on a few built-in scenes, which sources of one's own make way for."""
         data["model"] = tiny_model(data["model"])
-        data["data"] = {**data.get("data", {}), "scenes": 8, "codes": None}
+        data["data"] = {"scenes": 8}
+        for stage in data["stages"]:
+            kinds = {name: share for name, share in stage.get("mixture", {}).items() if name in KINDS}
+            stage["mixture"] = kinds if any(kinds.values()) else {"understanding": 1, "generation": 1}
 
     def build_task(self) -> UnifiedTask:
         """The task that this recipe describes."""
