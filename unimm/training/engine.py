@@ -56,10 +56,12 @@ def start_distributed(device: torch.device) -> Any:
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    alone = "RANK" not in os.environ  # no launcher: no port to listen on, none for child processes to inherit
+    if alone:
+        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed's engine asks for it, each time one is made
     if not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        if "RANK" not in os.environ:  # no launcher: no port to listen on, none for child processes to inherit
-            os.environ["LOCAL_RANK"] = "0"  # DeepSpeed's engine asks for it
+        if alone:
             store = torch.distributed.HashStore()  # type: ignore[attr-defined]
             torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
