@@ -19,12 +19,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unimm.attention import dense_mask
 from unimm.data.emojiscenes import EmojiScenes, Scene
 from unimm.errors import UserError
-from unimm.modeling import IGNORED
 from unimm.preferences.candidates import DrawingPrompt
-from unimm.training.branches import Branches, stack_rows
+from unimm.training.branches import Branches, stack_answers
 from unimm.training.recipe import near
 
 if TYPE_CHECKING:
@@ -119,15 +117,7 @@ def _questions(
         answers = np.maximum(arrays["branches"] - 1, 0) + len(owners)
         rows.append({**arrays, "answers": answers})
         owners += [place] * len(candidate.prompt.questions)
-    fills = {"ids": processor.pad, "labels": IGNORED, "positions": 0, "branches": 0, "answers": 0}
-    stacked = {key: stack_rows([row[key] for row in rows], fill) for key, fill in fills.items()}
-    inputs |= {
-        "input_ids": stacked["ids"],
-        "labels": stacked["labels"],
-        "answers": stacked["answers"],
-        "attention_mask": dense_mask(torch.zeros_like(stacked["branches"]), stacked["branches"]),
-        "position_ids": stacked["positions"],
-    }
+    inputs |= stack_answers(rows, processor.pad)
     return inputs, owners
 
 

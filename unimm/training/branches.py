@@ -5,13 +5,14 @@ Positions restart after the prefix and attention does not cross, so a branch get
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from unimm.attention import dense_mask
 from unimm.modeling import IGNORED
 
 
@@ -50,3 +51,16 @@ def stack_rows(rows: Sequence[NDArray[np.int64]], fill: int) -> Tensor:
     for i, row in enumerate(rows):
         stacked[i, : len(row)] = row
     return torch.from_numpy(stacked)
+
+
+def stack_answers(rows: Sequence[Mapping[str, NDArray[np.int64]]], pad: int) -> dict[str, Tensor]:
+    """Rows that say which answer each position belongs to, as the tensors [B, T] of `UniMMModel.score`."""
+    fills = {"ids": pad, "labels": IGNORED, "positions": 0, "branches": 0, "answers": 0}
+    stacked = {name: stack_rows([row[name] for row in rows], fill) for name, fill in fills.items()}
+    return {
+        "input_ids": stacked["ids"],
+        "labels": stacked["labels"],
+        "position_ids": stacked["positions"],
+        "answers": stacked["answers"],
+        "attention_mask": dense_mask(torch.zeros_like(stacked["branches"]), stacked["branches"]),
+    }

@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unimm.attention import dense_mask
 from unimm.errors import UserError
 from unimm.layout import ImageLayout
 from unimm.modeling import IGNORED, AnswerScores, UniMMModel
 from unimm.processing import UniMMProcessor
-from unimm.training.branches import Branches, stack_rows
+from unimm.training.branches import Branches, stack_answers
 from unimm.training.preferences.data import MODALITIES, Answer, Preference, check_codes
 
 if TYPE_CHECKING:
@@ -180,14 +179,8 @@ def collate(samples: Sequence[Sample], pad: int, shared: bool, packed: bool = Tr
             for index, sample in enumerate(samples)
         ]
     rows = [_row(sample, sides) for sample, sides in plan]
-    fills = {"ids": pad, "labels": IGNORED, "positions": 0, "branches": 0, "answers": 0}
-    stacked = {name: stack_rows([row[name] for row in rows], fill) for name, fill in fills.items()}
     batch: Batch = {
-        "input_ids": stacked["ids"],
-        "labels": stacked["labels"],
-        "position_ids": stacked["positions"],
-        "answers": stacked["answers"],
-        "attention_mask": dense_mask(torch.zeros_like(stacked["branches"]), stacked["branches"]),
+        **stack_answers(rows, pad),
         "modality": torch.tensor([sample["modality"] for sample in samples]),
         "index": torch.tensor([sample["index"] for sample in samples]),
     }
