@@ -23,6 +23,7 @@ from unimm.errors import UserError
 from unimm.modeling import IGNORED, UniMMModel
 from unimm.tokenizers.model import ImageTokenizer, ImageTokenizerConfig
 from unimm.training.recipe import load_recipe
+from unimm.training.scenes import encode_scenes
 from unimm.training.trainer import train
 from unimm.training.unified import UnifiedOptions, UnifiedTask
 
@@ -140,6 +141,20 @@ def test_pictures_to_understand_are_of_the_kinds_asked_for(task: UnifiedTask) ->
     assert 35 <= sum(map(bool, asked)) <= 55
 
 
+def test_pictures_to_draw_are_of_the_kinds_asked_for(recipe_file: Path, tmp_path: Path) -> None:
+    file = tmp_path / "codes.safetensors"  # the second recipe finds the first one's codes there
+    for kind in ("count", "pair"):
+        options = [f"output={tmp_path}/run", f"data.codes={file}", f"data.kinds={{{kind}: 1}}"]
+        recipe = load_recipe(recipe_file, options)
+        task = recipe.build_task()
+        assert isinstance(task, UnifiedTask)
+        stage = recipe.stages[1].model_copy(update={"mixture": {"generation": 1}})
+        source = task.dataset(stage, seed=0)
+        assert len(source[0]["codes"]) and task.codes is not None
+        scenes = EmojiScenes("train", 0, 64, 32, (kind,), lattice=8)
+        assert torch.equal(task.codes.codes, encode_scenes(task.image_tokenizer, scenes, torch.device("cpu")))
+
+
 def test_stages_train_what_they_name_and_export_loads(recipe_file: Path, tmp_path: Path) -> None:
     recipe = load_recipe(recipe_file, [f"output={tmp_path}/run"])
     start = load_file(recipe_file.parent / "vision" / "vision.safetensors")
@@ -253,6 +268,7 @@ def test_two_processes_take_the_steps_of_one(recipe_file: Path, tmp_path: Path) 
         ),
         ("stages[0].options={dropout: 1}", "options: dropout: unknown key"),
         ("stages[0].options={kinds: {single: 0}}", "stages.one.options.kinds: expected a share above 0"),
+        ("data.kinds={pair: 0}", "data.kinds: expected a share above 0"),
         ("stages[0].options={kinds: {triple: 1}}", "kinds.triple: expected one of single, pair, count"),
         ("model.merge=x", 'model.merge: expected an integer, got "x"'),
     ],

@@ -312,7 +312,7 @@ class EmojiScenes(Sequence[Scene]):
         weights = np.array([shares[kind] for kind in self.kinds])
         if not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() == 0:
             raise ValueError(f"kinds: {dict(shares)}; give shares of at least 0, not all 0")
-        self._weights = weights / weights.sum()
+        self.shares = dict(zip(self.kinds, (weights / weights.sum()).tolist(), strict=True))
         self.families = VENDOR_FAMILIES if split == "vendor" else FAMILIES
 
     def __len__(self) -> int:
@@ -323,7 +323,7 @@ class EmojiScenes(Sequence[Scene]):
             raise IndexError(f"scene {index} of {self.length}")
         rng = np.random.default_rng([self.seed, SPLITS.index(self.split), int(index)])
         # The kind is drawn once and kept, so that rejection below cannot shift the ratio of kinds.
-        kind = self.kinds[rng.choice(len(self.kinds), p=self._weights)]
+        kind = self.kinds[rng.choice(len(self.kinds), p=list(self.shares.values()))]
         while True:
             scene = self._draw(rng, kind)
             if self._belongs(scene):

@@ -33,7 +33,7 @@ class SceneCodes:
         self, path: Path, tokenizer: ImageTokenizer, scenes: EmojiScenes, device: torch.device
     ) -> None:
         weights = sum(p.detach().double().abs().sum().item() for p in tokenizer.parameters())
-        mark = f"{weights:.6f} {scenes.seed} {scenes.size} {scenes.lattice}"
+        mark = f"{weights:.6f} {scenes.seed} {scenes.size} {scenes.lattice} {scenes.shares}"
         if path.exists():
             stored = load_file(path)
             if stored["mark"].numpy().tobytes().decode() == mark and len(stored["codes"]) >= len(scenes):

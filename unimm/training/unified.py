@@ -73,6 +73,8 @@ class DataSection(Section):
     """Training scenes whose codes are computed."""
     lattice: Positive = 8
     """Pixels that their objects' places are multiples of; best the tokenizer's stride."""
+    kinds: dict[Kind, Rate] = Field(default_factory=lambda: dict(KIND_SHARES))
+    """Shares of the kinds of scene among them."""
     codes: str | None = None
     """Where the codes are kept; null: in the run's folder."""
     augmentation: Augmentation = Augmentation()
@@ -214,16 +216,16 @@ class UnifiedTask:
         """The kinds of EmojiScenes; their codes are made where the mixture asks for them."""
         assert self.processor.drawing_size is not None
         size, shared = self.processor.drawing_size, self.processor.layout.shared
-        data = self.recipe.data
-        scenes = EmojiScenes("train", self.recipe.seed, size, data.scenes, lattice=data.lattice)
+        data, kinds = self.recipe.data, self.options.kinds
+        for key, shares in (("data.kinds", data.kinds), (f"stages.{stage.name}.options.kinds", kinds)):
+            if not any(shares.values()):
+                raise self.recipe.error(key, "expected a share above 0")
+        scenes = EmojiScenes("train", self.recipe.seed, size, data.scenes, data.kinds, data.lattice)
         encoded = ("generation", "understanding") if shared else ("generation",)
         if any(mixture.get(kind, 0) for kind in encoded) and self.codes is None:
             path = Path(data.codes or Path(self.recipe.output) / "codes.safetensors")
             self.codes = SceneCodes(path, self.image_tokenizer, scenes, self._device())
-        side, kinds = self.processor.image_size or size, self.options.kinds
-        if not any(kinds.values()):
-            raise self.recipe.error(f"stages.{stage.name}.options.kinds", "expected a share above 0")
-        endless = EmojiScenes("train", seed, side, 2**40, kinds)
+        endless = EmojiScenes("train", seed, self.processor.image_size or size, 2**40, kinds)
         return {
             kind: Samples(self, kind, seed, scenes if kind in encoded else endless, self.options)
             for kind in KINDS
