@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from unimm.evaluation import load_evaluation
+from unimm.preferences.align import load_alignment
 from unimm.recipes import FOLDERS, list_recipes
-from unimm.training.parts import describe_model, model_groups
+from unimm.training.parts import EMBEDDED, describe_model, model_groups
 from unimm.training.recipe import TASKS, load_recipe
 from unimm.training.unified import UnifiedRecipe
 
@@ -46,7 +47,7 @@ def test_programs_in_recipe_folders_are_thin(folder: str) -> None:
 
 def test_every_task_has_a_recipe_and_every_recipe_a_task() -> None:
     ours = {name for name, where in TASKS.items() if where.startswith("unimm.")}  # other tests add theirs
-    assert set(TASK_OF.values()) == {*ours, "evaluation"}
+    assert set(TASK_OF.values()) == {*ours, "evaluation", "alignment"}
 
 
 def is_published(path: Path) -> bool:
@@ -62,7 +63,7 @@ def unified_in_order() -> list[Path]:
     while waiting:
         for path, recipe in list(waiting.items()):
             assert isinstance(recipe, UnifiedRecipe)
-            if recipe.model.initialize in (None, *before):
+            if (recipe.model.initialize or recipe.model.pretrained) in (None, EMBEDDED, *before):
                 before[f"{waiting.pop(path).output}/export"] = path
                 break
         else:
@@ -113,3 +114,8 @@ def test_later_recipe_builds_on_the_exports(
 @pytest.mark.parametrize("path", paths_of("evaluation"), ids=lambda path: path.stem)
 def test_evaluation_recipe_parses(path: Path) -> None:
     assert load_evaluation(path).output
+
+
+@pytest.mark.parametrize("path", paths_of("alignment"), ids=lambda path: path.stem)
+def test_alignment_recipe_parses_and_so_does_what_it_trains_by(path: Path) -> None:
+    assert load_alignment(path).output

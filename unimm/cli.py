@@ -472,7 +472,7 @@ def _show_copied(document: dict[str, str]) -> None:
     print(f"Copied to {document['copied']}")
 
 
-# --- preferences: draw, rank, check ------------------------------------------------------------------------
+# --- preferences: draw, rank ------------------------------------------------------------------------
 
 
 def _candidates_arguments(parser: argparse.ArgumentParser) -> None:
@@ -563,6 +563,13 @@ COMMANDS = (
         _rank_arguments,
         lambda options: preferences.rank(options, _load),
         print_tree,
+    ),
+    Command(
+        "preferences align",
+        "draw, rank, train and measure by a recipe",
+        _recipe_arguments,
+        preferences.align,
+        preferences.show_aligned,
     ),
     Command(
         "preferences check",

@@ -15,7 +15,7 @@ RECIPES = {
     info.name: info.path
     for info in list_recipes()
     # preferences are drawn and ranked before they can be trained on
-    if not info.name.startswith(("sampling/", "training/dpo"))
+    if not info.name.startswith(("sampling/", "training/dpo", "training/align"))
 }
 
 

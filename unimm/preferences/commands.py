@@ -1,4 +1,4 @@
-"""The commands `unimm preferences draw`, `rank` and `check`: arguments, and one call into the library each.
+"""The commands `unimm preferences draw`, `rank`, `align` and `check`: arguments, and one call into the library each.
 
 Nothing heavy is imported before a command runs; the model is loaded by the caller, after what can be wrong with the
 files has been said.
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from unimm.console import progress
+from unimm.console import hide_loading_bars, progress
 from unimm.errors import UserError
 
 Options = argparse.Namespace
@@ -94,6 +94,24 @@ def rank(options: Options, load: Load) -> Any:
     scorer = make_scorer(options.scorer, um, Path(options.output).parent)
     with progress("scores") as report:
         return rank_candidates(um, rows, scorer, options.scorer, options.output, rules, report)
+
+
+def align(options: Options) -> Any:
+    """Run the whole loop of a recipe."""
+    from unimm.preferences.align import align as run
+    from unimm.preferences.align import load_alignment
+    from unimm.recipes import find_recipe
+
+    recipe = load_alignment(find_recipe(options.recipe), options.overrides)
+    hide_loading_bars()
+    return run(recipe)
+
+
+def show_aligned(document: dict[str, Any]) -> None:
+    """Print what changed."""
+    from unimm.preferences.align import show_alignment
+
+    show_alignment(document)
 
 
 def check_arguments(parser: argparse.ArgumentParser) -> None:

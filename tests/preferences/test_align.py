@@ -1,0 +1,107 @@
+"""The loop makes every step once and goes on where it was; changes and their intervals are what they should be."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import unimm
+from unimm.errors import UserError
+from unimm.evaluation.judge import Judge
+from unimm.evaluation.recipe import JudgeSection
+from unimm.preferences.align import Loop, align, load_alignment
+from unimm.preferences.measure import Change, Measure, compare, measure_drawings
+from unimm.recipes import find_recipe
+
+TINY = [
+    "prompts.scenes=6", "candidates.n=3", "ranking.margin=0", "ranking.easy=null", "ranking.hard=null",
+    "measure={prompts: 5, n: 2, words: 4, word_splits: [seen]}", "judge={renders: 60, side: 48}",
+    "training.overrides=['stages[0].steps=2', 'stages[0].batch=2', 'stages[0].micro_batch=2', 'stages[0].warmup=0']",
+]  # fmt: skip
+
+
+def recipe_with(*overrides: str):
+    return load_alignment(find_recipe("training/align-embedded"), [*TINY, *overrides])
+
+
+def test_change_is_of_pairs_and_leaves_out_what_no_prompt_asks() -> None:
+    change = Change.of([0.0, 0.5, None, 0.25], [0.5, 0.5, None, 1.0])
+    differences = np.array([0.5, 0.0, 0.75])
+    half = 1.959964 * differences.std(ddof=1) / math.sqrt(3)
+    assert change.prompts == 3
+    assert (change.before, change.after) == pytest.approx((0.25, 2 / 3))
+    assert (change.change, change.low, change.high) == pytest.approx(
+        (5 / 12, 5 / 12 - half, 5 / 12 + half), abs=1e-6
+    )
+
+
+def test_several_seeds_are_averaged_prompt_by_prompt() -> None:
+    def run(*values: float) -> dict[str, object]:
+        return {"drawings": {"alignment": list(values)}, "words": {"seen": {"naming": values[0]}}}
+
+    report = compare([(run(0, 1), run(1, 1)), (run(0.5, 0), run(0.5, 1))])
+    figure = report["drawings"]["alignment"]
+    assert (figure["before"], figure["after"], figure["prompts"]) == (0.375, 0.875, 2)
+    assert (figure["low"], figure["high"]) == (0.5, 0.5)  # both prompts gained just as much
+    assert report["words"]["seen"]["naming"] == {"before": 0.25, "after": 0.75, "change": 0.5}
+
+
+def test_drawings_are_the_same_in_any_batch_and_other_with_another_seed() -> None:
+    um, judge = unimm.load(), Judge(JudgeSection(renders=60, side=48))
+    section = Measure(prompts=5, n=2)
+    whole = measure_drawings(um, judge, section, 3)
+    um.batch_size = 4
+    assert measure_drawings(um, judge, section, 3) == pytest.approx(whole)
+    assert measure_drawings(um, judge, section, 4)["distance"] != pytest.approx(whole["distance"])
+    assert all(1 <= codes <= 128 for codes in whole["codes"])
+    assert all(distance > 0 for distance in whole["distance"])
+
+
+def test_the_loop_runs_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    recipe = recipe_with(f"output={tmp_path}/run", "training.processes=1")
+    report = align(recipe)
+    folder = tmp_path / "run" / "seed-0"
+    assert {"candidates.jsonl", "pairs.jsonl", "before.json", "after.json", "before-after.png"} <= {
+        path.name for path in folder.iterdir()
+    }
+    assert report["drawings"]["alignment"]["prompts"] == 5
+    assert report["pairs"][0]["pairs"] == 6
+    assert set(report["seconds"][0]) == {"draw", "rank", "train", "measure before", "measure after"}
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    (folder / "after.json").unlink()
+    again = align(recipe)
+    assert again["drawings"] == report["drawings"] and again["words"] == report["words"]
+    changed = {path.name for path, when in before.items() if path.stat().st_mtime_ns != when}
+    assert changed == {"after.json", "seconds.json"}
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["drawings"] == report["drawings"]
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("measure.n=1", "measure.n"),
+        ("training.recipe=nowhere", "nowhere"),
+        ("training.overrides=['stages[0].step=3']", "stages"),
+        ("ranking.scorer=3", "ranking.scorer"),
+        ("task=dpo", 'task: expected "alignment", got "dpo"'),
+    ],
+)
+def test_bad_recipes_are_named_before_anything_is_drawn(tmp_path: Path, override: str, line: str) -> None:
+    with pytest.raises(UserError, match=line.replace("[", r"\[")):
+        recipe_with(f"output={tmp_path}/run", override)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_failed_training_is_said_and_keeps_what_was_made(tmp_path: Path) -> None:
+    recipe = recipe_with(f"output={tmp_path}/run", "training.processes=1")
+    loop = Loop(recipe, 0, tmp_path / "run")
+    loop.folder.mkdir(parents=True)
+    loop.pairs.write_text('{"prompt": "a star"}\n')
+    (loop.folder / "ranking.json").write_text("{}")
+    with pytest.raises(UserError, match="training stopped with status"):
+        loop.run()
+    assert loop.pairs.exists()

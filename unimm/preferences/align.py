@@ -1,0 +1,310 @@
+"""From a model to a better one by one command: draw candidates, rank them, train on the pairs, measure.
+
+Every step leaves a file or a folder and goes on where it was stopped; what is there already is not made again.
+`folder/seed-K` holds `candidates.jsonl`, `pairs.jsonl`, `training/export`, `before.json`, `after.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from PIL import Image
+from pydantic import Field
+
+from unimm.console import print_table, progress
+from unimm.errors import UserError
+from unimm.evaluation.drawing import prompt_for
+from unimm.evaluation.judge import Judge
+from unimm.evaluation.recipe import JudgeSection
+from unimm.images import atomic_write, save_image
+from unimm.pipeline import UniMM, load
+from unimm.preferences.candidates import draw_candidates, read_candidates, read_prompts, scene_prompts
+from unimm.preferences.measure import Measure, compare, held_out, measure_drawings, measure_words
+from unimm.preferences.rank import Rules, rank_candidates
+from unimm.preferences.scorers import make_scorer
+from unimm.recipes import find_recipe
+from unimm.sheet import Card, Line, draw_sheet
+from unimm.sheet import Section as SheetSection
+from unimm.training.recipe import NotNegative, Positive, Section, load_recipe, near, read_yaml, validate
+
+TASK = "alignment"
+SHOWN = 32  # prompts on the sheet of drawings before and after
+Guidance = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Prompts(Section):
+    """What candidates are drawn of: captions of training scenes, or a file of one's own."""
+
+    scenes: Positive = 1500
+    file: str | None = None
+    """A prompt a line, or `.jsonl` with questions; null: captions of scenes."""
+
+
+class Candidates(Section):
+    """How candidates are drawn."""
+
+    n: Annotated[int, Field(ge=2)] = 8
+    guidance_scale: Guidance = 2.0
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    top_k: Positive | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+
+
+class Ranking(Section):
+    """By what, and which prompts make a pair; see `unimm.preferences.rank.Rules`."""
+
+    scorer: str = "self-vqa"
+    margin: Annotated[float, Field(ge=0)] = 0.1
+    easy: float | None = 0.95
+    hard: float | None = 0.05
+    on_error: Literal["skip", "stop"] = "stop"
+
+
+class Training(Section):
+    """What trains on the pairs."""
+
+    recipe: str = "training/dpo-embedded"
+    """A recipe of the task `dpo`: a file, or the name of a shipped one; its model, data, seed and output are set."""
+    overrides: tuple[str, ...] = Field(default=(), strict=False)
+    processes: Positive = 1
+
+
+class AlignmentRecipe(Section):
+    """The whole loop."""
+
+    task: Literal["alignment"]
+    output: Annotated[str, Field(min_length=1)]
+    model: str | None = None
+    """Folder or hub id of the model to align; null: the embedded model."""
+    seeds: Annotated[tuple[NotNegative, ...], Field(min_length=1, strict=False)] = (0,)
+    """One loop for each: of prompts, candidates, training and the drawings that are judged."""
+    prompts: Prompts = Prompts()
+    candidates: Candidates = Candidates()
+    ranking: Ranking = Ranking()
+    training: Training = Training()
+    measure: Measure = Measure()
+    judge: JudgeSection = JudgeSection()
+
+
+def load_alignment(path: str | Path, overrides: Iterable[str] = ()) -> AlignmentRecipe:
+    """Read a recipe of the loop.
+
+    Raises:
+        UserError: one line naming the file and the key.
+    """
+    data = read_yaml(path, overrides)
+    if data.get("task") != TASK:
+        raise UserError(
+            f'{path}: task: expected "{TASK}", got "{data.get("task")}"{near(data.get("task"), [TASK])}'
+        )
+    recipe = validate(AlignmentRecipe, data, str(path))
+    for seed in recipe.seeds[:1]:  # what is wrong with the training recipe is said before hours of drawing
+        load_recipe(find_recipe(recipe.training.recipe), Loop(recipe, seed, Path(recipe.output)).overrides())
+    return recipe
+
+
+def align(recipe: AlignmentRecipe) -> dict[str, Any]:
+    """Run the loop once for each seed and compare before with after.
+
+    Returns:
+        `drawings` and `words`, as `unimm.preferences.measure.compare` gives them over all seeds; `seeds`, the same of
+        each; `pairs`, what ranking counted; `seconds` of each step. It is also written to `report.json`.
+
+    Raises:
+        UserError: a step cannot be done; what was done before it is kept.
+    """
+    output = Path(recipe.output)
+    output.mkdir(parents=True, exist_ok=True)
+    loops = [Loop(recipe, seed, output) for seed in recipe.seeds]
+    runs = [loop.run() for loop in loops]
+    report = {
+        **compare(runs),
+        "seeds": {loop.seed: compare([run]) for loop, run in zip(loops, runs, strict=True)},
+        "pairs": {loop.seed: _read(loop.folder / "ranking.json") for loop in loops},
+        "seconds": {loop.seed: _read(loop.folder / "seconds.json") for loop in loops},
+    }
+    _write(output / "report.json", report)
+    return report
+
+
+class Loop:
+    """The loop of one seed; every method makes its file unless it is there."""
+
+    def __init__(self, recipe: AlignmentRecipe, seed: int, output: Path) -> None:
+        self.recipe, self.seed, self.output = recipe, seed, output
+        self.folder = output / f"seed-{seed}"
+        self.pairs, self.export = self.folder / "pairs.jsonl", self.folder / "training" / "export"
+        self._base: UniMM | None = None
+
+    def run(self) -> tuple[Any, Any]:
+        """Go through the steps; returns what was measured before and after."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.rank()
+        self.train()
+        before = self.measure("before", self.recipe.model)
+        after = self.measure("after", str(self.export))
+        self.show()
+        return before, after
+
+    @property
+    def base(self) -> UniMM:
+        """The model as it was."""
+        self._base = self._base or load(self.recipe.model)
+        return self._base
+
+    def rank(self) -> None:
+        """Draw and score the candidates; keep the pairs."""
+        if (self.folder / "ranking.json").exists():
+            return
+        recipe, file = self.recipe, self.folder / "candidates.jsonl"
+        # Training scenes of another seed than those of other loops, and than those that the model was trained on.
+        prompts = (
+            read_prompts(recipe.prompts.file)
+            if recipe.prompts.file
+            else scene_prompts("train", 1000 + self.seed, recipe.prompts.scenes)
+        )
+        drawn = recipe.candidates.model_dump()
+        settings = {"model": recipe.model or "embedded", **{k: v for k, v in drawn.items() if k != "n"}}
+        with self._timed("draw"), progress("candidates") as told:
+            draw_candidates(self.base, prompts, file, recipe.candidates.n, self.seed, settings, told)
+        asked = recipe.ranking.model_dump()
+        name = asked.pop("scorer")
+        with self._timed("rank"), progress("scores") as told:
+            scorer = make_scorer(name, self.base, self.output)
+            rows = read_candidates(file)
+            counts = rank_candidates(self.base, rows, scorer, name, self.pairs, Rules(**asked), told)
+        _write(self.folder / "ranking.json", counts)
+
+    def overrides(self) -> list[str]:
+        """What the training recipe is told."""
+        return [
+            f"output={self.folder / 'training'}",
+            f"model={self.recipe.model or 'null'}",
+            f"data.file={self.pairs}",
+            f"seed={self.seed}",
+            *self.recipe.training.overrides,
+        ]
+
+    def train(self) -> None:
+        """Train on the pairs, in processes of its own, from its newest checkpoint."""
+        if self.export.exists():
+            return
+        launch = [
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(self.recipe.training.processes),
+        ]
+        path = find_recipe(self.recipe.training.recipe)
+        command = [
+            sys.executable,
+            "-m",
+            *launch,
+            "-m",
+            "unimm.training.trainer",
+            str(path),
+            *self.overrides(),
+        ]
+        threads = max(torch.get_num_threads() // self.recipe.training.processes, 1)
+        with self._timed("train"):
+            done = subprocess.run(
+                command, env={"OMP_NUM_THREADS": str(threads), **os.environ}, stdout=sys.stderr
+            )
+        if done.returncode or not self.export.exists():
+            raise UserError(
+                f"{path}: training stopped with status {done.returncode}; give the command again to go on"
+            )
+
+    def measure(self, name: str, source: str | None) -> Any:
+        """Figures of the model before or after."""
+        file = self.folder / f"{name}.json"
+        if not file.exists():
+            section, um = self.recipe.measure, load(source)
+            judge = Judge(self.recipe.judge, self.output / "judge.safetensors", str(um.model.device))
+            with self._timed(f"measure {name}"), progress(f"drawings {name}") as told:
+                drawings = measure_drawings(um, judge, section, self.seed, told)
+                words = self._words(um, name)
+            _write(file, {"drawings": drawings, "words": words})
+        return _read(file)
+
+    def _words(self, um: UniMM, name: str) -> Any:
+        """Figures of words; before, they are the same for every seed."""
+        if not self.recipe.measure.words:
+            return {}
+        file = self.output / "words.json" if name == "before" else None
+        if file is not None and file.exists():
+            return _read(file)
+        words = measure_words(um, self.recipe.measure)
+        if file is not None:
+            _write(file, words)
+        return words
+
+    def show(self) -> None:
+        """A sheet of held-out prompts drawn before and after from the same random streams."""
+        sheet = self.folder / "before-after.png"
+        if sheet.exists():
+            return
+        section = self.recipe.measure
+        scenes, seeds = held_out(self.base, section, self.seed, range(min(SHOWN, section.prompts)))
+        prompts = [prompt_for(scene) for scene in scenes]
+        options = {"guidance_scale": section.guidance_scale, "temperature": section.temperature}
+        first = seeds[:: section.n]
+        drawn: list[list[Image.Image]] = [
+            um.draw(prompts, seed=first, **options) for um in (self.base, load(str(self.export)))
+        ]
+        cards = [Card(list(pair), [Line(prompt)]) for prompt, *pair in zip(prompts, *drawn, strict=True)]
+        title = f"held-out prompts, seed {self.seed}: before on the left, after on the right"
+        save_image(draw_sheet("Aligned drawings", title, [SheetSection("Same random streams", cards)]), sheet)
+
+    @contextmanager
+    def _timed(self, step: str) -> Iterator[None]:
+        """Add the seconds of a step to what it took before it was stopped."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            file = self.folder / "seconds.json"
+            seconds = _read(file) if file.exists() else {}
+            seconds[step] = round(seconds.get(step, 0) + time.monotonic() - start, 1)
+            _write(file, seconds)
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write(path: Path, document: Any) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def show_alignment(document: dict[str, Any]) -> None:
+    """Print the tables of a report: figures of drawings with the change's interval, then of words."""
+    rows = []
+    for name, change in document["drawings"].items():
+        scale = 1 if name in ("codes", "distance") else 100
+        cells = [f"{scale * change[key]:.3g}" for key in ("before", "after")]
+        interval = [f"{scale * change[key]:+.3g}" for key in ("change", "low", "high")]
+        rows.append((name, *cells, interval[0], f"{interval[1]} … {interval[2]}", change["prompts"]))
+    print_table(("drawings", "before", "after", "change", "95 %", "prompts"), rows)
+    words = [
+        (
+            f"{name}, {split}",
+            f"{100 * f['before']:.1f}",
+            f"{100 * f['after']:.1f}",
+            f"{100 * f['change']:+.1f}",
+        )
+        for split, figures in document["words"].items()
+        for name, f in figures.items()
+    ]
+    if words:
+        print_table(("words", "before", "after", "change"), words)
