@@ -472,7 +472,7 @@ def _show_copied(document: dict[str, str]) -> None:
     print(f"Copied to {document['copied']}")
 
 
-# --- preferences: draw, rank ------------------------------------------------------------------------
+# --- preferences: draw, rank, vote ------------------------------------------------------------------
 
 
 def _candidates_arguments(parser: argparse.ArgumentParser) -> None:
@@ -483,6 +483,12 @@ def _candidates_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _rank_arguments(parser: argparse.ArgumentParser) -> None:
     preferences.rank_arguments(parser)
+    _model_arguments(parser)
+    _quantize_argument(parser)
+
+
+def _vote_arguments(parser: argparse.ArgumentParser) -> None:
+    preferences.vote_arguments(parser)
     _model_arguments(parser)
     _quantize_argument(parser)
 
@@ -570,6 +576,13 @@ COMMANDS = (
         _recipe_arguments,
         preferences.align,
         preferences.show_aligned,
+    ),
+    Command(
+        "preferences vote",
+        "pick the better of two candidates on a local page",
+        _vote_arguments,
+        lambda options: preferences.vote(options, _load),
+        preferences.show_vote,
     ),
     Command(
         "preferences check",

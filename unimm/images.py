@@ -165,17 +165,17 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, target)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if _is_full_disk(error):
             raise UserError(f"{path}: cannot be written ({_reason(error)}); nothing was changed") from None
         raise
-    _sync(target.parent)
+    sync(target.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Flush a file or a folder to disk, where the system can."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""The commands `unimm preferences draw`, `rank`, `align` and `check`: arguments, and one call into the library each.
+"""The commands `unimm preferences draw`, `rank`, `vote`, `align` and `check`: arguments, one call into the library each.
 
 Nothing heavy is imported before a command runs; the model is loaded by the caller, after what can be wrong with the
 files has been said.
@@ -7,12 +7,16 @@ files has been said.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import getpass
+import shlex
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from unimm.console import hide_loading_bars, progress
+from unimm.cli_data import positive
+from unimm.console import hide_loading_bars, progress, say
 from unimm.errors import UserError
 
 Options = argparse.Namespace
@@ -112,6 +116,68 @@ def show_aligned(document: dict[str, Any]) -> None:
     from unimm.preferences.align import show_alignment
 
     show_alignment(document)
+
+
+def vote_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `vote`."""
+    parser.add_argument("candidates", metavar="FILE", help="what `unimm preferences draw` wrote, or texts")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="preferences, as JSON lines")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="0: any (default: 8000)")
+    parser.add_argument(
+        "--pairs", type=positive, metavar="N", help="of each prompt (default: each candidate once)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of pairs and sides (default: 0)")
+    parser.add_argument("--voter", metavar="NAME", help="kept with each vote (default: the login)")
+
+
+def vote(options: Options, load: Load) -> Any:
+    """Serve the page on which a person votes, until Ctrl-C."""
+    from unimm.preferences.pairs import is_unicode, read_ballot
+    from unimm.preferences.server import Booth, Pictures, VoteServer
+    from unimm.preferences.votes import Votes
+
+    voter = _login() if options.voter is None else options.voter.strip()
+    if not voter or not is_unicode(voter):
+        raise UserError(f"preferences vote: --voter: {options.voter!r}; give a name")
+    ballot = read_ballot(options.candidates, options.seed, options.pairs)
+    if options.model is None and (others := ballot.models - {"embedded"}):
+        raise UserError(f"{ballot.file}: drawn with {min(others)}; give --model with the model that drew")
+    total = len(ballot.pairs)
+    with Votes(options.output, {"seed": options.seed, "pairs": options.pairs}) as votes:
+        if votes.kept.keys() - {pair.key for pair in ballot.pairs}:
+            raise UserError(
+                f"{votes.path}: holds votes on other candidates than {ballot.file}; give another output"
+            )
+        with VoteServer(options.port) as server:
+            pictures = Pictures(ballot, load(options) if ballot.has_codes else None)
+            with progress("pictures") as report:
+                pictures.check(report)
+            if votes.note:
+                say(votes.note)
+            if ballot.alike:
+                say(f"{ballot.alike} prompts left out: all of their candidates are equal")
+            say(f"{len(votes.kept)} of {total} pairs voted on; vote at {server.url} (Ctrl-C ends)")
+            with contextlib.suppress(KeyboardInterrupt):
+                server.serve(Booth(ballot, votes, pictures, voter))
+        done, ties = len(votes.kept), votes.ties
+    return {"preferences": options.output, "kept": done - ties, "ties": ties, "left": total - done}
+
+
+def show_vote(document: dict[str, Any]) -> None:
+    """Say what was kept and what to do with it."""
+    file, kept = document["preferences"], document["kept"]
+    counts = f"{document['ties']} ties, {document['left']} pairs left"
+    print(f"{kept} votes are kept in {file} ({counts})" if kept else f"No votes are kept ({counts})")
+    if kept:
+        print(f"Train on them: unimm train training/dpo-embedded.yaml data.file={shlex.quote(file)}")
+
+
+def _login() -> str:
+    """Who is at the keyboard, as far as the system knows."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        return "vote"
 
 
 def check_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from PIL import Image
+from torch import Tensor
 
 from unimm.errors import UserError
 from unimm.preferences.candidates import Drawn
@@ -105,13 +107,17 @@ def rank_candidates(
 def candidates_of(um: UniMM, row: Drawn) -> list[Candidate]:
     """A prompt's candidates with their pictures."""
     codes = torch.tensor([drawing.codes for drawing in row.candidates])
-    with torch.inference_mode():
-        pixels = um.image_tokenizer.decode(codes.to(um.model.device))
-    images = um.processor.to_images(pixels)
     return [
         Candidate(row, drawing.seed, one, image)
-        for drawing, one, image in zip(row.candidates, codes, images, strict=True)
+        for drawing, one, image in zip(row.candidates, codes, to_pictures(um, codes), strict=True)
     ]
+
+
+def to_pictures(um: UniMM, codes: Tensor) -> list[Image.Image]:
+    """The pictures of int64 codes [B, h, w]."""
+    with torch.inference_mode():
+        pixels = um.image_tokenizer.decode(codes.to(um.model.device))
+    return um.processor.to_images(pixels)
 
 
 def _scores(scorer: Scorer, candidates: Sequence[Candidate]) -> list[float]:

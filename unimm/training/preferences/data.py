@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
 from unimm.errors import UserError
 from unimm.images import atomic_write
@@ -58,6 +58,14 @@ class Message(Section):
         return data
 
 
+def _turn(data: Any) -> Any:
+    return [{"content": data}] if isinstance(data, str) else data
+
+
+Prompt = Annotated[list[Message], Field(min_length=1, max_length=1), BeforeValidator(_turn)]
+"""What is answered: a user's turn, or just words."""
+
+
 class Answer(Section):
     """A text, an image file, or rows of image codes."""
 
@@ -90,7 +98,7 @@ class Answer(Section):
 class Preference(Section):
     """A prompt and two answers of one kind, of which one is better."""
 
-    prompt: Annotated[list[Message], Field(min_length=1, max_length=1)]
+    prompt: Prompt
     chosen: Answer
     rejected: Answer
     margin: Annotated[Finite, Field(ge=0)] | None = None
@@ -106,13 +114,6 @@ class Preference(Section):
     def where(self) -> str:
         """File and line that it was read from, for messages."""
         return self._where
-
-    @model_validator(mode="before")
-    @classmethod
-    def _words(cls, data: Any) -> Any:
-        if isinstance(data, dict) and isinstance(data.get("prompt"), str):
-            return {**data, "prompt": [{"content": data["prompt"]}]}
-        return data
 
     @property
     def modality(self) -> Modality:
@@ -137,7 +138,7 @@ class Preference(Section):
         return [*self.images, *(image for image in named if image is not None)]
 
 
-def _problem(preference: Preference) -> str | None:
+def find_problem(preference: Preference) -> str | None:
     """What is wrong between the parts of a preference, each of which is right."""
     chosen, rejected = preference.chosen, preference.rejected
     if chosen.modality != rejected.modality:
@@ -189,7 +190,7 @@ def read_preferences(path: str | Path) -> list[Preference]:
     found = []
     for where, value in read_lines(path):
         preference = validate(Preference, value, where)
-        if (problem := _problem(preference)) is not None:
+        if (problem := find_problem(preference)) is not None:
             raise UserError(f"{where}: {problem}")
         for file in preference.files():
             if not (path.parent / file).is_file():
