@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
+
+from unimm.preferences.votes import Votes
 
 
 def test_draw_rank_check(unimm, tiny: Path, tmp_path: Path) -> None:
@@ -40,8 +43,49 @@ def test_mistakes_are_said_before_the_model_is_loaded(unimm, tmp_path: Path) -> 
         (("draw", "--scenes", 1, "--temperature", "nan", *out), "temperature: nan"),
         (("rank", tmp_path / "c.jsonl", *out), "c.jsonl: no such file"),
         (("rank", tmp_path / "c.jsonl", "--easy", "very", *out), "expected a number or none"),
+        (("vote", tmp_path / "c.jsonl", *out), "c.jsonl: no such file"),
+        (
+            ("vote", tmp_path / "c.jsonl", "--pairs", 0, *out),
+            "expected a whole number of at least 1, got '0'",
+        ),
+        (("vote", tmp_path / "c.jsonl", "--voter", " ", *out), "--voter: ' '; give a name"),
         (("check", tmp_path / "c.jsonl"), "c.jsonl: no such file"),
     ]:
         done = unimm("preferences", *arguments)
         assert (done.code, done.out) == (2, "")
         assert words in done.err and done.err.count("\n") == 1
+
+
+def test_vote_says_what_is_wrong_and_leaves_the_folder_alone(unimm, tiny: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"prompt": "a", "candidates": ["b", "c"]}\n')
+    (tmp_path / "lone.jsonl").write_text('{"prompt": "a", "candidates": ["b"]}\n')
+    (tmp_path / "empty.jsonl").touch()
+    picture = [{"content": [{"image": "texts.jsonl"}, {"text": "what?"}]}]
+    row = {"prompt": picture, "candidates": ["b", "c"]}
+    (tmp_path / "unreadable.jsonl").write_text(json.dumps(row) + "\n")
+    drawn = [{"seed": k, "codes": [[k]]} for k in range(2)]
+    row = {"prompt": "a", "candidates": drawn, "settings": {"model": "my/model"}}
+    (tmp_path / "drawn.jsonl").write_text(json.dumps(row) + "\n")
+    others, votes = tmp_path / "others.jsonl", tmp_path / "votes.jsonl"
+    with Votes(others, {"seed": 0, "pairs": None}) as kept:
+        kept.add("other", {"prompt": "x", "chosen": "y", "rejected": "z"}, "ann")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+        for candidates, arguments, words in [
+            ("texts", ("-o", votes, "--port", port), f"port {port}: address already in use"),
+            ("texts", ("-o", others), f"{others}: holds votes on other candidates than {texts}"),
+            ("texts", ("-o", texts), f"{texts}: holds something, and no texts.jsonl.state beside it"),
+            ("lone", ("-o", votes), "lone.jsonl:1: candidates: a single one"),
+            ("empty", ("-o", votes), "empty.jsonl: empty"),
+            ("unreadable", ("-o", votes, "--port", 0), "unreadable.jsonl:1: texts.jsonl: not a picture"),
+            ("drawn", ("-o", votes), "drawn with my/model; give --model"),
+            ("drawn", ("-o", votes, "--port", 0, "--model", tiny), "1 x 1 codes; this model draws 4 x 4"),
+        ]:
+            done = unimm("preferences", "vote", tmp_path / f"{candidates}.jsonl", *arguments)
+            assert (done.code, done.out) == (2, ""), done.err
+            assert words in done.err and done.err.count("\n") == 1
+            assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

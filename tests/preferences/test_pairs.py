@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.preferences.ballots import captions, drawings, write
 
+from tests.preferences.ballots import captions, drawings, write
 from unimm.errors import UserError
 from unimm.preferences.pairs import read_ballot
 from unimm.training.preferences.data import read_preferences
