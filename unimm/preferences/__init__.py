@@ -1,4 +1,4 @@
-"""Collecting preferences: candidates are drawn, scored, and the best and worst of each prompt become a pair.
+"""Collecting preferences: candidates are drawn, and a scorer or a person says which are better.
 
 What learns from them is the task `dpo` (`unimm.training.preferences`).
 """
