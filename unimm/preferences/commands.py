@@ -1,4 +1,4 @@
-"""The commands `unimm preferences draw`, `rank`, `vote`, `align` and `check`: arguments, one call into the library each.
+"""The commands `unimm preferences draw`, `rank`, `vote`, `align` and `check`: arguments, one call into the library.
 
 Nothing heavy is imported before a command runs; the model is loaded by the caller, after what can be wrong with the
 files has been said.
