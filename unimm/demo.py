@@ -28,7 +28,7 @@ CAPTIONED = 6  # scenes of each split
 ASKED = {"seen": 4, "vendor": 2}  # scenes that questions are asked about
 QUESTIONS = 4  # about each of them
 DRAWN = 2  # drawings of each prompt
-GUIDANCE, TEMPERATURE = 2.0, 0.7  # a small model draws whole objects with less of both than the defaults
+GUIDANCE, TEMPERATURE = 2.0, 0.5  # a small model draws whole objects with less of both than the defaults
 PROMPTS = (
     "a red apple on a blue background",
     "a penguin on a pink background",
