@@ -158,8 +158,8 @@ class _Layer:
         self.before, self.between = layer.input_layernorm, layer.post_attention_layernorm
         first = (self.attention.q_proj, self.attention.k_proj, self.attention.v_proj)
         second = (self.mlp.gate_proj, self.mlp.up_proj)
-        self.first = _join(first) if joined else _Beside(first)
-        self.second = _join(second) if joined else _Beside(second)
+        self.first = _join(first) if joined and _plain(first) else _Beside(first)
+        self.second = _join(second) if joined and _plain(second) else _Beside(second)
 
     def project(self, stream: Tensor) -> Tensor:
         """Queries, keys and values [B, t, (q + k + v) D]."""
@@ -180,6 +180,11 @@ class _Beside:
 
     def __call__(self, stream: Tensor) -> Tensor:
         return torch.cat([layer(stream) for layer in self.layers], dim=-1)
+
+
+def _plain(layers: tuple[nn.Module, ...]) -> bool:
+    """Whether weight and bias are all there is to each of several linear layers: one with an adapter is more."""
+    return all(type(layer) in (nn.Linear, Int8Linear) for layer in layers)
 
 
 def _join(layers: tuple[Any, ...]) -> Any:
