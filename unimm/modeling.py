@@ -370,6 +370,8 @@ class UniMMModel(PreTrainedModel):
         image_codes: Tensor | None = None,
         image_sizes: Tensor | None = None,
         position_ids: Tensor | None = None,
+        temperature: float = 1.0,
+        lockstep: bool = False,
     ) -> AnswerScores:
         """Return how likely answers are, in words through the text head and in codes through the code head.
 
@@ -384,18 +386,26 @@ class UniMMModel(PreTrainedModel):
             image_codes: see `forward`.
             image_sizes: see `forward`.
             position_ids: see `forward`.
+            temperature: what logits are divided by, where answers were sampled so.
+            lockstep: see `forward`.
         """
-        stream_BTC = self.embed(input_ids, pixel_values, image_codes, image_sizes)
+        stream_BTC = self.embed(input_ids, pixel_values, image_codes, image_sizes, lockstep)
         hidden = self._run(stream_BTC, attention_mask, position_ids).last_hidden_state[:, :-1]
         targets, text, code = self._counted(input_ids, labels)
         # In float64: what matters are small differences of long sums.
         sums = torch.zeros(count, 3, dtype=torch.float64, device=hidden.device)
         first = self.layout.code if self.layout.shared else 0
-        heads = ((self.decoder.get_output_embeddings(), text, 0), (self.code_logits, code, first))
-        for head, where, offset in heads:
-            if where.any():
-                scores = position_scores(head, hidden[where], targets[where] - offset)
-                sums = sums.index_add(0, answers[:, 1:][where], scores)
+        heads = [(self.decoder.get_output_embeddings(), text, 0)]
+        if self.code_head is not None or self.layout.shared:
+            heads.append((self.code_logits, code, first))
+        counts = [int(where.sum()) for _, where, _ in heads]
+        # In lockstep a head runs even where no process has use for it, so that its gradient is 0.
+        chunks = [max(1, count) for count in most_chunks(*counts)] if lockstep else counts
+        for (head, where, offset), parts in zip(heads, chunks, strict=True):
+            if not parts:
+                continue
+            arguments = (hidden[where], targets[where] - offset, temperature)
+            sums = sums.index_add(0, answers[:, 1:][where], position_scores(head, *arguments, parts))
         return AnswerScores(*sums.unbind(1))
 
     def _counted(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -465,24 +475,38 @@ def summed_loss(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tenso
     return total
 
 
-def _chunk_scores(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
+def _chunk_scores(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, temperature: float
+) -> Tensor:
     logits = head(hidden)
-    log_probs = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+    precise = logits if logits.dtype == torch.float64 else logits.float()
+    log_probs = (precise if temperature == 1 else precise / temperature).log_softmax(-1)
     flat = log_probs.detach()
     entropy = -(flat.exp() * flat.clamp(min=torch.finfo(flat.dtype).min)).sum(-1)  # 0 log 0 is 0
     chosen = log_probs.gather(-1, targets[:, None])[:, 0].double()
     return torch.stack([chosen, entropy.double(), torch.ones_like(chosen)], dim=1)
 
 
-def position_scores(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
+def position_scores(
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    chunks: int = 1,
+) -> Tensor:
     """Return float64 [P, 3]: log-probability of each target, entropy of its prediction, and 1.
 
-    The logits of more than a chunk are never held, as in `summed_loss`, whose arguments these are.
+    The logits of more than a chunk are never held, as in `summed_loss`, whose arguments these are; `temperature` is
+    what logits are divided by.
     """
-    if len(targets) <= LOSS_CHUNK:
-        return _chunk_scores(head, hidden, targets)
-    parts = zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
-    return torch.cat([checkpoint(_chunk_scores, head, *part, use_reentrant=False) for part in parts])
+    chunks = max(chunks, -(-len(targets) // LOSS_CHUNK))
+    if chunks <= 1:
+        return _chunk_scores(head, hidden, targets, temperature)
+    parts = []
+    for start in range(0, chunks * LOSS_CHUNK, LOSS_CHUNK):
+        part, target = hidden[start : start + LOSS_CHUNK], targets[start : start + LOSS_CHUNK]
+        parts.append(checkpoint(_chunk_scores, head, part, target, temperature, use_reentrant=False))
+    return torch.cat(parts)
 
 
 AutoModel.register(UniMMConfig, UniMMModel)

@@ -15,6 +15,7 @@ from unimm.errors import UserError
 from unimm.modeling import IGNORED, UniMMModel
 from unimm.pipeline import UniMM
 from unimm.training.preferences.data import read_preferences
+from unimm.training.preferences.losses import Options, Pairs, objective
 from unimm.training.preferences.samples import PairSamples, collate, score_batch
 from unimm.training.task import Batch
 
@@ -95,6 +96,39 @@ def test_float32_is_near_enough(samples: PairSamples, tiny_model: UniMM, exact: 
         truth = score_batch(exact, batch_of(samples, range(8))).log_probs
     torch.testing.assert_close(0.1 * apart, 0.1 * packed, rtol=0, atol=2e-6)
     torch.testing.assert_close(0.1 * packed, 0.1 * truth, rtol=0, atol=2e-6)
+
+
+def test_the_loss_of_both_sides_in_one_row_one_forward_or_two(
+    samples: PairSamples, tiny_model: UniMM
+) -> None:
+    rows = batch_of(samples, range(8), packed=False)
+
+    def side(number: int) -> Batch:
+        """The rows of one side, with their codes and pictures; all answers keep their numbers."""
+        half = {name: tensor.chunk(2)[number] for name, tensor in rows.items()}
+        return {**half, "modality": rows["modality"]}
+
+    def loss(scores: Tensor) -> float:
+        chosen, rejected = scores.view(2, -1)
+        reference = torch.linspace(-30, -10, 8, dtype=torch.float64)
+        lengths = torch.ones(8)
+        return (
+            objective(
+                Pairs(chosen, rejected, reference, reference - 3, lengths, lengths),
+                {"sigmoid": 1.0},
+                Options(0.1),
+            )
+            .mean()
+            .item()
+        )
+
+    with torch.no_grad():
+        packed = score_batch(tiny_model.model, batch_of(samples, range(8))).log_probs
+        apart = score_batch(tiny_model.model, rows).log_probs
+        sides = [score_batch(tiny_model.model, side(number)).log_probs for number in (0, 1)]
+    assert (sides[0][8:] == 0).all() and (sides[1][:8] == 0).all()
+    for other in (apart, sides[0] + sides[1]):
+        assert loss(other) == pytest.approx(loss(packed), abs=1e-6)
 
 
 def test_chunks_change_nothing(
