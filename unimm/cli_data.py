@@ -63,16 +63,19 @@ def check_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(options: Options) -> Any:
-    """Read a source whole."""
+    """Read a source whole; preferences are known by what their first object says."""
     from unimm.data.check import check_source
+    from unimm.training.preferences.check import check_preferences, is_preferences
 
+    if is_preferences(options.source):
+        return check_preferences(options.source, options.model)
     with progress("reading") as report:
         return check_source(options.source, _reading(options), options.model, report)
 
 
 def show_check(report: dict[str, Any]) -> None:
     """Show what `check` found."""
-    bad = report.pop("bad_items")
+    bad = report.pop("bad_items", [])
     print_tree(report)
     if bad:
         rows = [(item["key"], item["file"], item["reason"]) for item in bad[:SHOWN]]

@@ -31,7 +31,30 @@ def test_draw_rank_check(unimm, tiny: Path, tmp_path: Path) -> None:
     )
     assert (done.code, json.loads(done.out)["pairs"]) == (0, 3)
     done = unimm("preferences", "check", pairs, "--json")
-    assert json.loads(done.out) == {"preferences": str(pairs), "pairs": 3, "image": 3, "prompts": 3}
+    report = {"preferences": str(pairs), "pairs": 3, "image": 3, "prompts": 3}
+    assert json.loads(done.out) == report
+    done = unimm("data", "check", pairs, "--model", tiny, "--json")
+    assert (done.code, json.loads(done.out)) == (0, report)
+    assert "prompts" in unimm("data", "check", pairs).out
+
+
+def test_bad_preferences_get_one_line_from_either_check(unimm, tmp_path: Path) -> None:
+    good = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    path = tmp_path / "pairs.jsonl"
+    for row, words in [
+        ({**good, "rejected": "b"}, "pairs.jsonl:1: chosen and rejected are equal"),
+        ({**good, "rejected": {"codes": [[1]]}}, "pairs.jsonl:1: chosen is a text and rejected an image"),
+        ({**good, "scores": [float("nan"), 0.0]}, "pairs.jsonl:1: scores[0]: expected a finite number"),
+        (
+            {"prompt": "a", "chosen": {"image": "x.png"}, "rejected": {"image": "y.png"}},
+            "x.png: no such image",
+        ),
+    ]:
+        path.write_text(json.dumps(row))
+        for command in (("preferences", "check"), ("data", "check")):
+            done = unimm(*command, path)
+            assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+            assert words in done.err
 
 
 def test_mistakes_are_said_before_the_model_is_loaded(unimm, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import getpass
 import shlex
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -182,17 +181,15 @@ def _login() -> str:
 
 def check_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `check`."""
-    parser.add_argument("preferences", metavar="FILE", help="preferences, as JSON lines")
+    parser.add_argument("preferences", metavar="FILE", help="preferences, as JSON lines or in tars")
+    parser.add_argument("--model", metavar="MODEL", help="whose codes the drawings must be (default: any)")
 
 
 def check(options: Options) -> Any:
     """Read a file of preferences and count what it holds."""
-    from unimm.training.preferences.data import read_preferences
+    from unimm.training.preferences.check import check_preferences
 
-    pairs = read_preferences(options.preferences)
-    kinds = Counter(pair.modality for pair in pairs)
-    prompts = {(pair.words, *pair.images) for pair in pairs}
-    return {"preferences": options.preferences, "pairs": len(pairs), **kinds, "prompts": len(prompts)}
+    return check_preferences(options.preferences, options.model)
 
 
 def _or_none(text: str) -> float | None:

@@ -33,8 +33,10 @@ def test_every_form_is_read(tmp_path: Path) -> None:
     drawn, seen, said = read_preferences(write(tmp_path, rows[0], "\n", *rows[1:]))
     assert (drawn.modality, drawn.words, drawn.images) == ("image", "a star", [])
     assert drawn.chosen.codes == [[1, 2], [3, 4]]
-    assert drawn.rejected.image == str(tmp_path / "b.png")
-    assert (seen.modality, seen.words, seen.images) == ("text", "what?", [str(tmp_path / "a.png")])
+    assert drawn.rejected.image == "b.png"
+    assert [blob.path for blob in drawn.files()] == [str(tmp_path / "b.png")]
+    assert (seen.modality, seen.words, seen.images) == ("text", "what?", ["a.png"])
+    assert seen.pictures()[0].size == (4, 4) and seen.key() == ("what?", str(tmp_path / "a.png"))
     assert (seen.chosen.text, seen.rejected.text, seen.margin) == ("a pear", "an apple", 0.5)
     assert said.scores == [2.0, -1.0]
 

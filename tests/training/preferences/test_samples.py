@@ -158,8 +158,7 @@ def test_a_gradient_reaches_only_the_head_that_answers(samples: PairSamples, exa
 
 
 def test_files_become_the_codes_of_the_tokenizer(samples: PairSamples, tiny_model: UniMM) -> None:
-    files = [samples.preferences[4].chosen.image, samples.preferences[4].rejected.image]
-    pixels = tiny_model.processor.drawing_pixels([file for file in files if file is not None])
+    pixels = tiny_model.processor.drawing_pixels([blob.path for blob in samples.preferences[4].files()])
     codes = tiny_model.image_tokenizer.encode(pixels)
     assert torch.equal(samples[4]["chosen"]["codes"], codes[0])
     assert torch.equal(samples[4]["rejected"]["codes"], codes[1])

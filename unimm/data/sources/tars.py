@@ -198,6 +198,17 @@ class TarShards(Source):
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def __getitem__(self, index: int) -> Record:
+        path, key, members = self.members(index)
+        try:
+            row = sample_row(members)
+            return make_record(
+                row_key(row, key), row, lambda value: find_member(members, value), self.reading
+            )
+        except UserError as error:
+            raise BadRecord(key, str(path), str(error).removeprefix(f"{path}: ")) from None
+
+    def members(self, index: int) -> tuple[Path, str, dict[str, Blob]]:
+        """The tar, the key and the members by extension of the sample at `index`."""
         index = self.check_index(index)
         shard = int(np.searchsorted(self.ends, index, side="right"))
         path, stamp = self.paths[shard], self.stamps[shard]
@@ -211,11 +222,7 @@ class TarShards(Source):
             members[extension] = Blob(
                 name, path=str(path), offset=int(tar.offsets[m]), size=int(tar.sizes[m])
             )
-        try:
-            row = sample_row(members)
-            return make_record(row_key(row, key), row, lambda value: _find(members, value), self.reading)
-        except UserError as error:
-            raise BadRecord(key, str(path), str(error).removeprefix(f"{path}: ")) from None
+        return path, key, members
 
     def files(self) -> Sequence[Path]:
         """The tars."""
@@ -271,7 +278,12 @@ def _all_members(named: Any, members: dict[str, Blob]) -> bool:
     return all(isinstance(value, str | None) and (value is None or value in members) for value in listed)
 
 
-def _find(members: dict[str, Blob], value: Any) -> Blob:
+def find_member(members: dict[str, Blob], value: Any) -> Blob:
+    """The blob of what a sample's JSON says of a picture: the name of a member, or what `find_file` takes.
+
+    Raises:
+        UserError: there is no such member.
+    """
     if isinstance(value, str):
         if value.lower() in members:
             return members[value.lower()]

@@ -7,20 +7,24 @@ were sampled (kept because tokenising a drawing again gives other codes):
     {"prompt": [{"role": "user", "content": [{"image": "a.png"}, {"text": "what is this?"}]}],
      "chosen": "an apple", "rejected": "a pear", "scores": [0.9, 0.2], "source": "vote"}
 
-Paths are relative to the file that names them.
+Paths are relative to the file that names them. Or the same objects are the `json` members of webdataset tars, in which
+images are named by the extensions of the sample's other members (`chosen.png`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from PIL import Image
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
+from unimm.data.sources import Blob, Reading, expand
+from unimm.data.sources.tars import TarShards, find_member
 from unimm.errors import UserError
-from unimm.images import atomic_write
+from unimm.images import atomic_write, read_image
 from unimm.training.recipe import NotNegative, Section, show, validate
 
 Modality = Literal["text", "image"]
@@ -109,6 +113,7 @@ class Preference(Section):
     """Where the judgement is from."""
 
     _where: str = PrivateAttr(default="preference")
+    _files: dict[str, Blob] = PrivateAttr(default_factory=dict)
 
     @property
     def where(self) -> str:
@@ -132,10 +137,34 @@ class Preference(Section):
         parts = (part.image for message in self.prompt for part in message.content)
         return [image for image in parts if image is not None]
 
-    def files(self) -> list[str]:
-        """Every file that the prompt and the answers name."""
+    def names(self) -> list[str]:
+        """What the prompt and the answers call their images."""
         named = (self.chosen.image, self.rejected.image)
         return [*self.images, *(image for image in named if image is not None)]
+
+    def files(self) -> list[Blob]:
+        """Every image that the prompt and the answers name."""
+        return [self._files[name] for name in self.names()]
+
+    def picture(self, name: str) -> Image.Image:
+        """An image by its name.
+
+        Raises:
+            UserError: it cannot be read; naming the line.
+        """
+        blob = self._files[name]
+        try:
+            return read_image(blob.read(), blob.name)
+        except UserError as error:
+            raise UserError(f"{self.where}: {error}") from None
+
+    def key(self) -> tuple[str, ...]:
+        """What tells prompts apart: the words, and where the images lie."""
+        return (self.words, *(self._files[name].name for name in self.images))
+
+    def pictures(self) -> list[Image.Image]:
+        """The prompt's images."""
+        return [self.picture(name) for name in self.images]
 
 
 def find_problem(preference: Preference) -> str | None:
@@ -179,38 +208,78 @@ def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
         yield where, value
 
 
-def read_preferences(path: str | Path) -> list[Preference]:
-    """Read and check a file of preferences; paths in it come back resolved.
+Row = tuple[str, Any, Callable[[str], Blob]]
+"""Where a preference is from, what it says, and what finds its images."""
+
+
+def shards_of(location: str | Path) -> list[Path] | None:
+    """The tars of a location, which is one, a folder of them or a pattern; None for any other file.
 
     Raises:
-        UserError: one line naming file, line and field: bad JSON, a wrong type, sides that are equal or of
-            different modality, a score that is no number, a missing image, or no line at all.
+        UserError: it is a folder without tars, or a pattern of nothing.
     """
-    path = Path(path)
+    path = Path(location)
+    if path.is_dir():
+        if not (tars := sorted(path.glob("*.tar"))):
+            raise UserError(f"{path}: a folder without tars; give a file of JSON lines, or tars")
+        return tars
+    return ([path] if path.exists() else expand(str(location))) if path.suffix == ".tar" else None
+
+
+def _rows(location: str | Path) -> Iterator[Row]:
+    """The objects of a file of JSON lines, or of tars."""
+    tars = shards_of(location)
+    if tars is None:
+        path = Path(location)
+        for where, value in read_lines(path):
+            yield where, value, lambda name: _beside(path.parent, name)
+        return
+    source = TarShards(tars, Reading(), str(location))
+    for index in range(len(source)):
+        tar, key, members = source.members(index)
+        where = f"{tar}: {key}"
+        if "json" not in members:
+            raise UserError(f"{where}: has no member .json (it has {', '.join(members)})")
+        try:
+            value = json.loads(members["json"].read())
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}.json: not JSON ({error})") from None
+        if not isinstance(value, dict):
+            raise UserError(f"{where}.json: expected a JSON object, got {show(value)}")
+        yield where, value, lambda name, members=members: find_member(members, name)  # type: ignore[misc]
+
+
+def _beside(folder: Path, name: str) -> Blob:
+    path = folder / name
+    if not path.is_file():
+        raise UserError(f"{path}: no such image")
+    return Blob(str(path), path=str(path))
+
+
+def read_preferences(location: str | Path) -> list[Preference]:
+    """Read and check preferences.
+
+    Args:
+        location: a file of JSON lines; a tar, a folder of tars or a pattern of them.
+
+    Raises:
+        UserError: one line naming file, line (or sample) and field: bad JSON, a wrong type, sides that are equal or of
+            different modality, a score that is no number, a missing image, or no preference at all.
+    """
     found = []
-    for where, value in read_lines(path):
+    for where, value, find in _rows(location):
         preference = validate(Preference, value, where)
         if (problem := find_problem(preference)) is not None:
             raise UserError(f"{where}: {problem}")
-        for file in preference.files():
-            if not (path.parent / file).is_file():
-                raise UserError(f"{where}: {path.parent / file}: no such image")
+        try:
+            preference._files = {name: find(name) for name in preference.names()}
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
         preference._where = where
-        found.append(_resolved(preference, path.parent))
+        found.append(preference)
     if not found:
-        raise UserError(f"{path}: empty; it should hold a preference a line")
+        raise UserError(f"{location}: empty; it should hold a preference a line")
     return found
-
-
-def _resolved(preference: Preference, folder: Path) -> Preference:
-    """The same with paths that do not depend on where the file is."""
-    for part in (part for message in preference.prompt for part in message.content):
-        if part.image is not None:
-            part.image = str(folder / part.image)
-    for answer in (preference.chosen, preference.rejected):
-        if answer.image is not None:
-            answer.image = str(folder / answer.image)
-    return preference
 
 
 def check_codes(codes: list[list[int]], vocabulary: int, grid: tuple[int, int] | None, where: str) -> None:

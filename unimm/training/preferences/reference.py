@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from unimm.errors import UserError
 from unimm.images import atomic_write
 from unimm.processing import UniMMProcessor
-from unimm.training.preferences.data import Preference
-
-MADE_OF = ("model", "data", "processor")
+from unimm.training.preferences.data import Preference, shards_of
 
 
 def hash_module(module: nn.Module) -> str:
@@ -31,11 +29,22 @@ def hash_module(module: nn.Module) -> str:
 
 
 def hash_data(path: Path, preferences: Sequence[Preference]) -> str:
-    """Hash a file of preferences and every image file that it names."""
-    digest = hashlib.sha256(path.read_bytes())
-    for file in (file for preference in preferences for file in preference.files()):
-        digest.update(Path(file).read_bytes())
+    """Hash preferences: a file and every image that it names, or the tars that hold them all."""
+    digest = hashlib.sha256()
+    tars = shards_of(path)
+    for file in [path] if tars is None else tars:
+        with file.open("rb") as opened:
+            while block := opened.read(1 << 20):
+                digest.update(block)
+    if tars is None:
+        for blob in (blob for preference in preferences for blob in preference.files()):
+            digest.update(blob.read())
     return digest.hexdigest()
+
+
+def kept_beside(path: Path) -> Path:
+    """Where the log-probabilities of preferences are kept, unless a recipe says otherwise."""
+    return path.with_name(f"{path.name}.reference.safetensors")
 
 
 def hash_processor(processor: UniMMProcessor) -> str:
@@ -64,26 +73,31 @@ def read_or_compute(
 
     Args:
         path: where they are kept.
-        marks: a hash for each of `MADE_OF`.
+        marks: what it depends on, model, data and processor, each with a hash.
         compute: makes them where there is no file yet.
         write: whether to keep them (one process of several does).
 
     Raises:
         UserError: the file is of another model, other data or another processor, or is damaged.
     """
-    scores: Tensor
     if not path.exists():
         scores = compute()
         if write:
             with atomic_write(path) as temporary:
                 save_file({"log_probs": scores}, temporary, metadata=dict(marks))
         return scores
+    return read_kept(path, marks)
+
+
+def read_kept(path: Path, marks: Mapping[str, str]) -> Tensor:
+    """Read what `read_or_compute` kept, if it is of these marks; its errors are those."""
     try:
         with safe_open(path, "pt") as file:
             written, scores = file.metadata() or {}, file.get_tensor("log_probs")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged ({error}); remove it and it is computed anew") from None
-    for name in MADE_OF:
-        if written.get(name) != marks[name]:
+    for name, mark in marks.items():
+        if written.get(name) != mark:
             raise UserError(f"{path}: computed with another {name}; remove it and it is computed anew")
-    return scores
+    kept: Tensor = scores
+    return kept

@@ -86,7 +86,7 @@ class PairSamples(Sequence["Sample"]):
 
     def _see(self, preference: Preference, sample: Sample) -> list[tuple[int, int]]:
         """Put the prompt's pictures into the sample; return the grid of each."""
-        images, stride = preference.images, self.processor.stride
+        images, stride = preference.pictures(), self.processor.stride
         if not images:
             return []
         if not self.layout.shared:
@@ -117,7 +117,8 @@ class PairSamples(Sequence["Sample"]):
         for start in range(0, len(files), TOKENISED_AT_ONCE):
             assert model.image_tokenizer is not None
             part = files[start : start + TOKENISED_AT_ONCE]
-            pixels = self.processor.drawing_pixels([file for _, file in part]).to(model.device, model.dtype)
+            pictures = [self.preferences[index].picture(name) for (index, _), name in part]
+            pixels = self.processor.drawing_pixels(pictures).to(model.device, model.dtype)
             codes = model.image_tokenizer.encode(pixels).cpu()
             found |= {key: one for (key, _), one in zip(part, codes, strict=True)}
         return self._paired(found)
@@ -214,7 +215,13 @@ def _stack_pixels(parts: Sequence[Tensor]) -> Tensor:
     return stacked
 
 
-def score_batch(model: UniMMModel, batch: Batch) -> AnswerScores:
-    """Return the scores [2 N] of a batch's answers: the N chosen ones, then the N rejected."""
-    inputs = {name: batch[name] for name in INPUTS if name in batch}
-    return model.score(count=2 * len(batch["modality"]), **inputs)
+def score_batch(model: UniMMModel, batch: Batch, lockstep: bool = False) -> AnswerScores:
+    """Return the scores [2 N] of a batch's answers: the N chosen ones, then the N rejected.
+
+    Args:
+        model: what scores.
+        batch: from `collate`.
+        lockstep: see `UniMMModel.forward`.
+    """
+    inputs: dict[str, Any] = {name: batch[name] for name in INPUTS if name in batch}
+    return model.score(count=2 * len(batch["modality"]), lockstep=lockstep, **inputs)
