@@ -7,9 +7,12 @@ stage's `lr` trains them, and nothing of the modules themselves.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field
 from safetensors.torch import save_file
 from torch import nn
@@ -77,6 +80,21 @@ def has_adapters(model: nn.Module) -> bool:
     return any(is_adapter(name) for name, _ in model.named_parameters())
 
 
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Within, adapters add nothing: the model is what it was before they were put in."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    try:
+        for layer in layers:  # peft's own switch also freezes the adapters, which the engine must not see
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
 def save_adapters(model: UniMMModel, folder: Path, base: str | None) -> None:
     """Write the adapters as peft does: `PeftModel.from_pretrained` and `unimm.load(..., adapter=folder)` read them.
 
@@ -109,3 +127,21 @@ def merged(model: UniMMModel) -> UniMMModel:
             setattr(plain.get_submodule(owner), leaf, child.get_base_layer())
     del plain.peft_config
     return plain
+
+
+def save_model(model: UniMMModel, folder: Path, dtype: torch.dtype, base: str | None) -> None:
+    """Write a copy of the model, in a number format, that is free of adapters; the adapters alone are beside it.
+
+    Args:
+        model: with adapters merged into the copy, or without.
+        folder: where to; adapters go into its subfolder `ADAPTER`.
+        dtype: of the copy's weights.
+        base: the source of the model that adapters belong to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if has_adapters(model):
+        save_adapters(model, folder / ADAPTER, base)
+        plain = merged(model)
+    else:
+        plain = copy.deepcopy(model)
+    nn.Module.to(plain, dtype).save_pretrained(folder)

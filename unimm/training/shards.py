@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -98,6 +98,30 @@ def whole_module(engine: Any) -> AbstractContextManager[Any]:
     from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
 
     context: AbstractContextManager[Any] = unwrap_model_for_generation(engine)
+    return context
+
+
+def blend(target: nn.Module, source: nn.Module, share: float) -> None:
+    """Move parameters towards those of the same names of another module; all ranks call this together.
+
+    Args:
+        target: whose parameters change; its buffers do not.
+        source: has all of target's parameters.
+        share: of the source in the result; 1 copies it, bit for bit.
+    """
+    theirs = dict(source.named_parameters())
+    for name, parameter in target.named_parameters():
+        with torch.no_grad(), _gathered(parameter, write=True), _gathered(theirs[name]):
+            parameter.lerp_(theirs[name], share)
+
+
+def _gathered(parameter: Tensor, write: bool = False) -> AbstractContextManager[Any]:
+    """Within, the parameter is whole; what is written to it stays if `write`."""
+    if not is_sharded(parameter):
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    context: AbstractContextManager[Any] = GatheredParameters([parameter], modifier_rank=0 if write else None)
     return context
 
 

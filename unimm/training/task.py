@@ -98,7 +98,8 @@ class Task(Protocol):
         Returns:
             The scalar loss, and numbers to log under the same keys each time; these too are summed over the
             step's micro-batches. Give detached tensors rather than floats: the trainer reads them only when
-            it logs.
+            it logs. A tensor [2] is a sum and a count, of things that not every step has; what is logged is the
+            mean of all since the last line.
         """
         ...
 
@@ -130,4 +131,38 @@ class Prepares(Protocol):
 
     def prepare(self, module: nn.Module, stage: Stage) -> None:
         """Set the module up for a stage; called once, before the stage's engine is made."""
+        ...
+
+
+@runtime_checkable
+class Moves(Protocol):
+    """A task that changes weights that no optimizer does, such as those of a reference that follows the policy."""
+
+    def before_step(self, module: nn.Module, step: int) -> None:
+        """Change the module, where its time has come; every process calls this, once before each step.
+
+        It must follow from the module and `step` (steps done before, over all stages) alone: a run that goes on does
+        again what had been done after its checkpoint.
+        """
+        ...
+
+
+@runtime_checkable
+class Draws(Protocol):
+    """A task whose model makes what it learns from."""
+
+    def draw(self, module: nn.Module, batches: Sequence[Batch], step: int) -> list[Batch]:
+        """Fill in this process's micro-batches of a step; called before its first loss, with whole weights.
+
+        What is drawn must follow from the module, the batches and the recipe's seed alone, or a run that goes on
+        would see other data.
+
+        Args:
+            module: on the device, its weights whole however they are sharded.
+            batches: from `collate`, on the CPU.
+            step: steps done before this one, over all stages.
+
+        Returns:
+            As many micro-batches, for `loss`.
+        """
         ...

@@ -36,7 +36,7 @@ from unimm.training.engine import Engine, freeze, gather_over_ranks, pick_device
 from unimm.training.logging import RunLog
 from unimm.training.recipe import BaseRecipe, load_recipe
 from unimm.training.schedule import lr_factor
-from unimm.training.task import Prepares, Source
+from unimm.training.task import Draws, Moves, Prepares, Source
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -184,6 +184,11 @@ class Run:
     ) -> None:
         recipe, stage = self.recipe, self.recipe.stages[self.stage]
         seed_everything(derive_seed(recipe.seed, self.stage, self.stage_step, self.rank))
+        if isinstance(self.task, Moves):
+            self.task.before_step(self.module, self.step)
+        if isinstance(self.task, Draws):
+            with engine.whole():
+                batches = self.task.draw(self.module, batches, self.step)
         result = engine.step(batches, totals, self.step, lr_factor(stage, self.stage_step), most)
         self.step += 1
         self.stage_step += 1

@@ -7,7 +7,6 @@ off another. Generation samples are a caption followed by the image codes, which
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,14 +32,7 @@ from unimm.sheet import Section as SheetSection
 from unimm.training.augment import Augmentation, augment, draw_numbers
 from unimm.training.batches import mix
 from unimm.training.branches import Branches, stack_rows
-from unimm.training.lora import (
-    ADAPTER,
-    LoraSection,
-    add_adapters,
-    has_adapters,
-    merged,
-    save_adapters,
-)
+from unimm.training.lora import LoraSection, add_adapters, save_model
 from unimm.training.parts import Assembly, ModelSection, model_groups, tiny_model
 from unimm.training.recipe import (
     BaseRecipe,
@@ -398,14 +390,8 @@ class UnifiedTask:
     def export(self, module: nn.Module, folder: Path) -> None:
         """Write a folder that `unimm.load` takes."""
         assert isinstance(module, UniMMModel)
-        folder.mkdir(parents=True, exist_ok=True)
         dtype = getattr(torch, self.recipe.export_dtype)
-        if has_adapters(module):
-            save_adapters(module, folder / ADAPTER, self.recipe.model.pretrained)
-            module = merged(module)
-        else:
-            module = copy.deepcopy(module)
-        module.to(dtype).save_pretrained(folder)
+        save_model(module, folder, dtype, self.recipe.model.pretrained)
         self.processor.save_pretrained(folder)
 
 

@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 import unimm
 from unimm.errors import UserError
 from unimm.training import checkpoint
-from unimm.training.preferences.task import PreferenceModel, PreferenceTask
+from unimm.training.preferences.check import check_preferences
+from unimm.training.preferences.policy import PolicyModel
+from unimm.training.preferences.task import PreferenceTask
 from unimm.training.recipe import load_recipe
 from unimm.training.trainer import train
 
@@ -45,7 +47,7 @@ def first_loss(file: Path, indices: list[int], *overrides: str) -> tuple[float, 
     task = load_recipe(file, overrides).build_task()
     assert isinstance(task, PreferenceTask)
     module = task.build()
-    assert isinstance(module, PreferenceModel)
+    assert isinstance(module, PolicyModel)
     task.dataset(task.recipe.stages[0], 0)
     assert task.pairs is not None
     module.train()
@@ -169,6 +171,8 @@ def test_precomputed_scores_are_refused_once_stale(
     (data / "pairs.jsonl").write_text("\n".join(rows[:2]))
     with pytest.raises(UserError, match="computed with another data; remove it"):
         first_loss(recipe_file, [0], *overrides)
+    with pytest.raises(UserError, match=r"pairs\.jsonl\.reference\.safetensors: computed with another data"):
+        check_preferences(str(data / "pairs.jsonl"))
     kept.write_bytes(written[:100])
     with pytest.raises(UserError, match="damaged"):
         first_loss(recipe_file, [0], *overrides)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from unimm.training.lora import LoraSection
 from unimm.training.preferences.data import MODALITIES
 from unimm.training.preferences.losses import LOSSES, REFERENCE_FREE, Options
 from unimm.training.recipe import BaseRecipe, NotNegative, Positive, Rate, Section, near
@@ -60,23 +62,67 @@ class PreferenceData(Section):
     """Both answers in one row, after a prompt that is read once; else a row for each."""
 
 
-class Reference(Section):
+class ReferenceSection(Section):
     """What the policy is compared with."""
 
-    mode: Literal["copy", "precomputed", "none"] = "copy"
-    """A frozen copy of the first weights; its log-probabilities computed once and kept; or nothing."""
+    mode: Literal["copy", "adapter", "precomputed", "none"] = "copy"
+    """A frozen copy of the first weights; the weights under the adapters, which rest; log-probabilities of the first
+    weights, computed once and kept; or nothing."""
     file: str | None = None
     """Where precomputed log-probabilities are kept; null: beside the data."""
+    sync_every: Positive | None = None
+    """Steps after which a copy moves towards the policy (TR-DPO, Gorbatovski et al. 2024, arXiv 2404.09656)."""
+    mix: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """How far it moves: the policy's share in the new reference; 1 makes it the policy."""
+
+    @field_validator("sync_every")
+    @classmethod
+    def _copied(cls, value: int | None, info: Any) -> int | None:
+        if value is not None and info.data.get("mode") != "copy":
+            raise ValueError("only a reference of mode copy can follow the policy")
+        return value
 
 
-class PreviewSection(Section):
-    """What is drawn and said at every preview, before and after."""
+def check_reference(recipe: BaseRecipe, reference: ReferenceSection, lora: LoraSection | None) -> None:
+    """Refuse a reference that would not stay what it is.
+
+    Raises:
+        UserError: adapters are to be switched off where there are none, or where other weights train too; or a copy
+            is to follow a policy that is more than its weights.
+    """
+    if reference.sync_every is not None and lora is not None:
+        message = (
+            "a copy cannot follow adapters, whose product is not that of their means; remove it, or lora"
+        )
+        raise recipe.error("reference.sync_every", message)
+    if reference.mode != "adapter":
+        return
+    if lora is None:
+        raise recipe.error(
+            "reference.mode", "adapter switches adapters off, and there is no section lora; take copy"
+        )
+    for index, stage in enumerate(recipe.stages):
+        for group in stage.lr:
+            if group != "lora":
+                message = (
+                    "would move the reference, which is the weights under the adapters; train lora alone, "
+                )
+                raise recipe.error(f"stages[{index}].lr.{group}", message + "or take reference.mode copy")
+
+
+class DrawingPreview(Section):
+    """What is drawn at every preview, before and after."""
 
     prompts: Annotated[tuple[str, ...], Field(max_length=16, strict=False)] = ()
     """To draw; by default the first prompts of the data."""
     guidance_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5.0
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     seed: NotNegative = 0
+
+
+class PreviewSection(DrawingPreview):
+    """What is drawn and said at every preview, before and after."""
+
     texts: Positive = 8
     """Prompts of the data that are answered in words."""
 
@@ -87,13 +133,27 @@ class PreferenceRecipe(BaseRecipe):
     task: Literal["dpo"]
     model: str | None = None
     """Folder or hub id of the model to start from; null: the embedded model."""
+    lora: LoraSection | None = None
+    """Adapters, trained as the group `lora`; the export is merged, the adapters alone are beside it."""
     data: PreferenceData
     text: Objective = Objective()
     image: Objective = Objective()
-    reference: Reference = Reference()
+    reference: ReferenceSection = ReferenceSection()
     preview: PreviewSection = PreviewSection()
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the exported weights."""
+
+    @classmethod
+    def shrink(cls, data: dict[str, Any]) -> None:
+        """A tiny model with random weights, and a few pairs of random drawings and of short texts."""
+        from unimm.training.preferences.tiny import write_tiny_model, write_tiny_pairs
+
+        folder = Path(data["output"]) / "tiny"
+        data["model"] = str(folder / "model")
+        data["data"] = {**data["data"], "file": str(folder / "pairs.jsonl")}
+        data["reference"] = {key: value for key, value in data.get("reference", {}).items() if key != "file"}
+        data["preview"] = {**data.get("preview", {}), "texts": 2}
+        write_tiny_pairs(folder / "pairs.jsonl", write_tiny_model(folder / "model"))
 
     def objective(self, modality: str) -> Objective:
         """The section of a modality."""
@@ -116,4 +176,5 @@ class PreferenceRecipe(BaseRecipe):
                     if name not in REFERENCE_FREE:
                         message = f"needs a reference; without one: {', '.join(REFERENCE_FREE)}"
                         raise self.error(f"{modality}.losses.{name}", message)
+        check_reference(self, self.reference, self.lora)
         return PreferenceTask(self)

@@ -7,46 +7,38 @@ copy agree exactly.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from unimm.modeling import AnswerScores, UniMMModel
 from unimm.pipeline import UniMM, load
-from unimm.sampling.choose import streams
-from unimm.sampling.images import sample_codes
-from unimm.sheet import Card, Line, Section, draw_sheet
+from unimm.training import shards
 from unimm.training.batches import mix
 from unimm.training.engine import pick_device
+from unimm.training.lora import save_model
+from unimm.training.parts import EMBEDDED, model_groups
 from unimm.training.preferences.data import MODALITIES, Preference, read_preferences
 from unimm.training.preferences.losses import Pairs, objective
+from unimm.training.preferences.policy import PolicyModel
+from unimm.training.preferences.preview import PREVIEW_PROMPTS, before_and_after, draw_fixed, kept_before
 from unimm.training.preferences.recipe import PreferenceRecipe
-from unimm.training.preferences.reference import hash_data, hash_module, hash_processor, read_or_compute
+from unimm.training.preferences.reference import (
+    hash_data,
+    hash_module,
+    hash_processor,
+    kept_beside,
+    read_or_compute,
+)
 from unimm.training.preferences.samples import PairSamples, collate, row_length, score_batch
 
 if TYPE_CHECKING:
     from unimm.training.recipe import Stage
     from unimm.training.task import Batch, Metrics, Sample
-
-PREVIEW_PROMPTS = 16
-
-
-class PreferenceModel(nn.Module):
-    """The policy that learns and, where the recipe keeps one, the frozen copy that it is compared with."""
-
-    def __init__(self, policy: UniMMModel, copied: bool) -> None:
-        super().__init__()
-        self.policy = policy
-        self.reference: UniMMModel | None = None
-        if copied:
-            self.reference = copy.deepcopy(policy).requires_grad_(False)
-            self.reference.image_tokenizer = None  # codes come in as codes
 
 
 class PreferenceTask:
@@ -56,9 +48,10 @@ class PreferenceTask:
         self.recipe = recipe
         self.pairs: PairSamples | None = None
         self.reference_scores: Tensor | None = None
+        self.lockstep = recipe.zero_stage > 0  # see `Task.loss`
 
     def build(self) -> nn.Module:
-        """The model to start from, as float32 on the CPU, and its copy."""
+        """The model to start from, as float32 on the CPU, and its reference."""
         um = load(self.recipe.model, device="cpu", dtype="float32")
         self.processor, policy = um.processor, um.model
         assert isinstance(policy, UniMMModel)
@@ -66,12 +59,20 @@ class PreferenceTask:
         if mode == "precomputed":  # now, before a checkpoint's weights are put in
             self.model_hash = hash_module(policy)
         self.policy = policy
-        return PreferenceModel(policy, mode == "copy")
+        return PolicyModel(policy, mode == "copy", self.recipe.lora)
 
     def groups(self, module: nn.Module) -> dict[str, list[nn.Parameter]]:
-        """One group for each part of the policy."""
-        assert isinstance(module, PreferenceModel)
-        return {name: list(part.parameters()) for name, part in module.policy.parts().items()}
+        """One group for each part of the policy, and one for all adapters where it has some."""
+        assert isinstance(module, PolicyModel)
+        return model_groups(module.policy, self.recipe.lora is not None)
+
+    def before_step(self, module: nn.Module, step: int) -> None:
+        """Move a reference that follows the policy, where its time has come."""
+        assert isinstance(module, PolicyModel)
+        every = self.recipe.reference.sync_every
+        if every is not None and step and step % every == 0:
+            assert module.reference is not None
+            shards.blend(module.reference, module.policy, self.recipe.reference.mix)
 
     def dataset(self, stage: Stage, seed: int) -> Any:
         """The preferences, shuffled anew in each pass; mixed by modality where the stage says so."""
@@ -90,12 +91,12 @@ class PreferenceTask:
     def _read(self) -> None:
         """Read the data and, where the recipe says so, the reference's scores of it."""
         path = Path(self.recipe.data.file)
-        preferences = read_preferences(path)
+        preferences = read_preferences(self.recipe.data.file)
         self.pairs = PairSamples(preferences, self.processor, self.policy)
         self.modalities = [m for m in MODALITIES if any(p.modality == m for p in preferences)]
         if self.recipe.reference.mode != "precomputed":
             return
-        kept = Path(self.recipe.reference.file or path.with_name(f"{path.name}.reference.safetensors"))
+        kept = Path(self.recipe.reference.file or kept_beside(path))
         marks = {
             "model": f"{self.model_hash} {'bfloat16' if self._bfloat16() else 'float32'}",
             "data": hash_data(path, preferences),
@@ -157,10 +158,11 @@ class PreferenceTask:
         self, module: nn.Module, batch: Batch, step: int, totals: Mapping[str, float]
     ) -> tuple[Tensor, Metrics]:
         """Mean over pairs of the weighted losses of their modality."""
-        assert isinstance(module, PreferenceModel)
+        assert isinstance(module, PolicyModel)
         module.eval()  # no dropout
-        scores = score_batch(module.policy, batch)
-        pairs = self._pairs(scores, self._reference_log_probs(module, batch, scores))
+        reference = self._reference_log_probs(module, batch)
+        scores = score_batch(module.policy, batch, self.lockstep)
+        pairs = self._pairs(scores, torch.zeros_like(scores.log_probs) if reference is None else reference)
         count = max(sum(totals[f"{name}_pairs"] for name in MODALITIES), 1)
         loss = scores.log_probs.new_zeros(())
         metrics: dict[str, Tensor] = {}
@@ -177,14 +179,14 @@ class PreferenceTask:
             metrics |= {f"{name}/{key}": value.detach().sum() / share for key, value in told.items()}
         return loss.float(), metrics
 
-    def _reference_log_probs(self, module: PreferenceModel, batch: Batch, scores: AnswerScores) -> Tensor:
-        """The reference's log-probabilities [2 N] of a batch's answers."""
+    def _reference_log_probs(self, module: PolicyModel, batch: Batch) -> Tensor | None:
+        """The reference's log-probabilities [2 N] of a batch's answers; None where there is no reference."""
         if self.recipe.reference.mode == "none":
-            return torch.zeros_like(scores.log_probs)
-        if module.reference is None:
+            return None
+        if self.recipe.reference.mode == "precomputed":
             return batch["reference"].T.flatten()
-        with torch.no_grad():
-            return score_batch(module.reference, batch).log_probs
+        with torch.no_grad(), module.as_reference() as reference:
+            return score_batch(reference, batch, self.lockstep).log_probs
 
     def _pairs(self, scores: AnswerScores, reference: Tensor) -> Pairs:
         sums = (scores.log_probs, reference, scores.length)
@@ -194,16 +196,14 @@ class PreferenceTask:
     @torch.no_grad()
     def preview(self, module: nn.Module, folder: Path, step: int) -> None:
         """Draw and answer fixed prompts, beside what the model drew and said before the first step."""
-        assert isinstance(module, PreferenceModel) and self.pairs is not None
+        assert isinstance(module, PolicyModel) and self.pairs is not None
         after = UniMM(module.policy, self.processor)
-        file = folder / "before.json"
-        if not file.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            device = str(module.policy.device)
-            file.write_text(json.dumps(self._shown(load(self.recipe.model, device, "float32"))))
-        before, now = json.loads(file.read_text()), self._shown(after)
+        device = str(module.policy.device)
+        before = kept_before(folder, lambda: self._shown(load(self.recipe.model, device, "float32")))
+        now = self._shown(after)
         if now["codes"]:
-            self._sheet(after, before["codes"], now["codes"]).save(folder / f"{step:06d}.png")
+            sheet = before_and_after(after, self._prompts(), before["codes"], now["codes"])
+            sheet.save(folder / f"{step:06d}.png")
         if now["answers"]:
             asked = [pair.words for pair in self._asked()]
             said = zip(asked, before["answers"], now["answers"], strict=True)
@@ -223,39 +223,20 @@ class PreferenceTask:
         """What previews answer in words: the first prompts of the data, each once."""
         assert self.pairs is not None
         pairs = (pair for pair in self.pairs.preferences if pair.modality == "text")
-        return list({(p.words, *p.images): p for p in pairs}.values())[: self.recipe.preview.texts]
+        return list({pair.key(): pair for pair in pairs}.values())[: self.recipe.preview.texts]
 
     def _shown(self, um: UniMM) -> dict[str, Any]:
         """Codes of the fixed prompts and answers to the fixed questions."""
-        prompts, asked, section = self._prompts(), self._asked(), self.recipe.preview
-        codes: list[Any] = []
-        if prompts:
-            rows, columns = um.model.layout.grid
-            uniforms = streams(section.seed, len(prompts), rows * columns)
-            options = (section.guidance_scale, section.temperature)
-            codes = sample_codes(um.model, um.processor, prompts, uniforms, *options).tolist()
-        answers = um.ask([pair.images for pair in asked], [pair.words for pair in asked]) if asked else []
+        asked = self._asked()
+        codes = draw_fixed(um, self._prompts(), self.recipe.preview)
+        answers = um.ask([pair.pictures() for pair in asked], [pair.words for pair in asked]) if asked else []
         return {"codes": codes, "answers": answers}
-
-    def _sheet(self, um: UniMM, *codes: list[Any]) -> Image.Image:
-        """Drawings of the fixed prompts, before and after side by side."""
-        device = um.model.device
-        pictures = [
-            um.processor.to_images(um.image_tokenizer.decode(torch.tensor(one, device=device)))
-            for one in codes
-        ]
-        cards = [
-            Card(list(drawings), [Line(prompt)])
-            for prompt, *drawings in zip(self._prompts(), *pictures, strict=True)
-        ]
-        return draw_sheet("Drawings", "before and after", [Section("Fixed prompts and seeds", cards)])
 
     def export(self, module: nn.Module, folder: Path) -> None:
         """Write a folder that `unimm.load` takes."""
-        assert isinstance(module, PreferenceModel)
-        folder.mkdir(parents=True, exist_ok=True)
+        assert isinstance(module, PolicyModel)
         dtype = getattr(torch, self.recipe.export_dtype)
-        copy.deepcopy(module.policy).to(dtype).save_pretrained(folder)
+        save_model(module.policy, folder, dtype, self.recipe.model or EMBEDDED)
         self.processor.save_pretrained(folder)
 
 
