@@ -124,10 +124,18 @@ class RunLog:
         return means
 
     def _means(self) -> dict[str, float]:
-        """Means per step since the last line, over all ranks: losses add up, the norm is the same on each."""
+        """Means since the last line, over all ranks: losses add up, the norm is the same on each.
+
+        They are means per step, or over the counts that came with the sums; what was never counted is left out.
+        """
         values = [torch.as_tensor(value, dtype=torch.float32).cpu() for value in self._sums.values()]
-        sums = sum_over_ranks(torch.stack(values))
-        means = dict(zip(self._sums, (sums / self._count).tolist(), strict=True))
+        sums = sum_over_ranks(torch.cat([value.view(-1) for value in values]))
+        parts = sums.split([value.numel() for value in values])
+        means = {
+            key: float(part[0]) / (float(part[1]) if len(part) == 2 else self._count)
+            for key, part in zip(self._sums, parts, strict=True)
+            if len(part) == 1 or part[1]
+        }
         means["grad_norm"] /= torch.distributed.get_world_size()
         return means
 
