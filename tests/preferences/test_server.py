@@ -22,7 +22,7 @@ from tests.preferences.ballots import captions, drawings, write
 from unimm.errors import UserError
 from unimm.pipeline import UniMM
 from unimm.preferences.pairs import read_ballot
-from unimm.preferences.rank import to_pictures
+from unimm.preferences.scorers import to_pictures
 from unimm.preferences.server import Booth, Pictures, VoteServer
 from unimm.preferences.votes import Votes
 from unimm.training.preferences.data import read_preferences

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,12 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from PIL import Image
-from torch import Tensor
 
 from unimm.errors import UserError
 from unimm.preferences.candidates import Drawn
-from unimm.preferences.scorers import Candidate, Scorer
+from unimm.preferences.scorers import Candidate, Scorer, ScorerError, picture_candidates, score_candidates
 from unimm.training.preferences.data import write_lines
 
 if TYPE_CHECKING:
@@ -40,10 +37,6 @@ class Rules:
     easy: float | None = 0.95
     hard: float | None = 0.05
     on_error: Literal["skip", "stop"] = "stop"
-
-
-class ScorerError(Exception):
-    """A scorer gave no scores for a prompt."""
 
 
 def rank_candidates(
@@ -78,7 +71,7 @@ def rank_candidates(
     def pairs() -> Iterator[dict[str, Any]]:
         for done, row in enumerate(rows, start=1):
             try:
-                scores = _scores(scorer, candidates_of(um, row))
+                scores = score_candidates(scorer, candidates_of(um, row))
             except ScorerError as error:
                 if rules.on_error == "stop":
                     raise UserError(f"scorer {name}: prompt {row.prompt!r}: {error}") from error
@@ -107,32 +100,7 @@ def rank_candidates(
 def candidates_of(um: UniMM, row: Drawn) -> list[Candidate]:
     """A prompt's candidates with their pictures."""
     codes = torch.tensor([drawing.codes for drawing in row.candidates])
-    return [
-        Candidate(row, drawing.seed, one, image)
-        for drawing, one, image in zip(row.candidates, codes, to_pictures(um, codes), strict=True)
-    ]
-
-
-def to_pictures(um: UniMM, codes: Tensor) -> list[Image.Image]:
-    """The pictures of int64 codes [B, h, w]."""
-    with torch.inference_mode():
-        pixels = um.image_tokenizer.decode(codes.to(um.model.device))
-    return um.processor.to_images(pixels)
-
-
-def _scores(scorer: Scorer, candidates: Sequence[Candidate]) -> list[float]:
-    """The scorer's numbers, one for each candidate; what else it does is a `ScorerError`."""
-    try:
-        scores = [float(score) for score in scorer(candidates)]
-    except UserError:  # the data lacks what the scorer needs; no candidate will have it
-        raise
-    except Exception as error:  # it may be anyone's code
-        raise ScorerError(f"raised {type(error).__name__}: {error}") from error
-    if len(scores) != len(candidates):
-        raise ScorerError(f"gave {len(scores)} scores for {len(candidates)} candidates")
-    if not all(map(math.isfinite, scores)):
-        raise ScorerError(f"gave scores that are no finite numbers: {scores}")
-    return scores
+    return picture_candidates(um, row, [drawing.seed for drawing in row.candidates], codes)
 
 
 def _outcome(scores: Sequence[float], rules: Rules) -> str:

@@ -8,6 +8,7 @@ on: what is optimised stops being a measure.
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,51 @@ class Candidate:
 Scorer = Callable[[Sequence[Candidate]], Sequence[float]]
 
 
+class ScorerError(Exception):
+    """A scorer gave no scores for a prompt."""
+
+
+def picture_candidates(
+    um: UniMM, prompt: DrawingPrompt, seeds: Sequence[int], codes: Tensor
+) -> list[Candidate]:
+    """Return a prompt's candidates with their pictures.
+
+    Args:
+        um: has the image tokenizer.
+        prompt: what was asked for.
+        seeds: of the N candidates.
+        codes: [N, h, w].
+    """
+    return [Candidate(prompt, *one) for one in zip(seeds, codes, to_pictures(um, codes), strict=True)]
+
+
+def to_pictures(um: UniMM, codes: Tensor) -> list[Image.Image]:
+    """The pictures of int64 codes [B, h, w]."""
+    with torch.inference_mode():
+        pixels = um.image_tokenizer.decode(codes.to(um.model.device))
+    return um.processor.to_images(pixels)
+
+
+def score_candidates(scorer: Scorer, candidates: Sequence[Candidate]) -> list[float]:
+    """Return the scorer's numbers, one for each candidate.
+
+    Raises:
+        ScorerError: it raises, or gives another number of scores, or scores that are no finite numbers.
+        UserError: the data lacks what the scorer needs.
+    """
+    try:
+        scores = [float(score) for score in scorer(candidates)]
+    except UserError:  # no candidate will have what is lacking
+        raise
+    except Exception as error:  # it may be anyone's code
+        raise ScorerError(f"raised {type(error).__name__}: {error}") from error
+    if len(scores) != len(candidates):
+        raise ScorerError(f"gave {len(scores)} scores for {len(candidates)} candidates")
+    if not all(map(math.isfinite, scores)):
+        raise ScorerError(f"gave scores that are no finite numbers: {scores}")
+    return scores
+
+
 def make_scorer(name: str, um: UniMM, folder: Path) -> Scorer:
     """Return a scorer by its name or by the dotted path of a callable, as `mymodule.score` or `mymodule:score`.
 
@@ -54,8 +100,13 @@ def make_scorer(name: str, um: UniMM, folder: Path) -> Scorer:
     Raises:
         UserError: there is no such scorer.
     """
+    return find_scorer(name)(um, folder)
+
+
+def find_scorer(name: str) -> Callable[[UniMM, Path], Scorer]:
+    """Return what makes a scorer; the arguments and errors are those of `make_scorer`."""
     if name in SCORERS:
-        return SCORERS[name](um, folder)
+        return SCORERS[name]
     module_name, _, attribute = name.replace(":", ".").rpartition(".")
     if not module_name:
         known = ", ".join(SCORERS)
@@ -69,7 +120,7 @@ def make_scorer(name: str, um: UniMM, folder: Path) -> Scorer:
     if not callable(found):
         raise UserError(f"scorer: {name!r} is {type(found).__name__}, which cannot be called")
     scorer: Scorer = found
-    return scorer
+    return lambda um, folder: scorer
 
 
 def self_vqa(um: UniMM, folder: Path) -> Scorer:

@@ -129,7 +129,7 @@ class Pictures:
     def _decode(self, codes: list[list[int]]) -> Image.Image:
         import torch
 
-        from unimm.preferences.rank import to_pictures
+        from unimm.preferences.scorers import to_pictures
 
         assert self.um is not None
         with self._lock:

@@ -35,6 +35,7 @@ TASKS: dict[str, str] = {
     "siglip": "unimm.training.siglip:SiglipRecipe",
     "unified": "unimm.training.unified:UnifiedRecipe",
     "dpo": "unimm.training.preferences.recipe:PreferenceRecipe",
+    "grpo": "unimm.preferences.grpo.recipe:GrpoRecipe",
 }
 """Task name -> "module:RecipeClass"; imported only when a recipe asks for it."""
 
