@@ -1,6 +1,7 @@
 """What a run tells: JSON lines, TensorBoard, and a progress bar (or plain lines where nobody watches).
 
-Numbers stay on the device between two log lines; a line holds their means since the last one.
+Numbers stay on the device between two log lines; a line holds their means since the last one. Its `data_wait` is the
+share of that time that the rank which waited longest spent waiting for samples.
 """
 
 from __future__ import annotations
@@ -8,20 +9,22 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from unimm.training.engine import sum_over_ranks
+from unimm.training.engine import gather_over_ranks, sum_over_ranks
 
 if TYPE_CHECKING:
     from unimm.training.engine import StepResult
     from unimm.training.recipe import BaseRecipe
+
+Item = TypeVar("Item")
 
 
 class RunLog:
@@ -44,6 +47,7 @@ class RunLog:
         self._samples = 0.0
         self._targets: dict[str, float] = {}
         self._since = time.perf_counter()
+        self._waited = 0.0  # seconds, of those since then
         self._tensorboard: Any = None
         if active:
             self._open(Path(recipe.output), recipe.logging.tensorboard, start)
@@ -66,6 +70,18 @@ class RunLog:
         progress = Progress(*columns, TextColumn("{task.fields[line]}"), console=self._console)
         progress.start()
         return progress, progress.add_task("", total=self._total, completed=start, line="")
+
+    def waiting(self, steps: Iterable[Item]) -> Iterator[Item]:
+        """Pass on what is read for each step, and count the time until it is there (`data_wait` of a line)."""
+        iterator = iter(steps)
+        while True:
+            start = time.perf_counter()
+            try:
+                step = next(iterator)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - start
+            yield step
 
     def say(self, line: str) -> None:
         """One line for people."""
@@ -106,6 +122,7 @@ class RunLog:
         samples = self._samples / elapsed
         tokens = sum(count for kind, count in self._targets.items() if "token" in kind) / elapsed
         left = (self._total - step) * elapsed / self._count
+        waited = float(gather_over_ranks(torch.tensor([self._waited])).max())  # all wait for the slowest
         if self._active:
             line = {
                 "step": step,
@@ -113,13 +130,14 @@ class RunLog:
                 **means,
                 "samples_per_second": samples,
                 "tokens_per_second": tokens,
+                "data_wait": min(waited / elapsed, 1.0),
             }
             line |= {f"lr/{name}": rate for name, rate in rates.items()}
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
             self._to_tensorboard(line, step)
             self._show(step, stage, means, max(rates.values()), f"{samples:.1f} samples/s", tokens, left)
-        self._sums, self._targets, self._samples, self._count = {}, {}, 0.0, 0
+        self._sums, self._targets, self._samples, self._count, self._waited = {}, {}, 0.0, 0, 0.0
         self._since = time.perf_counter()
         return means
 
