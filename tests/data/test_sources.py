@@ -236,6 +236,35 @@ def test_tars_need_no_place_for_an_index(tmp_path: Path, monkeypatch: pytest.Mon
     assert [source[i].key for i in range(4)] == [f"{i:05d}" for i in range(4)]
 
 
+def test_many_tars_are_opened_by_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = forms.shards(tmp_path, 6)
+    counts, tars = folder / tar_module.COUNTS_FILE, sorted(folder.glob("*.tar"))
+    keys = [open_source(folder)[i].key for i in range(6)]
+    assert not counts.exists(), "few tars need no such file"
+    monkeypatch.setattr(tar_module, "MANY", len(tars))
+    assert len(open_source(folder)) == 6 and counts.exists()
+
+    asked: list[Path] = []
+
+    def noted(path: Path) -> int:
+        asked.append(path)
+        return count(path)
+
+    count = tar_module.count_samples
+    monkeypatch.setattr(tar_module, "count_samples", noted)
+    source = open_source(folder)
+    assert [source[i].key for i in range(6)] == keys
+    assert [source.locate(i) for i in range(6)] == [(i // 3, i % 3) for i in range(6)]  # type: ignore[attr-defined]
+    assert not asked, "no index was opened to count"
+    forms.write_tar(tars[0], {"new.txt": b"words"})
+    assert len(open_source(folder)) == 4 and asked == [tars[0]], "a tar that has changed is counted again"
+    assert len(open_source(folder)) == 4 and asked == [tars[0]]
+    counts.write_bytes(b"garbage")
+    assert len(open_source(folder)) == 4 and asked == [tars[0], *tars]
+    tars[1].unlink()
+    assert len(open_source(folder)) == 1
+
+
 def test_tar_samples_take_their_json_and_their_pictures_in_order(tmp_path: Path) -> None:
     said = {
         "conversations": [{"from": "human", "value": "<image> <image> q"}, {"from": "gpt", "value": "a"}],

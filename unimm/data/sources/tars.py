@@ -3,13 +3,15 @@
 A sample is the run of members whose names agree up to the first dot of the base name; what follows is the member's
 extension (webdataset's convention). Pictures are known by it (`jpg`, `0.png`), words are `txt`, everything else
 comes from `json`, in any form that `unimm.data.sources.rows` takes. The index is a safetensors file and is made anew
-when the tar's size or time differs; where the folder may not be written it is made in memory.
+when the tar's size or time differs; where the folder may not be written it is made in memory. Of many tars, one more
+file (`tars.index`) says how many samples each has, so that a process that opens them need not open every index.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import tarfile
 from collections.abc import Sequence
@@ -33,6 +35,8 @@ INDEX_FORMAT = "1"
 PLAN_FILE = "codes.json"  # beside tars that `unimm data encode` wrote
 BLOCK = 512  # bytes; a tar is made of these
 OPEN_INDEXES = 256  # held in memory at once
+COUNTS_FILE = "tars.index"  # beside many tars: how many samples each has
+MANY = 64  # tars; for fewer it is not worth a file
 WORDS = ("txt", "text", "caption")
 _PICTURE = re.compile(r"^(?:.*\.)?(?:jpe?g|png|webp|gif|bmp|tiff?)$")
 
@@ -118,23 +122,70 @@ def index_file(path: Path) -> Path:
     return path.with_name(path.name + INDEX_SUFFIX)
 
 
-def _stamp(path: Path) -> dict[str, str]:
-    """What must agree for an index to be a tar's."""
+def _state(path: Path) -> tuple[int, int]:
+    """A tar's size in bytes and its time in nanoseconds."""
     try:
         state = path.stat()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    return {"format": INDEX_FORMAT, "size": str(state.st_size), "time": str(state.st_mtime_ns)}
+    return state.st_size, state.st_mtime_ns
+
+
+def _stamp(size: int, time: int) -> dict[str, str]:
+    """What must agree for an index to be a tar's."""
+    return {"format": INDEX_FORMAT, "size": str(size), "time": str(time)}
 
 
 def count_samples(path: Path) -> int:
     """How many samples a tar has, from its index, which is built if it is missing or out of date."""
-    stamp = _stamp(path)
+    stamp = _stamp(*_state(path))
     with suppress(OSError, SafetensorError), safe_open(index_file(path), framework="np") as stored:
         found = stored.metadata() or {}
         if {name: found.get(name) for name in stamp} == stamp:
             return int(found["samples"])
     return len(_build(path, stamp).starts) - 1
+
+
+class TarCounts:
+    """How many samples each of many tars has, kept in one file beside them.
+
+    Args:
+        file: where it is kept; a missing or damaged one is made again by `save`.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.folder = file, f"{file.parent}{os.sep}"  # names below it are kept without it
+        self.known: dict[str, tuple[int, int, int]] = {}
+        self.changed = False
+        with suppress(OSError, SafetensorError), safe_open(file, framework="np") as stored:
+            if (stored.metadata() or {}).get("format") == INDEX_FORMAT:
+                names = json.loads(stored.get_tensor("names").tobytes())
+                rows = stored.get_tensor("rows").tolist()
+                self.known = {name: tuple(row) for name, row in zip(names, rows, strict=True)}
+
+    def count(self, path: Path) -> tuple[int, int, int]:
+        """A tar's samples, size and time.
+
+        Raises:
+            UserError: the tar is broken.
+        """
+        size, time = _state(path)
+        name = os.fspath(path).removeprefix(self.folder)
+        found = self.known.get(name)
+        if found is None or found[1:] != (size, time):
+            found = self.known[name] = (count_samples(path), size, time)
+            self.changed = True
+        return found
+
+    def save(self) -> None:
+        """Write what is new, if there is much to keep and the folder may be written."""
+        if not self.changed or len(self.known) < MANY:
+            return
+        names = np.frombuffer(json.dumps([*self.known]).encode(), np.uint8)
+        rows = np.array([*self.known.values()], np.int64)
+        arrays: dict[str, NDArray[Any]] = {"names": names, "rows": rows}
+        with suppress(UserError, OSError), atomic_write(self.file) as temporary:
+            save_file(arrays, temporary, {"format": INDEX_FORMAT})
 
 
 def _build(path: Path, stamp: dict[str, str]) -> TarIndex:
@@ -148,9 +199,9 @@ def _build(path: Path, stamp: dict[str, str]) -> TarIndex:
 
 
 @functools.lru_cache(maxsize=OPEN_INDEXES)
-def _load(path: Path, size: str, time: str) -> TarIndex:
+def _load(path: Path, size: int, time: int) -> TarIndex:
     """The index of a tar of this size and time."""
-    stamp = {"format": INDEX_FORMAT, "size": size, "time": time}
+    stamp = _stamp(size, time)
     with suppress(OSError, SafetensorError), safe_open(index_file(path), framework="np") as stored:
         found = stored.metadata() or {}
         if {name: found.get(name) for name in stamp} == stamp:
@@ -178,24 +229,32 @@ class TarShards(Source):
         super().__init__(location)
         self.reading = reading
         self.paths: list[Path] = []
-        self.stamps: list[dict[str, str]] = []
-        counts = []
+        kept: list[tuple[int, int, int]] = []
+        counts = TarCounts(paths[0].parent / COUNTS_FILE) if paths else None
         for path in paths:
+            assert counts is not None
             try:
-                count, stamp = count_samples(path), _stamp(path)
+                kept.append(counts.count(path))
             except UserError as error:
                 if strict:
                     raise
                 self.broken.append(BadRecord("", str(path), str(error).removeprefix(f"{path}: ")))
                 continue
             self.paths.append(path)
-            self.stamps.append(stamp)
-            counts.append(count)
-        self.ends = np.cumsum(counts, dtype=np.int64)
+        if counts is not None:
+            counts.save()
+        numbers = np.array(kept, np.int64).reshape(-1, 3)
+        self.ends = np.cumsum(numbers[:, 0])
+        self.states = numbers[:, 1:]  # size and time of each tar, int64 [N, 2]
         self.mark = read_mark(paths[0].parent / PLAN_FILE) if paths else None
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Which tar holds the record at `index`, and which of its samples it is."""
+        shard = int(np.searchsorted(self.ends, index, side="right"))
+        return shard, index - (int(self.ends[shard - 1]) if shard else 0)
 
     def __getitem__(self, index: int) -> Record:
         path, key, members = self.members(index)
@@ -210,10 +269,9 @@ class TarShards(Source):
     def members(self, index: int) -> tuple[Path, str, dict[str, Blob]]:
         """The tar, the key and the members by extension of the sample at `index`."""
         index = self.check_index(index)
-        shard = int(np.searchsorted(self.ends, index, side="right"))
-        path, stamp = self.paths[shard], self.stamps[shard]
-        tar = _load(path, stamp["size"], stamp["time"])
-        sample = index - (int(self.ends[shard - 1]) if shard else 0)
+        shard, sample = self.locate(index)
+        path = self.paths[shard]
+        tar = _load(path, *self.states[shard].tolist())
         key = tar.key(sample)
         members: dict[str, Blob] = {}
         for m in range(*tar.starts[sample : sample + 2].tolist()):
