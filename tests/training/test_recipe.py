@@ -49,6 +49,11 @@ MISTAKES = [
     ("head: 1}", "head: -1}", "stages[0].lr.head: expected at least 0, got -1"),
     ("head: 1}", "head: .nan}", "stages[0].lr.head: expected"),
     ("head: 1}", "head: fast}", 'stages[0].lr.head: expected a number, got "fast"'),
+    (
+        "lr: {head: 5e-4}",
+        "lr: {head: 0}",
+        "stages[1].lr: every rate is 0, so nothing would train; give head one",
+    ),
     ("lr: {head: 5e-4}", "lr: {}", "stages[1].lr: expected at least 1, got {}"),
     ("warmup: 2", "warm_up: 2", 'stages[0].warm_up: unknown key; did you mean "warmup"?'),
     ("width: 4", "widht: 4", 'model.widht: unknown key; did you mean "width"?'),

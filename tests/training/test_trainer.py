@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,8 @@ from torch import Tensor
 
 from tests.training.toy import ToyRecipe, ToyTask
 from unimm.errors import UserError
+from unimm.training.engine import StepResult, check_stages, start_distributed
+from unimm.training.logging import RunLog
 from unimm.training.recipe import load_recipe
 from unimm.training.trainer import seed_everything, train
 
@@ -74,6 +78,7 @@ def test_loss_falls_and_everything_is_written(tmp_path: Path) -> None:
     assert log[-1]["squared"] == pytest.approx(log[-1]["loss"])
     assert log[-1]["lr/head"] == 1e-2
     assert log[-1]["samples_per_second"] > 0 and log[-1]["tokens_per_second"] > 0
+    assert all(0 <= line["data_wait"] < 1 for line in log)
     assert sorted(path.name for path in (tmp_path / "out" / "samples").iterdir()) == [
         "100.txt",
         "200.txt",
@@ -81,6 +86,28 @@ def test_loss_falls_and_everything_is_written(tmp_path: Path) -> None:
     ]
     assert list((tmp_path / "out" / "tensorboard").iterdir())
     assert last_checkpoint(tmp_path).name == "step-00000300"
+
+
+def test_the_wait_for_data_is_a_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = recipe(tmp_path, {"steps": 4, "lr": ALL}, logging={"every": 2, "tensorboard": False})
+    start_distributed(torch.device("cpu"))
+    now = [0.0]
+    monkeypatch.setattr("unimm.training.logging.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    log = RunLog(made, 0, quiet=True)
+
+    def steps() -> Iterator[int]:
+        for step in range(1, 5):
+            now[0] += 1.0 if step <= 2 else 0.5  # seconds until the samples are there
+            yield step
+
+    zero = StepResult(torch.zeros(()), {}, torch.zeros(()))
+    for step in log.waiting(steps()):
+        now[0] += 3.0
+        with log.aside():
+            now[0] += 60.0
+        log.step(zero, step=step, stage="s0", rates={"body": 1.0}, samples=8, targets={})
+    log.close()
+    assert [line["data_wait"] for line in lines(tmp_path)] == [pytest.approx(1 / 4), pytest.approx(1 / 7)]
 
 
 def test_accumulating_eight_micro_batches_equals_one_batch(tmp_path: Path) -> None:
@@ -172,7 +199,7 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path: Path) -> None:
 
 
 def test_a_second_stage_starts_from_the_averaged_weights(tmp_path: Path) -> None:
-    stages = [{"steps": 30, "lr": ALL}, {"steps": 1, "lr": {"head": 0.0}}]
+    stages = [{"steps": 30, "lr": ALL}, {"steps": 1, "lr": {"head": 1e-30}}]  # too little to move a weight
     train(recipe(tmp_path / "two", *stages, ema=0.9), quiet=True)
     train(recipe(tmp_path / "one", stages[0], ema=0.9), quiet=True)
     assert_same(weights(tmp_path / "two"), weights(tmp_path / "one"))
@@ -216,6 +243,37 @@ def test_mistakes_found_at_the_start_are_one_line(tmp_path: Path) -> None:
         recipe(tmp_path, {"lr": ALL}, deepspeed={"zero_optimization": {"stage": 4}})
     with pytest.raises(UserError, match=r"deepspeed: bf16: weights stay float32"):
         recipe(tmp_path, {"lr": ALL}, deepspeed={"bf16": {"enabled": True}})
+
+
+LATER = [  # mistakes of a second stage
+    ({"lr": {"haed": 1e-2}}, r"stages\[1\]\.lr\.haed: no such group of weights"),
+    ({"lr": {"none": 1e-2}}, r"stages\[1\]\.lr: these groups hold no weights, so nothing would train"),
+    ({"lr": ALL, "pack": {"length": 8}}, r"stages\[1\]\.pack: the task toy cannot pack; remove it"),
+]
+
+
+@pytest.mark.parametrize(("stage", "expected"), LATER)
+def test_a_mistake_in_a_later_stage_is_found_before_the_first(
+    tmp_path: Path, stage: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(UserError, match=expected):
+        train(recipe(tmp_path, {"lr": ALL}, stage), quiet=True)
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_a_batch_must_divide_by_micro_batch_and_processes(tmp_path: Path) -> None:
+    made = recipe(tmp_path, {"lr": ALL, "batch": 6}, {"lr": ALL, "batch": 12, "micro_batch": 4})
+    task = made.build_task()
+    groups = task.groups(task.build())
+    check_stages(made, task, groups, 1)
+    with pytest.raises(
+        UserError, match=r"stages\[0\]\.batch: 6 is not divisible by micro_batch 6 x 2 processes"
+    ):
+        check_stages(made, task, groups, 2)
+    with pytest.raises(
+        UserError, match=r"stages\[1\]\.batch: 12 is not divisible by micro_batch 4 x 2 processes"
+    ):
+        check_stages(made, task, groups, 2, first=1)  # the other stage is done
 
 
 def test_a_loss_that_is_no_number_stops_before_it_is_saved(tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ class ToyTask:
             "body": [*module[0].parameters()],
             "norm": [*module[3].parameters()],
             "head": [*module[4].parameters()],
+            "none": [],
         }
 
     def dataset(self, stage: Stage, seed: int) -> ToySource:

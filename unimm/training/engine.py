@@ -116,29 +116,48 @@ class StepResult:
     norm: Tensor
 
 
+def check_stages(
+    recipe: BaseRecipe, task: Task, groups: Mapping[str, Sequence[nn.Parameter]], world: int, first: int = 0
+) -> None:
+    """Check the stages from `first` on against the task and the number of processes, before one of them trains.
+
+    Raises:
+        UserError: a stage names a group that the task does not have, or none with weights; its batch does not divide;
+            or it packs what cannot be packed.
+    """
+    for index, stage in list(enumerate(recipe.stages))[first:]:
+        for name in stage.lr:
+            if name not in groups:
+                hint = near(name, groups) or f"; the groups are {', '.join(groups)}"
+                raise recipe.error(f"stages[{index}].lr.{name}", f"no such group of weights{hint}")
+        if not any(len(groups[name]) for name in stage.lr):
+            message = "these groups hold no weights, so nothing would train"
+            raise recipe.error(f"stages[{index}].lr", message)
+        if stage.batch % (micro_samples(stage) * world):
+            micro = f"micro_batch {stage.micro} x " if stage.pack is None else ""
+            message = f"{stage.batch} is not divisible by {micro}{world} processes"
+            raise recipe.error(f"stages[{index}].batch", message)
+        if stage.pack is not None and not isinstance(task, Packs):
+            raise recipe.error(f"stages[{index}].pack", f"the task {recipe.task} cannot pack; remove it")
+
+
+def micro_samples(stage: Stage) -> int:
+    """Samples in one forward as DeepSpeed counts them; of packed rows it is told nothing."""
+    return stage.micro if stage.pack is None else 1
+
+
 def freeze(
     recipe: BaseRecipe, index: int, groups: Mapping[str, Sequence[nn.Parameter]], module: nn.Module
 ) -> None:
-    """Make exactly the stage's groups trainable; modules with nothing but frozen weights go to eval mode.
-
-    Raises:
-        UserError: the stage names a group that the task does not have.
-    """
-    stage = recipe.stages[index]
-    for name in stage.lr:
-        if name not in groups:
-            hint = near(name, groups) or f"; the groups are {', '.join(groups)}"
-            raise recipe.error(f"stages[{index}].lr.{name}", f"no such group of weights{hint}")
+    """Make exactly the stage's groups trainable; modules with nothing but frozen weights go to eval mode."""
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     seen: set[int] = set()
-    for name in stage.lr:
+    for name in recipe.stages[index].lr:
         for parameter in groups[name]:
             assert id(parameter) not in seen, f"group {name} shares a parameter with another group"
             seen.add(id(parameter))
             parameter.requires_grad_(True)
-    if not seen:
-        raise recipe.error(f"stages[{index}].lr", "these groups hold no weights, so nothing would train")
     set_modes(module)
 
 
@@ -210,13 +229,7 @@ class Engine:
         self.device = device
         self.zero = recipe.zero_stage
         stage, settings = recipe.stages[index], recipe.optimizer
-        self._micro = stage.micro if stage.pack is None else 1
-        if stage.batch % (self._micro * self.world):
-            micro = f"micro_batch {self._micro} x " if stage.pack is None else ""
-            message = f"{stage.batch} is not divisible by {micro}{self.world} processes"
-            raise recipe.error(f"stages[{index}].batch", message)
-        if stage.pack is not None and not isinstance(task, Packs):
-            raise recipe.error(f"stages[{index}].pack", f"the task {recipe.task} cannot pack; remove it")
+        self._micro = micro_samples(stage)
         self._packed = stage.pack is not None
         parameters, self.names = parameter_groups(module, groups, stage, settings.weight_decay)
         self.parameters: list[nn.Parameter] = [one for group in parameters for one in group["params"]]

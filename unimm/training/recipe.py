@@ -132,6 +132,13 @@ class Stage(Section):
             raise ValueError("rows take the place of micro_batch; remove one of the two")
         return value
 
+    @field_validator("lr")
+    @classmethod
+    def _trains(cls, value: dict[str, float]) -> dict[str, float]:
+        if not any(value.values()):
+            raise ValueError(f"every rate is 0, so nothing would train; give {next(iter(value))} one above 0")
+        return value
+
     @field_validator("mixture")
     @classmethod
     def _some(cls, value: dict[str, float]) -> dict[str, float]:

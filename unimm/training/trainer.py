@@ -32,7 +32,15 @@ from unimm.errors import UserError
 from unimm.training import checkpoint
 from unimm.training.average import Average
 from unimm.training.batches import StepBatch, derive_seed, read_ahead
-from unimm.training.engine import Engine, freeze, gather_over_ranks, pick_device, set_modes, start_distributed
+from unimm.training.engine import (
+    Engine,
+    check_stages,
+    freeze,
+    gather_over_ranks,
+    pick_device,
+    set_modes,
+    start_distributed,
+)
 from unimm.training.logging import RunLog
 from unimm.training.recipe import BaseRecipe, load_recipe
 from unimm.training.schedule import lr_factor
@@ -90,6 +98,7 @@ class Run:
         self.snapshot = checkpoint.read_newest(self.output / "checkpoints")
         if self.snapshot is not None:
             self._restore(self.snapshot)
+        check_stages(recipe, self.task, self.groups, self.world, self.stage)
         self.log = RunLog(recipe, self.step, active=self.rank == 0, quiet=quiet)
         if self.snapshot is not None:
             self.log.say(f"going on from step {self.step} ({self.output / 'checkpoints'})")
@@ -130,7 +139,7 @@ class Run:
         stage = self.recipe.stages[self.stage]
         try:
             with read_ahead(self.task, source, stage, self.stage_step, self.rank, self.world) as steps:
-                for batch in steps:
+                for batch in self.log.waiting(steps):
                     self._step(engine, batch.micro_batches, *self._agree(batch))
             with self.log.aside():
                 self._end_stage(engine)
