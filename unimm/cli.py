@@ -404,6 +404,25 @@ def _show_plan(document: dict[str, Any]) -> None:
     )
 
 
+def _hosts_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("hostfile", metavar="HOSTFILE", help="lines of NAME slots=N, as launchers read them")
+    parser.add_argument(
+        "--timeout", type=positive, default=5, metavar="S", help="seconds a host has to answer (default: 5)"
+    )
+
+
+def _hosts(options: Options) -> Any:
+    from unimm.training.hosts import check_hosts
+
+    hosts = check_hosts(options.hostfile, options.timeout)
+    return {"hosts": {host.name: host.slots for host in hosts}, "slots": sum(host.slots for host in hosts)}
+
+
+def _show_hosts(document: dict[str, Any]) -> None:
+    print_table(("host", "slots"), [(name, str(slots)) for name, slots in document["hosts"].items()])
+    print(f"All {len(document['hosts'])} hosts answer; {document['slots']} processes.")
+
+
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="the output folder of a training run")
     parser.add_argument("-o", "--output", metavar="FILE", help="default: report.png in that folder")
@@ -524,6 +543,7 @@ COMMANDS = (
     ),
     Command("train", "train by a recipe", _train_arguments, _train, _show_trained),
     Command("plan", "what a recipe would take on a cluster", _plan_arguments, _plan, _show_plan),
+    Command("hosts", "try every host of a hostfile by ssh", _hosts_arguments, _hosts, _show_hosts),
     Command("report", "draw curves and samples of a run", _report_arguments, _report, _show_report),
     Command("eval", "evaluate a model by a recipe", _recipe_arguments, _evaluate, _show_evaluation),
     Command("tokenizer train", "train an image tokenizer", _train_arguments, _train_tokenizer, _show_trained),
