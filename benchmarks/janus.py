@@ -15,7 +15,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,23 +41,27 @@ PROMPTS = ("a red apple", "two stars on a blue background", "what a long prompt 
 ANSWER = 32  # tokens of a caption
 
 
-def make_checkpoint(folder: Path, options: argparse.Namespace) -> JanusForConditionalGeneration:
-    """Write a Janus of random weights in transformers' layout."""
+def make_checkpoint(
+    folder: Path, options: argparse.Namespace, texts: Sequence[str] = PROMPTS, words: int = 300
+) -> JanusForConditionalGeneration:
+    """Write a Janus of random weights in transformers' layout, with a text tokenizer of so many words for texts."""
     torch.manual_seed(0)
-    trained = train_text_tokenizer(list(PROMPTS), 300)
+    trained = train_text_tokenizer(list(texts), words)
     names = {"bos_token": trained.bos_token, "eos_token": trained.eos_token, "pad_token": trained.pad_token}
-    words = PreTrainedTokenizerFast(tokenizer_object=trained.backend_tokenizer, **names)
-    words.add_special_tokens({"additional_special_tokens": ["<|User|>", "<|Assistant|>"]})
-    bos = (words.bos_token, words.bos_token_id)
-    words.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
-    vocabulary = words.get_vocab()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained.backend_tokenizer, **names)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|User|>", "<|Assistant|>"]})
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos[0]} $A", special_tokens=[bos]
+    )
+    vocabulary = tokenizer.get_vocab()
     heads = max(options.width // 128, 4)
     config = JanusConfig(
         text_config=LlamaConfig(
-            vocab_size=max(len(words), options.vocabulary), hidden_size=options.width,
+            vocab_size=max(len(tokenizer), options.vocabulary), hidden_size=options.width,
             intermediate_size=options.intermediate, num_hidden_layers=options.layers, num_attention_heads=heads,
-            num_key_value_heads=heads, max_position_embeddings=1024, bos_token_id=words.bos_token_id,
-            eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
+            num_key_value_heads=heads, max_position_embeddings=1024, bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         ),
         vision_config={
             "hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3, "image_size": 64, "patch_size": 8,
@@ -73,13 +77,13 @@ def make_checkpoint(folder: Path, options: argparse.Namespace) -> JanusForCondit
     )  # fmt: skip
     model = JanusForConditionalGeneration(config).eval()
     model.generation_config = GenerationConfig(
-        bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         generation_kwargs={"boi_token_id": vocabulary["<begin_of_image>"]},
     )
     model.save_pretrained(folder)
-    words.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     processing = {
         "use_default_system_prompt": False,
         "image_processor": {"image_mean": [0.5] * 3, "image_std": [0.5] * 3},
