@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from PIL import Image
 from pydantic import Field
 
 from unimm.console import print_table, progress
@@ -256,10 +255,15 @@ class Loop:
         section = self.recipe.measure
         scenes, seeds = held_out(self.base, section, self.seed, range(min(SHOWN, section.prompts)))
         prompts = [prompt_for(scene) for scene in scenes]
-        options = {"guidance_scale": section.guidance_scale, "temperature": section.temperature}
-        first = seeds[:: section.n]
-        drawn: list[list[Image.Image]] = [
-            um.draw(prompts, seed=first, **options) for um in (self.base, load(str(self.export)))
+        models = (self.base, load(str(self.export)))
+        drawn = [
+            um.draw(
+                prompts,
+                seed=seeds[:: section.n],
+                guidance_scale=section.guidance_scale,
+                temperature=section.temperature,
+            )
+            for um in models
         ]
         cards = [Card(list(pair), [Line(prompt)]) for prompt, *pair in zip(prompts, *drawn, strict=True)]
         title = f"held-out prompts, seed {self.seed}: before on the left, after on the right"
