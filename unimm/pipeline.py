@@ -418,8 +418,8 @@ def describe(source: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts().items()}
     if model.image_tokenizer is not None:
         parts["image_tokenizer"] = sum(p.numel() for p in model.image_tokenizer.parameters())
-        if isinstance(model.image_tokenizer, ImageTokenizer):  # its codebook is a buffer
-            parts["image_tokenizer"] += model.image_tokenizer.vectors.numel()
+        if isinstance(model.image_tokenizer, ImageTokenizer):  # its codebook may be a buffer
+            parts["image_tokenizer"] += model.image_tokenizer.quantize.stored
     vision, generation = config.vision_config(), config.generation_config()
     decoder = config.decoder_config()
     area = "any size, {} to {} pixels".format(*generation.area) if generation and generation.area else None

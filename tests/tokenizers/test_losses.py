@@ -111,3 +111,47 @@ def test_perceptual_loss_of_a_network_in_a_folder(tmp_path: Path) -> None:
 def test_a_perceptual_network_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="perceptual network 'local-dir:"):
         losses.PerceptualLoss(f"local-dir:{tmp_path / 'none'}")
+
+
+def test_lpips_with_random_weights_is_a_distance() -> None:
+    torch.manual_seed(0)
+    loss = losses.make_perceptual("lpips:squeeze", 4, pretrained=False)
+    assert isinstance(loss, losses.Lpips) and not any(weight.requires_grad for weight in loss.parameters())
+    target = pictures(2, 64)
+    assert loss(target, target).item() == pytest.approx(0, abs=1e-6)
+    output = (target + 0.3 * pictures(2, 64, seed=5)).requires_grad_()
+    distance = loss(output, target)
+    distance.backward()
+    assert output.grad is not None and output.grad.abs().sum() > 0
+    parts = [loss(a[None], b[None]).item() for a, b in zip(output.detach(), target, strict=True)]
+    assert distance.item() == pytest.approx(sum(parts), rel=1e-4)
+
+
+def test_lpips_without_weights_or_package_says_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import sys
+    from urllib.error import URLError
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    with pytest.raises(
+        UserError, match=rf"lpips:squeeze'.*no network.*put its file into {tmp_path}"
+    ) as caught:
+        losses.make_perceptual("lpips:squeeze", 4, pretrained=True)
+    assert "\n" not in str(caught.value) and "to null" in str(caught.value)
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(UserError, match=r"needs the package lpips; .*unimm\[lpips\]"):
+        losses.Lpips("vgg")
+
+
+def test_the_full_discriminator_has_the_papers_layers() -> None:
+    judge = losses.PatchDiscriminator(64, 3, full=True)
+    convolutions = [layer for layer in judge.layers if isinstance(layer, nn.Conv2d)]
+    shapes = [(layer.out_channels, layer.kernel_size[0], layer.stride[0]) for layer in convolutions]
+    assert shapes == [(64, 4, 2), (128, 4, 2), (256, 4, 2), (512, 4, 1), (1, 4, 1)]
+    assert judge(torch.zeros(1, 3, 256, 256)).shape == (1, 1, 30, 30)  # pix2pix's grid
+    assert losses.PatchDiscriminator(8, 2)(torch.zeros(1, 3, 16, 16)).shape == (1, 1, 4, 4)

@@ -14,9 +14,11 @@ from torch import Tensor
 from unimm.data.emojiscenes import EmojiScenes, Split
 from unimm.errors import UserError
 from unimm.images import atomic_write, save_image, to_tensor
+from unimm.processing import square_pixels
 from unimm.saving import no_progress
 from unimm.tokenizers.metrics import codebook_use, comparison, psnr, ssim
 from unimm.tokenizers.model import ImageTokenizer
+from unimm.tokenizers.pictures import PictureFiles
 from unimm.tokenizers.task import TokenizerRecipe
 from unimm.training.recipe import load_recipe
 
@@ -61,13 +63,26 @@ def batches(split: Split, samples: int, seed: int, size: int) -> Iterator[Tensor
 def evaluate_split(
     tokenizer: ImageTokenizer, split: Split, samples: int, seed: int, sheet: Path | None = None
 ) -> dict[str, float]:
-    """Reconstruct scenes of a split.
+    """Reconstruct scenes of a split: `samples` of them, which ones `seed` decides; see `evaluate_pixels`."""
+    return evaluate_pixels(tokenizer, batches(split, samples, seed, tokenizer.config.image_size), sheet)
+
+
+def picture_batches(location: str, samples: int, size: int) -> Iterator[Tensor]:
+    """Yield up to `samples` pictures of one's own, spread over their place, as pixels [B, 3, H, W] in [-1, 1]."""
+    files = PictureFiles(location)
+    indices = np.unique(np.linspace(0, len(files) - 1, samples).astype(int)).tolist()
+    for start in range(0, len(indices), BATCH):
+        yield square_pixels([files[index] for index in indices[start : start + BATCH]], size)
+
+
+def evaluate_pixels(
+    tokenizer: ImageTokenizer, pictures: Iterable[Tensor], sheet: Path | None = None
+) -> dict[str, float]:
+    """Reconstruct pictures.
 
     Args:
         tokenizer: in eval mode, on any device.
-        split: a split of EmojiScenes.
-        samples: number of scenes.
-        seed: which scenes.
+        pictures: batches of pixels [B, 3, H, W] in [-1, 1].
         sheet: where to write the first of them over their reconstructions.
 
     Returns:
@@ -79,7 +94,7 @@ def evaluate_split(
     ratios: list[Tensor] = []
     similarities: list[Tensor] = []
     shown: list[tuple[Tensor, Tensor]] = []
-    for pixels in batches(split, samples, seed, tokenizer.config.image_size):
+    for pixels in pictures:
         codes = tokenizer.encode(pixels.to(device))
         output = tokenizer.decode(codes).cpu()
         counts += torch.bincount(codes.flatten().cpu(), minlength=len(counts))
@@ -92,7 +107,7 @@ def evaluate_split(
         save_image(comparison(originals, outputs), sheet)
     used, perplexity = codebook_use(counts)
     return {
-        "samples": samples,
+        "samples": sum(map(len, ratios)),
         "psnr": torch.cat(ratios).mean().item(),
         "ssim": torch.cat(similarities).mean().item(),
         "codebook_use": used,
@@ -136,6 +151,9 @@ def evaluate_recipe(path: str | Path, overrides: Iterable[str] = ()) -> dict[str
         if split in settings.splits:
             sheet = folder / f"{split}.png"
             result[split] = evaluate_split(tokenizer, split, settings.samples, settings.seed, sheet)
+    if settings.pictures is not None:
+        own = picture_batches(settings.pictures, settings.samples, tokenizer.config.image_size)
+        result["pictures"] = evaluate_pixels(tokenizer, own, folder / "pictures.png")
     with atomic_write(folder / "metrics.json") as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result

@@ -6,6 +6,8 @@ whole step, so that accumulating micro-batches gives the gradient of the one lar
 
 from __future__ import annotations
 
+import itertools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,6 +55,7 @@ class PerceptualLoss(nn.Module):
     Args:
         network: a timm model with weights: its name where a hub is reachable, or `local-dir:FOLDER`.
         layers: how many of its last feature levels (blocks of a transformer) are compared.
+        pretrained: False gives random weights, to see whether a recipe runs.
 
     Raises:
         UserError: if timm cannot give the network or its intermediate features.
@@ -62,12 +65,12 @@ class PerceptualLoss(nn.Module):
     std: Tensor
     network: Any  # a module, with what timm adds to it
 
-    def __init__(self, network: str, layers: int = 4) -> None:
+    def __init__(self, network: str, layers: int = 4, pretrained: bool = True) -> None:
         super().__init__()
         import timm  # slow to import, and needed for this loss alone
 
         try:
-            self.network = timm.create_model(network, pretrained=True)
+            self.network = timm.create_model(network, pretrained=pretrained)
         except Exception as error:  # hub, file and key errors have no common base
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"perceptual network {network!r}: cannot be loaded ({reason})") from error
@@ -96,20 +99,87 @@ class PerceptualLoss(nn.Module):
         return torch.stack([_per_picture(error) for error in errors]).mean()
 
 
+LPIPS = "lpips:"  # begins the name of a network of the package lpips
+LPIPS_NETWORKS = ("vgg", "alex", "squeeze")
+
+
+class Lpips(nn.Module):
+    """LPIPS (arXiv 1801.03924) by the package lpips, with its learned channel weights.
+
+    Args:
+        network: one of `LPIPS_NETWORKS`; LlamaGen, like VQGAN, has "vgg".
+        pretrained: False gives random weights, to see whether a recipe runs.
+
+    Raises:
+        UserError: the package, or the weights of its network, are not to be had.
+    """
+
+    def __init__(self, network: str, pretrained: bool = True) -> None:
+        super().__init__()
+        if network not in LPIPS_NETWORKS:
+            known = ", ".join(LPIPS + name for name in LPIPS_NETWORKS)
+            raise UserError(f"perceptual network {LPIPS + network!r}: expected one of {known}")
+        try:
+            import lpips
+        except ImportError:
+            way = "install it with: pip install 'unimm[lpips]'"
+            raise UserError(
+                f"perceptual network {LPIPS + network!r}: needs the package lpips; {way}"
+            ) from None
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it calls torchvision by an older name of an argument
+                self.distance = lpips.LPIPS(
+                    net=network, pretrained=pretrained, pnet_rand=not pretrained, verbose=False
+                )
+        except (OSError, RuntimeError) as error:  # no network, or a download that was cut short
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            folder = f"{torch.hub.get_dir()}/checkpoints"
+            raise UserError(
+                f"perceptual network {LPIPS + network!r}: torchvision's ImageNet weights of it cannot be had "
+                f"({reason}); put its file into {folder}, name a timm network (local-dir:FOLDER), or set "
+                "loss.perceptual.network to null"
+            ) from error
+        self.requires_grad_(False).eval()
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return the summed distance of two batches of pixels [B, 3, H, W] in [-1, 1]."""
+        distances: Tensor = self.distance(output, target)
+        return distances.sum()
+
+
+def make_perceptual(network: str, layers: int, pretrained: bool) -> nn.Module:
+    """Return the perceptual loss that a recipe names.
+
+    Raises:
+        UserError: the network is not to be had.
+    """
+    if network.startswith(LPIPS):
+        return Lpips(network.removeprefix(LPIPS), pretrained)
+    return PerceptualLoss(network, layers, pretrained)
+
+
 class PatchDiscriminator(nn.Module):
     """PatchGAN (arXiv 1611.07004): one realness score for each patch, [B, 1, h, w].
 
     Group normalisation stands in for batch normalisation: it keeps no running statistics, so the same pass
     serves real and reconstructed pictures and any micro-batch size.
+
+    Args:
+        channels: of the first level; each has twice those of the one before, up to eight times.
+        levels: that halve the grid.
+        full: one more level that does not, and a last kernel of 4, as in the paper (patches of 70 pixels at 3
+            levels).
     """
 
-    def __init__(self, channels: int = 32, levels: int = 3) -> None:
+    def __init__(self, channels: int = 32, levels: int = 3, full: bool = False) -> None:
         super().__init__()
+        widths = [channels * min(2**level, 8) for level in range(levels + full)]
         layers: list[nn.Module] = [nn.Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
-        for level in range(1, levels):
-            before, after = channels * 2 ** (level - 1), channels * 2**level
-            layers += [nn.Conv2d(before, after, 4, 2, 1), nn.GroupNorm(8, after), nn.LeakyReLU(0.2)]
-        layers.append(nn.Conv2d(channels * 2 ** (levels - 1), 1, 3, 1, 1))
+        for level, (before, after) in enumerate(itertools.pairwise(widths), 1):
+            stride = 2 if level < levels else 1
+            layers += [nn.Conv2d(before, after, 4, stride, 1), nn.GroupNorm(8, after), nn.LeakyReLU(0.2)]
+        layers.append(nn.Conv2d(widths[-1], 1, 4 if full else 3, 1, 1))
         self.layers = nn.Sequential(*layers)
         for layer in self.layers:
             if isinstance(layer, nn.Conv2d):  # pix2pix's initialisation

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unimm.images import to_uint8
@@ -58,6 +58,40 @@ def codebook_use(counts: Tensor) -> tuple[float, float]:
     shares = counts.double() / counts.sum().clamp_min(1)
     entropy = -(shares * shares.clamp_min(1e-30).log()).sum()
     return (counts > 0).double().mean().item(), entropy.exp().item()
+
+
+class RecentCodes(nn.Module):
+    """Use of a codebook over the latest codes of all processes, as LlamaGen logs it; nothing learns from it.
+
+    Args:
+        codebook_size: number of codes.
+        window: how many codes back are counted; at least four for each code of the codebook, so that full use
+            can be told.
+    """
+
+    seen: Tensor
+
+    def __init__(self, codebook_size: int, window: int = 65_536) -> None:
+        super().__init__()
+        self.codebook_size = codebook_size
+        # -1: nothing yet. Not saved: a run that goes on counts anew.
+        codes = torch.full((max(window, 4 * codebook_size),), -1, dtype=torch.int32)
+        self.register_buffer("seen", codes, persistent=False)
+
+    @torch.no_grad()
+    def add(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Count codes [B, h, w]; give the share of codes in use and their perplexity, as scalars."""
+        new = codes.flatten().to(torch.int32)
+        distributed = torch.distributed
+        if distributed.is_initialized() and distributed.get_world_size() > 1:
+            parts = [torch.empty_like(new) for _ in range(distributed.get_world_size())]
+            distributed.all_gather(parts, new)
+            new = torch.cat(parts)
+        self.seen = torch.cat([self.seen, new])[-len(self.seen) :]
+        counts = torch.bincount(self.seen + 1, minlength=self.codebook_size + 1)[1:]
+        shares = counts / counts.sum().clamp_min(1)
+        entropy = -torch.xlogy(shares, shares).sum()
+        return (counts > 0).float().mean(), entropy.exp()
 
 
 def comparison(originals: Tensor, outputs: Tensor, columns: int = 12) -> Image.Image:

@@ -1,21 +1,34 @@
 """The image tokenizer: pictures to a grid of discrete codes and back.
 
-A convolutional encoder and decoder built from diffusers' `VQModel` blocks around an l2-normalised codebook
-from vector-quantize-pytorch (the quantiser of ViT-VQGAN and LlamaGen: few dimensions, cosine distance,
-codes that fall out of use restarted from the batch). Every size is read from the configuration, so LlamaGen's
-VQ-16 and a tokenizer that trains on one CPU core are the same class.
+A convolutional encoder and decoder built from diffusers' `VQModel` blocks around a quantiser of any kind
+(`unimm.tokenizers.quantizers`); by default an l2-normalised codebook of few dimensions, as in ViT-VQGAN and
+LlamaGen. Every size is read from the configuration, so LlamaGen's VQ-16 and a tokenizer that trains on one CPU
+core are the same class.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from vector_quantize_pytorch import VectorQuantize
+
+from unimm.tokenizers.quantizers import (
+    QUANTIZERS,
+    Quantizer,
+    QuantizerSettings,
+    VectorSettings,
+    make_quantizer,
+    read_settings,
+)
+
+# What configurations mean that were written when there was one kind of quantiser, and leave these keys out.
+_EARLIER = {"dead_code_threshold": 0.0, "kmeans_init": False}
 
 
 class Reconstruction(NamedTuple):
@@ -23,7 +36,7 @@ class Reconstruction(NamedTuple):
 
     pixels: float [B, 3, H, W], not clamped, so that gradients reach values outside [-1, 1].
     codes: int64 [B, h, w].
-    commitment: scalar; pulls the encoder towards its code vectors (already times its weight).
+    commitment: scalar; the quantiser's own losses, such as the pull of latents towards code vectors, weighted.
     """
 
     pixels: Tensor
@@ -49,13 +62,11 @@ class ImageTokenizerConfig(PreTrainedConfig):
             steps and spreads the latents over all dimensions, so a short training gets much further.
         latent_norm: standardise each latent dimension (batch normalisation without scale and shift). Else the
             latents' common mean puts all directions close together, and few codes are told apart.
-        codebook_size: number of codes.
-        codebook_dim: dimension in which codes are compared, kept small so that all of them get used.
-        commitment_weight: weight of the commitment loss.
-        codebook_decay: decay of the moving average that trains the codebook.
-        dead_code_threshold: a code whose moving count of uses falls below this is restarted from the batch.
-        kmeans_init: start the codebook as k-means of the first training batch.
-        rotation_trick: pass gradients by rotation (arXiv 2410.06424) instead of straight through.
+        quantizer: kind and settings of the quantiser, one of `unimm.tokenizers.quantizers.QuantizerSettings` as
+            plain values. The settings of a `VectorSettings` may also be given one by one.
+
+    Raises:
+        ValueError: the quantiser's settings are wrong.
     """
 
     model_type = "unimm_vq"
@@ -72,13 +83,7 @@ class ImageTokenizerConfig(PreTrainedConfig):
         latent_channels: int = 64,
         linear_shortcut: bool = False,
         latent_norm: bool = False,
-        codebook_size: int = 512,
-        codebook_dim: int = 8,
-        commitment_weight: float = 0.25,
-        codebook_decay: float = 0.99,
-        dead_code_threshold: float = 0.0,
-        kmeans_init: bool = False,
-        rotation_trick: bool = False,
+        quantizer: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.image_size = image_size
@@ -91,14 +96,24 @@ class ImageTokenizerConfig(PreTrainedConfig):
         self.latent_channels = latent_channels
         self.linear_shortcut = linear_shortcut
         self.latent_norm = latent_norm
-        self.codebook_size = codebook_size
-        self.codebook_dim = codebook_dim
-        self.commitment_weight = commitment_weight
-        self.codebook_decay = codebook_decay
-        self.dead_code_threshold = dead_code_threshold
-        self.kmeans_init = kmeans_init
-        self.rotation_trick = rotation_trick
+        given = {name: kwargs.pop(name) for name in VectorSettings.model_fields if name in kwargs}
+        self.quantizer = read_settings(quantizer or {"kind": "vq", **_EARLIER, **given}).model_dump()
         super().__init__(**kwargs)
+
+    @property
+    def quantizer_settings(self) -> QuantizerSettings:
+        """The quantiser's settings, typed."""
+        return read_settings(self.quantizer)
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of codes."""
+        return self.quantizer_settings.codebook_size
+
+    @property
+    def codebook_dim(self) -> int:
+        """Dimensions of what the quantiser sees."""
+        return self.quantizer_settings.codebook_dim
 
     @property
     def stride(self) -> int:
@@ -109,6 +124,32 @@ class ImageTokenizerConfig(PreTrainedConfig):
     def grid_size(self) -> int:
         """Codes a side of a picture of `image_size`."""
         return self.image_size // self.stride
+
+
+class LatentNorm(nn.BatchNorm2d):
+    """Batch normalisation without scale and shift, over the latents of all processes (torch's own needs a GPU)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, affine=False)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Standardise latents [B, D, h, w]; in training by the step's own mean and variance."""
+        distributed = torch.distributed
+        if not self.training or not distributed.is_initialized() or distributed.get_world_size() == 1:
+            return super().forward(latents)
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        assert self.num_batches_tracked is not None
+        numbers = latents.float()
+        count = numbers.new_tensor([numbers.numel() / numbers.shape[1]])
+        total = all_reduce(torch.cat([numbers.sum((0, 2, 3)), count]))
+        mean = total[:-1] / total[-1]
+        centred = numbers - mean.view(1, -1, 1, 1)
+        variance = all_reduce(centred.square().sum((0, 2, 3))) / total[-1]
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * total[-1] / (total[-1] - 1), self.momentum)
+        return (centred * (variance + self.eps).rsqrt().view(1, -1, 1, 1)).to(latents.dtype)
 
 
 def _block_types(config: ImageTokenizerConfig, plain: str, attention: str) -> tuple[str, ...]:
@@ -148,17 +189,7 @@ class ImageTokenizer(PreTrainedModel):
             mid_block_add_attention=config.mid_attention,
         )
         self.quant_conv = nn.Conv2d(config.latent_channels, config.codebook_dim, 1)
-        self.quantize = VectorQuantize(
-            dim=config.codebook_dim,
-            codebook_size=config.codebook_size,
-            use_cosine_sim=True,
-            accept_image_fmap=True,
-            decay=config.codebook_decay,
-            commitment_weight=config.commitment_weight,
-            threshold_ema_dead_code=config.dead_code_threshold,
-            kmeans_init=config.kmeans_init,
-            rotation_trick=config.rotation_trick,
-        )
+        self.quantize: Quantizer = make_quantizer(config.quantizer_settings)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.latent_channels, 1)
         self.decoder = Decoder(
             in_channels=config.latent_channels,
@@ -174,15 +205,13 @@ class ImageTokenizer(PreTrainedModel):
             square = 3 * config.stride**2
             self.shortcut_in = nn.Conv2d(square, config.codebook_dim, 1, bias=False)
             self.shortcut_out = nn.Conv2d(config.codebook_dim, square, 1)
-        self.latent_norm = (
-            nn.BatchNorm2d(config.codebook_dim, affine=False) if config.latent_norm else nn.Identity()
-        )
+        self.latent_norm = LatentNorm(config.codebook_dim) if config.latent_norm else nn.Identity()
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Keep PyTorch's own initialisation; only restore the quantiser's constant, which is never saved."""
-        if isinstance(module, VectorQuantize):
-            module.zero.zero_()
+        """Keep PyTorch's own initialisation; only restore what of the quantiser is never saved."""
+        if isinstance(module, QUANTIZERS):
+            module.restore()
 
     @property
     def stride(self) -> int:
@@ -192,8 +221,7 @@ class ImageTokenizer(PreTrainedModel):
     @property
     def vectors(self) -> Tensor:
         """The code vectors [codebook_size, codebook_dim], as they are stored."""
-        vectors: Tensor = self.quantize.codebook
-        return vectors
+        return self.quantize.vectors
 
     @property
     def last_layer(self) -> Tensor:
@@ -230,7 +258,7 @@ class ImageTokenizer(PreTrainedModel):
         latents = self.latents(pixels)
         quantized, codes, commitment = self.quantize(latents)
         if blend < 1:
-            quantized = torch.lerp(F.normalize(latents, dim=1), quantized, blend)
+            quantized = torch.lerp(self.quantize.plain(latents), quantized, blend)
         return Reconstruction(self.pixels(quantized), codes, commitment * blend)
 
     @torch.no_grad()
@@ -250,17 +278,10 @@ class ImageTokenizer(PreTrainedModel):
         moving = self.latent_norm.training
         self.latent_norm.eval()  # codes must not move its statistics, even while a parent trains
         try:
-            latents = F.normalize(self.latents(pixels).float(), dim=1)
+            latents = self.latents(pixels)
         finally:
             self.latent_norm.train(moving)
-        directions = self._directions().float()
-        # picture by picture: all similarities of a batch at 384 pixels and 16,384 codes would take gigabytes
-        codes = [torch.einsum("dhw,kd->hwk", one, directions).argmax(-1) for one in latents]
-        return torch.stack(codes)
-
-    def _directions(self) -> Tensor:
-        """Code vectors [codebook_size, codebook_dim] of length 1; a published codebook is not stored so."""
-        return F.normalize(self.vectors, dim=-1)
+        return self.quantize.codes(latents)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -276,7 +297,7 @@ class ImageTokenizer(PreTrainedModel):
             ValueError: if the codes have another shape, are no integers or are out of range.
         """
         check_codes(codes, self.config.codebook_size)
-        quantized = self._directions()[codes.long()].movedim(-1, 1)  # [B, codebook_dim, h, w]
+        quantized = self.quantize.lookup(codes.long())
         return self.pixels(quantized.to(self.dtype)).clamp(-1.0, 1.0)
 
 

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field
+import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from unimm.data.emojiscenes import EmojiScenes, Split
+from unimm.data.sources import BadRecord
+from unimm.errors import UserError
 from unimm.images import save_image, to_tensor
+from unimm.processing import square_pixels
 from unimm.tokenizers import losses
 from unimm.tokenizers.data import KINDS, TokenizerPictures
-from unimm.tokenizers.metrics import comparison, psnr
+from unimm.tokenizers.metrics import RecentCodes, comparison, psnr
 from unimm.tokenizers.model import ImageTokenizer, ImageTokenizerConfig, Reconstruction
+from unimm.tokenizers.pictures import PictureFiles, RandomCrops
+from unimm.tokenizers.quantizers import AnyQuantizer, VectorSettings
+from unimm.training.batches import mix
 from unimm.training.recipe import BaseRecipe, NotNegative, Positive, Rate, Section, Stage, near, validate
+from unimm.training.records import BadItems
 
 if TYPE_CHECKING:
     from unimm.training.task import Source
@@ -39,20 +49,49 @@ class Model(Section):
     latent_channels: Positive = 64
     linear_shortcut: bool = False
     latent_norm: bool = False
-    codebook_size: Positive = 512
-    codebook_dim: Positive = 8
-    commitment_weight: Rate = 0.25
-    codebook_decay: Share = 0.99
-    dead_code_threshold: Rate = 0.5
-    kmeans_init: bool = True
-    rotation_trick: bool = False
+    quantizer: AnyQuantizer = Field(default_factory=VectorSettings)
+    """A kind (vq, fsq, lfq, simvq) and its settings; those of vq may also stand beside the other sizes."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gathered(cls, data: Any) -> Any:
+        """Put the vector quantiser's settings, which stood here before there was a choice, in their place."""
+        if not isinstance(data, dict) or "quantizer" in data:
+            return data
+        given = {name: data[name] for name in VectorSettings.model_fields if name in data and name != "kind"}
+        rest = {name: value for name, value in data.items() if name not in given}
+        return rest | {"quantizer": {"kind": "vq"} | given}
+
+
+class PictureSection(Section):
+    """Pictures of one's own, cropped at random as ADM (arXiv 2105.05233) and LlamaGen do."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """A folder of pictures (subfolders too), a tar, or a pattern of tars."""
+    shorter: Annotated[tuple[Share, Share], Field(strict=False)] = (0.8, 1.0)
+    """Least and most share of a picture's short side that the crop takes up."""
+    flip: bool = True
+    """Whether half of them are mirrored."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> PictureSection:
+        if not 0 < self.shorter[0] <= self.shorter[1]:
+            raise ValueError(f"shorter: expected two growing shares above 0, got {list(self.shorter)}")
+        return self
 
 
 class Data(Section):
-    """Pictures trained on; `Stage.mixture` says how much of each kind (scenes alone if it is empty)."""
+    """Pictures trained on; `Stage.mixture` says how much of each kind and source.
+
+    Where it is empty, all sources in equal shares, or scenes alone if there are none.
+    """
 
     augmented: Share = 0.5
-    """Share of pictures that are mirrored, turned or recoloured at random."""
+    """Share of scenes and artwork that are mirrored, turned or recoloured at random."""
+    sources: dict[str, PictureSection] = Field(default_factory=dict)
+    """Name -> pictures of one's own; the name may stand in a stage's mixture."""
+    max_bad_items: NotNegative = 100
+    """Most pictures of sources that may be unreadable before the run stops."""
 
 
 class Options(Section):
@@ -63,11 +102,15 @@ class Options(Section):
 
 
 class Perceptual(Section):
-    """Features of a frozen timm network: a name, or `local-dir:FOLDER`."""
+    """Distance of a frozen network's features."""
 
     network: str | None = None
+    """`lpips:vgg` (alex, squeeze) for LPIPS by the package lpips; or a timm name, or `local-dir:FOLDER`."""
     weight: Rate = 1.0
     layers: Positive = 4
+    """Of a timm network: how many of its last levels are compared."""
+    pretrained: bool = True
+    """False gives it random weights, to see whether a recipe runs."""
 
 
 class Adversarial(Section):
@@ -80,6 +123,8 @@ class Adversarial(Section):
     """Scale by the ratio of the gradients at the last layer, as VQGAN does; LlamaGen keeps it fixed."""
     channels: Annotated[int, Field(gt=0, multiple_of=8)] = 32
     levels: Positive = 3
+    full: bool = False
+    """The layers of the paper: one more at stride 1, and a last kernel of 4."""
 
     def weight_at(self, step: int) -> float:
         """Weight of the generator's adversarial loss at a step."""
@@ -126,6 +171,8 @@ class Evaluation(Section):
     samples: Positive = 2000
     """Scenes of each split."""
     seed: NotNegative = 1
+    pictures: str | None = None
+    """Pictures of one's own, held out of training, to look at too: a folder or tars."""
 
 
 class TokenizerRecipe(BaseRecipe):
@@ -140,19 +187,45 @@ class TokenizerRecipe(BaseRecipe):
 
     @classmethod
     def shrink(cls, data: dict[str, Any]) -> None:
-        """As many levels, of a few channels."""
-        levels = len(data["model"].get("block_out_channels", [0]))
-        data["model"] |= {"block_out_channels": [8] * levels, "norm_num_groups": 2, "latent_channels": 8}
-        data["model"] |= {"codebook_size": 16, "codebook_dim": 4}
+        """As many levels of a few channels, a small quantiser of the same kind, and built-in scenes."""
+        model = data["model"]
+        levels = len(model.get("block_out_channels", [0]))
+        stride = model.get("patch_size", 1) * 2 ** (levels - 1)
+        model |= {"block_out_channels": [8] * levels, "norm_num_groups": 2, "latent_channels": 8}
+        model["image_size"] = min(model.get("image_size", 64), max(4 * stride, 32))
+        quantizer = model.get("quantizer", model)
+        tiny = {"fsq": {"levels": [3, 3]}, "lfq": {"codebook_size": 16}}
+        vector = {"codebook_size": 16, "codebook_dim": 4}
+        quantizer |= tiny.get(quantizer.get("kind", "vq"), vector)
+        loss = data.setdefault("loss", {})
+        features = loss.setdefault("perceptual", {})
+        features["pretrained"] = False
+        if str(features.get("network")).startswith(losses.LPIPS):
+            features["network"] = f"{losses.LPIPS}squeeze"  # the smallest of them
+        gan = loss.setdefault("adversarial", {})
+        gan |= {"start": min(gan.get("start", 0), 1), "channels": 8}
+        data["data"] = {}
+        data["evaluation"] = {}
+        for stage in data["stages"]:
+            kinds = {name: share for name, share in stage.get("mixture", {}).items() if name in KINDS}
+            stage["mixture"] = kinds if any(kinds.values()) else {"scenes": 1}
 
     def build_task(self) -> TokenizerTask:
         """Return the task, having checked what only the whole recipe can tell."""
+        if self.zero_stage == 3:
+            raise self.error(
+                "deepspeed.zero_optimization.stage", "a tokenizer's weights are not sharded; use 0, 1 or 2"
+            )
+        for name in self.data.sources:
+            if name in KINDS:
+                raise self.error(f"data.sources.{name}", "this is a kind of scenes; give it another name")
+        known = (*KINDS, *self.data.sources)
         for number, stage in enumerate(self.stages):
             validate(Options, stage.options, f"{self.source}: stages[{number}].options")
             for kind in stage.mixture:
-                if kind not in KINDS:
+                if kind not in known:
                     key = f"stages[{number}].mixture.{kind}"
-                    raise self.error(key, f"unknown kind; one of {', '.join(KINDS)}{near(kind, KINDS)}")
+                    raise self.error(key, f"unknown kind; one of {', '.join(known)}{near(kind, known)}")
         config = ImageTokenizerConfig(**self.model.model_dump())
         if config.image_size % config.stride:
             raise self.error("model.image_size", f"expected a multiple of the stride {config.stride}")
@@ -170,10 +243,13 @@ class TokenizerTraining(nn.Module):
         super().__init__()
         self.tokenizer = ImageTokenizer(config)
         gan, features = loss.adversarial, loss.perceptual
-        self.discriminator = losses.PatchDiscriminator(gan.channels, gan.levels) if gan.weight else None
-        self.perceptual: losses.PerceptualLoss | None = None
+        self.discriminator: nn.Module | None = None
+        if gan.weight:
+            self.discriminator = losses.PatchDiscriminator(gan.channels, gan.levels, gan.full)
+        self.perceptual: nn.Module | None = None
         if features.network and features.weight:
-            self.perceptual = losses.PerceptualLoss(features.network, features.layers)
+            self.perceptual = losses.make_perceptual(features.network, features.layers, features.pretrained)
+        self.recent = RecentCodes(config.codebook_size)
 
     def forward(self, pixels: Tensor, blend: float = 1.0) -> Reconstruction:
         """Reconstruct pixels [B, 3, H, W]; `blend` is explained at `ImageTokenizer.forward`."""
@@ -187,6 +263,8 @@ class TokenizerTask:
     def __init__(self, recipe: TokenizerRecipe, config: ImageTokenizerConfig) -> None:
         self.recipe = recipe
         self.config = config
+        self.lockstep = recipe.zero_stage > 0  # see `unimm.training.task.Task.loss`
+        self.files: dict[str, PictureFiles] = {}
 
     def build(self) -> TokenizerTraining:
         """Return tokenizer, discriminator and perceptual network in one module."""
@@ -201,11 +279,42 @@ class TokenizerTask:
         return groups
 
     def dataset(self, stage: Stage, seed: int) -> Source:
-        """Training pictures of a stage."""
-        mixture = stage.mixture or {"scenes": 1.0}
+        """Training pictures of a stage.
+
+        Raises:
+            UserError: a source has no pictures, or cannot be read.
+        """
+        data, size = self.recipe.data, self.config.image_size
+        mixture = stage.mixture or dict.fromkeys(data.sources, 1.0) or {"scenes": 1.0}
         options = validate(Options, stage.options, f"stage {stage.name}: options")
-        share = self.recipe.data.augmented if options.augmented is None else options.augmented
-        return TokenizerPictures(seed, self.config.image_size, mixture, share, self.config.stride)
+        share = data.augmented if options.augmented is None else options.augmented
+        kinds = {name: part for name, part in mixture.items() if name in KINDS}
+        own = [name for name, part in mixture.items() if name in data.sources and part]
+        if not own:
+            return TokenizerPictures(seed, size, kinds, share, self.config.stride)
+        bad = BadItems(Path(self.recipe.output) / "bad-items.jsonl", data.max_bad_items, self.recipe.source)
+        sources: dict[str, Any] = {
+            name: RandomCrops(
+                self._pictures(name), size, data.sources[name].shorter, data.sources[name].flip,
+                (seed, zlib.crc32(name.encode())), partial(bad.add, name),
+            )
+            for name in own
+        }  # fmt: skip
+        weights = {name: mixture[name] for name in own}
+        if any(kinds.values()):
+            sources["scenes"] = TokenizerPictures(seed, size, kinds, share, self.config.stride)
+            weights["scenes"] = sum(kinds.values())
+        source: Source = mix(sources, weights, seed, shuffle=False)
+        return source
+
+    def _pictures(self, name: str) -> PictureFiles:
+        """The files of a source, found once."""
+        if name not in self.files:
+            try:
+                self.files[name] = PictureFiles(self.recipe.data.sources[name].path)
+            except UserError as error:
+                raise self.recipe.error(f"data.sources.{name}.path", str(error)) from None
+        return self.files[name]
 
     def length(self, sample: Mapping[str, Any]) -> int:
         """One for all: micro-batches keep the order of the data."""
@@ -242,36 +351,70 @@ class TokenizerTask:
             "commitment": commitment.detach(),
             "psnr": psnr(pixels.detach(), target).sum() / images,
         }
+        # a mean over micro-batches and processes, each of which counts the same codes
+        used, perplexity = module.recent.add(output.codes)
+        metrics |= {
+            "codebook_use": used * (len(target) / images),
+            "perplexity": perplexity * (len(target) / images),
+        }
         if module.discriminator is None:
             return total, metrics
         metrics |= {"generator": 0.0, "discriminator": 0.0}  # the log keeps its columns
-        if step >= settings.adversarial.start:
+        if step >= settings.adversarial.start or self.lockstep:
             generator = losses.generator_loss(module.discriminator, pixels) / images
             discriminator = losses.discriminator_loss(module.discriminator, pixels, target) / images
             weight: float | Tensor = settings.adversarial.weight_at(step)
             if settings.adversarial.adaptive:
                 last = module.tokenizer.last_layer
                 weight = weight * losses.adaptive_weight(reconstruction, generator, last)
-            total = total + weight * generator + discriminator
+            learns = float(step >= settings.adversarial.start)
+            total = total + weight * generator + learns * discriminator
             metrics |= {"generator": generator.detach(), "discriminator": discriminator.detach()}
         return total, metrics
 
     def preview(self, module: nn.Module, folder: Path, step: int) -> None:
-        """Write originals over reconstructions of held-out scenes, and how good they are."""
+        """Write originals over reconstructions, of each source or of held-out scenes, and how good they are."""
         assert isinstance(module, TokenizerTraining)
         device = next(module.parameters()).device
         lines = []
-        for split in ("seen", "vendor"):
-            scenes = EmojiScenes(split, seed=self.recipe.seed, size=self.config.image_size)
-            pixels = to_tensor(np.stack([scenes[i].render() for i in range(PREVIEW)])).to(device)
-            codes = module.tokenizer.encode(pixels)
-            output = module.tokenizer.decode(codes)
-            save_image(comparison(pixels, output), folder / f"{split}-{step:07d}.png")
-            lines.append(f'"{split}": {psnr(output, pixels).mean().item():.2f}')
+        for name, pixels in self._shown().items():
+            codes = module.tokenizer.encode(pixels.to(device))
+            output = module.tokenizer.decode(codes).cpu()
+            save_image(comparison(pixels, output), folder / f"{name}-{step:07d}.png")
+            lines.append(f'"{name}": {psnr(output, pixels).mean().item():.2f}')
         with (folder / "psnr.jsonl").open("a", encoding="utf-8") as log:
             log.write(f'{{"step": {step}, {", ".join(lines)}}}\n')
+
+    def _shown(self) -> dict[str, Tensor]:
+        """Pixels [B, 3, H, W] that previews show."""
+        size = self.config.image_size
+        if self.files:
+            return {name: first_pictures(files, PREVIEW, size) for name, files in self.files.items()}
+        splits: tuple[Split, ...] = ("seen", "vendor")
+        scenes = {split: EmojiScenes(split, seed=self.recipe.seed, size=size) for split in splits}
+        return {
+            split: to_tensor(np.stack([held_out[i].render() for i in range(PREVIEW)]))
+            for split, held_out in scenes.items()
+        }
 
     def export(self, module: nn.Module, folder: Path) -> None:
         """Write the tokenizer alone, as `ImageTokenizer.from_pretrained` reads it."""
         assert isinstance(module, TokenizerTraining)
         module.tokenizer.save_pretrained(folder)
+
+
+def first_pictures(files: PictureFiles, count: int, size: int) -> Tensor:
+    """The first readable pictures of a place, evenly spread over it: pixels [B, 3, size, size] in [-1, 1].
+
+    Raises:
+        UserError: none can be read.
+    """
+    found: list[Tensor] = []
+    for index in np.unique(np.linspace(0, len(files) - 1, count).astype(int)).tolist():
+        try:
+            found.append(square_pixels([files[index]], size))
+        except BadRecord:
+            continue
+    if not found:
+        raise UserError(f"{files.location}: none of the first pictures can be read")
+    return torch.cat(found)

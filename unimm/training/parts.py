@@ -273,7 +273,7 @@ class Assembly:
         if model.code_embedding is not None:  # codes start out as far apart as the tokenizer has them
             table = model.code_embedding.table.weight
             with torch.no_grad():
-                table.copy_(self.image_tokenizer.quantize.codebook.reshape(table.shape))
+                table.copy_(self.image_tokenizer.vectors)
         if (folder := self.section.weights.get("decoder")) is not None:
             self._load_decoder(model.decoder, folder)
         return model

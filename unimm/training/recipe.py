@@ -420,10 +420,11 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
     location = [part for part in section if not _is_tag(part)]
     if kind == "extra_forbidden" or not _is_tag(last):  # a key may look like a tag
         location.append(last)
+    known = _fields_at(model, location[:-1])
+    location = _walk(model, location)[0]
     key = dotted(location) or "recipe"
     got = f", got {show(problem['input'])}"
     if kind == "extra_forbidden":
-        known = _fields_at(model, location[:-1])
         return f"{key}: unknown key{near(location[-1], known)}" + (
             f" (known: {', '.join(known)})" if known else ""
         )
@@ -437,6 +438,11 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
     if kind == "literal_error":
         options = context["expected"].replace("'", "").replace(" or ", ", ")
         return f"{key}: expected one of {options}{got}{near(problem['input'], options.split(', '))}"
+    if kind == "union_tag_invalid":
+        options, tag = context["expected_tags"].replace("'", ""), context["tag"]
+        return f"{key}.kind: expected one of {options}, got {show(tag)}{near(tag, options.split(', '))}"
+    if kind == "union_tag_not_found":
+        return f"{key}.kind: missing"
     if kind in ("too_short", "string_too_short"):
         return f"{key}: expected at least {context.get('min_length')}{got}"
     if kind in ("value_error", "assertion_error"):
@@ -468,13 +474,36 @@ def show(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _fields_at(model: type[BaseModel], location: Iterable[str | int]) -> list[str]:
-    """Names of the fields of the section at `location`; empty where it is not a section."""
+def _walk(model: type[BaseModel], location: Iterable[str | int]) -> tuple[list[str | int], Any]:
+    """A location without the kinds by which pydantic tells apart sections, and what stands there."""
+    kept: list[str | int] = []
     found: Any = model
     for part in location:
+        kinds = _kinds(found)
+        if part in kinds:
+            found = kinds[str(part)]
+            continue
+        kept.append(part)
         if isinstance(part, str) and isinstance(found, type) and issubclass(found, BaseModel):
             field = found.model_fields.get(part)
-            found = _section(field.annotation) if field else None
+            annotation = field.annotation if field else None
+            found = annotation if field and field.discriminator else _section(annotation)
+    return kept, found
+
+
+def _kinds(annotation: Any) -> dict[str, type[BaseModel]]:
+    """Kind -> section, where an annotation is a union of sections that their `kind` tells apart."""
+    if get_origin(annotation) not in (Union, types.UnionType):
+        return {}
+    sections = [
+        part for part in get_args(annotation) if isinstance(part, type) and "kind" in part.model_fields
+    ]
+    return {get_args(section.model_fields["kind"].annotation)[0]: section for section in sections}
+
+
+def _fields_at(model: type[BaseModel], location: Iterable[str | int]) -> list[str]:
+    """Names of the fields of the section at `location`; empty where it is not a section."""
+    found = _walk(model, location)[1]
     return list(found.model_fields) if isinstance(found, type) and issubclass(found, BaseModel) else []
 
 

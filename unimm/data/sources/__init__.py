@@ -27,6 +27,7 @@ __all__ = [
     "Reading",
     "Record",
     "Source",
+    "expand",
     "open_source",
 ]
 

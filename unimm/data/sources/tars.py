@@ -313,7 +313,7 @@ def sample_row(members: dict[str, Blob]) -> dict[str, Any]:
             except UnicodeDecodeError:
                 raise UserError(f"{extension}: not a text in UTF-8") from None
             break
-    pictures = [members[extension] for extension in sorted(members, key=_natural) if _is_picture(extension)]
+    pictures = [members[extension] for extension in sorted(members, key=_natural) if is_picture(extension)]
     named = [row[name] for name in ("images", "image") if name in row]
     if pictures and not (named and _all_members(named[0], members)):
         row.pop("images", None)
@@ -321,7 +321,8 @@ def sample_row(members: dict[str, Blob]) -> dict[str, Any]:
     return row
 
 
-def _is_picture(extension: str) -> bool:
+def is_picture(extension: str) -> bool:
+    """Whether a member of this extension is a picture, or the image codes of one."""
     return _PICTURE.match(extension) is not None or f".{extension}".endswith(CODES_SUFFIX)
 
 

@@ -1,0 +1,385 @@
+"""Quantisers of an image tokenizer: what turns latents into codes, one class for each kind, and their settings.
+
+All but one are vector-quantize-pytorch's, with the same few calls laid over them: `forward`, `codes`, `lookup`,
+`plain` and `vectors`. Shapes: B pictures, D dimensions of a latent, h x w its grid, K codes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeAlias
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+from vector_quantize_pytorch import FSQ, LFQ, SimVQ, VectorQuantize, lookup_free_quantization
+
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Size = Annotated[int, Field(gt=0)]
+
+
+class Settings(BaseModel):
+    """Base of the settings of a kind; unknown keys and loose types are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
+
+
+class VectorSettings(Settings):
+    """A codebook of unit vectors, compared by cosine (ViT-VQGAN, arXiv 2110.04627; LlamaGen, arXiv 2406.06525)."""
+
+    kind: Literal["vq"] = "vq"
+    codebook_size: Size = 512
+    codebook_dim: Size = 8
+    """Dimension in which codes are compared, kept small so that all of them get used."""
+    commitment_weight: Weight = 0.25
+    codebook_training: Literal["average", "gradient"] = "average"
+    """By moving average of the latents that a code stands for, or by gradient, as LlamaGen does."""
+    codebook_decay: Annotated[float, Field(ge=0, le=1)] = 0.99
+    """Of the moving average; like the three that follow, of no meaning where gradients train."""
+    dead_code_threshold: Weight = 0.5
+    """A code whose moving count of uses falls below this is restarted from the batch."""
+    kmeans_init: bool = True
+    """Start the codebook as k-means of the first training batch."""
+    rotation_trick: bool = False
+    """Pass gradients by rotation (arXiv 2410.06424) instead of straight through."""
+
+
+class ScalarSettings(Settings):
+    """Finite scalar quantisation (FSQ, arXiv 2309.15505): each dimension is rounded to a few levels."""
+
+    kind: Literal["fsq"]
+    levels: Annotated[list[Annotated[int, Field(gt=2)]], Field(min_length=1)]
+    """Levels of each dimension; their product is the number of codes."""
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of codes."""
+        return math.prod(self.levels)
+
+    @property
+    def codebook_dim(self) -> int:
+        """Dimensions of a latent."""
+        return len(self.levels)
+
+
+class LookupFreeSettings(Settings):
+    """Lookup-free quantisation (LFQ, MAGVIT-v2, arXiv 2310.05737): the signs of the dimensions are the code."""
+
+    kind: Literal["lfq"]
+    codebook_size: Size
+    """A power of 2; its exponent is the number of dimensions."""
+    entropy_weight: Weight = 0.1
+    """Of the loss that makes each choice sure and the choices of a batch diverse."""
+    diversity_weight: Weight = 1.0
+    """Of the second of the two within it."""
+    commitment_weight: Weight = 0.25
+
+    @field_validator("codebook_size")
+    @classmethod
+    def _power(cls, value: int) -> int:
+        if value < 2 or value & (value - 1):
+            raise ValueError(f"expected a power of 2, got {value}")
+        return value
+
+    @property
+    def codebook_dim(self) -> int:
+        """Dimensions of a latent."""
+        return self.codebook_size.bit_length() - 1
+
+
+class LinearSettings(Settings):
+    """SimVQ (arXiv 2411.02038): random vectors that stay, seen through a linear layer that learns."""
+
+    kind: Literal["simvq"]
+    codebook_size: Size
+    codebook_dim: Size
+    commitment_weight: Weight = 0.25
+    """Of the pull on the encoder; that on the codes counts once."""
+    rotation_trick: bool = False
+
+
+QuantizerSettings: TypeAlias = VectorSettings | ScalarSettings | LookupFreeSettings | LinearSettings
+AnyQuantizer = Annotated[QuantizerSettings, Field(discriminator="kind")]
+_ADAPTER: TypeAdapter[QuantizerSettings] = TypeAdapter(AnyQuantizer)
+
+
+def read_settings(fields: Mapping[str, Any]) -> QuantizerSettings:
+    """Return the settings that a configuration holds.
+
+    Raises:
+        ValueError: in one line, with the key.
+    """
+    try:
+        return _ADAPTER.validate_python(dict(fields))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(["quantizer", *map(str, first["loc"][1:])])
+        raise ValueError(f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+
+
+def nearest_directions(latents: Tensor, vectors: Tensor) -> Tensor:
+    """Return int64 codes [B, h, w] of the vectors [K, D] that point most as latents [B, D, h, w] do."""
+    latents = F.normalize(latents.float(), dim=1)
+    directions = F.normalize(vectors, dim=-1).float()
+    # picture by picture: all similarities of a batch at 384 pixels and 16,384 codes would take gigabytes
+    codes = [torch.einsum("dhw,kd->hwk", one, directions).argmax(-1) for one in latents]
+    return torch.stack(codes)
+
+
+class AveragedCodebook(VectorQuantize):  # type: ignore[misc]
+    """Unit vectors that follow their latents by moving average, over the latents of all processes."""
+
+    def __init__(self, settings: VectorSettings) -> None:
+        super().__init__(
+            dim=settings.codebook_dim,
+            codebook_size=settings.codebook_size,
+            use_cosine_sim=True,
+            accept_image_fmap=True,
+            decay=settings.codebook_decay,
+            commitment_weight=settings.commitment_weight,
+            threshold_ema_dead_code=settings.dead_code_threshold,
+            kmeans_init=settings.kmeans_init,
+            rotation_trick=settings.rotation_trick,
+        )
+
+    @property
+    def vectors(self) -> Tensor:
+        """The code vectors [K, D], as they are stored; a published codebook is not of length 1."""
+        vectors: Tensor = self.codebook
+        return vectors
+
+    @property
+    def stored(self) -> int:
+        """Numbers of the codebook that are no parameters."""
+        return self.vectors.numel()
+
+    def restore(self) -> None:
+        """Put back the constant that is never saved."""
+        self.zero.zero_()
+
+    def plain(self, latents: Tensor) -> Tensor:
+        """What the decoder would see without quantisation, [B, D, h, w]."""
+        return F.normalize(latents, dim=1)
+
+    def codes(self, latents: Tensor) -> Tensor:
+        """Codes int64 [B, h, w] of latents [B, D, h, w]; nothing learns from them."""
+        return nearest_directions(latents, self.vectors)
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """What the decoder sees for codes [B, h, w]: [B, D, h, w]."""
+        return F.normalize(self.vectors, dim=-1)[codes].movedim(-1, 1)
+
+
+class LearnedCodebook(nn.Module):
+    """Unit vectors that learn by gradient, as in LlamaGen; vector-quantize-pytorch averages such codebooks only.
+
+    The loss pulls codes towards latents with weight 1 and latents towards codes with the commitment's.
+    """
+
+    def __init__(self, settings: VectorSettings) -> None:
+        super().__init__()
+        self.commitment_weight = settings.commitment_weight
+        self.embedding = nn.Embedding(settings.codebook_size, settings.codebook_dim)
+        with torch.no_grad():
+            self.embedding.weight.copy_(F.normalize(self.embedding.weight, dim=-1))
+
+    @property
+    def vectors(self) -> Tensor:
+        """The code vectors [K, D], as they are stored."""
+        return self.embedding.weight
+
+    @property
+    def stored(self) -> int:
+        """None: the codebook is a parameter."""
+        return 0
+
+    def restore(self) -> None:
+        """Nothing here goes unsaved."""
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return code vectors [B, D, h, w] with the latents' gradient, codes [B, h, w] and the loss."""
+        with torch.autocast(latents.device.type, enabled=False):  # neighbours are closer than bfloat16 tells
+            plain = self.plain(latents.float())
+            with torch.no_grad():
+                codes = self.codes(latents)
+            chosen = self.lookup(codes)
+            pull = F.mse_loss(chosen, plain.detach())
+            loss = pull + self.commitment_weight * F.mse_loss(plain, chosen.detach())
+            return plain + (chosen - plain).detach(), codes, loss
+
+    plain = AveragedCodebook.plain
+    codes = AveragedCodebook.codes
+    lookup = AveragedCodebook.lookup
+
+
+class ScalarQuantizer(FSQ):  # type: ignore[misc]
+    """FSQ; it has no codebook and no loss, and a code's number counts through the levels."""
+
+    def __init__(self, settings: ScalarSettings) -> None:
+        with torch.device("cpu"):  # it counts its codes, which tensors without values cannot
+            super().__init__(settings.levels)
+        self.settings = settings
+
+    @property
+    def vectors(self) -> Tensor:
+        """What the codes stand for [K, D], within [-1, 1]."""
+        vectors: Tensor = self.implicit_codebook
+        return vectors
+
+    @property
+    def stored(self) -> int:
+        """None: the codebook follows from the levels."""
+        return 0
+
+    def restore(self) -> None:
+        """Put back the tables that are never saved."""
+        _copy_tables(self, ScalarQuantizer(self.settings))
+
+    def plain(self, latents: Tensor) -> Tensor:
+        """What the decoder would see without rounding, [B, D, h, w]."""
+        return latents.tanh()
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rounded latents [B, D, h, w] with the latents' gradient, codes [B, h, w] and 0 as the loss."""
+        quantized, codes = super().forward(latents)
+        return quantized, codes.long(), latents.new_zeros((), dtype=torch.float32)
+
+    def codes(self, latents: Tensor) -> Tensor:
+        """Codes int64 [B, h, w] of latents [B, D, h, w]."""
+        codes: Tensor = super().forward(latents.float())[1]
+        return codes.long()
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """What the decoder sees for codes [B, h, w]: [B, D, h, w]."""
+        return self.vectors[codes].movedim(-1, 1)
+
+
+def _mean_over_ranks(tensor: Tensor) -> Tensor:
+    """The mean of a tensor over all processes, through which gradients pass."""
+    from torch.distributed.nn.functional import all_reduce
+
+    if not lookup_free_quantization.is_distributed():
+        return tensor
+    total: Tensor = all_reduce(tensor)
+    return total / torch.distributed.get_world_size()
+
+
+# Version 1.32 divides by the number of processes, but loses the sum before it.
+lookup_free_quantization.maybe_distributed_mean = _mean_over_ranks
+
+
+class LookupFreeQuantizer(LFQ):  # type: ignore[misc]
+    """LFQ; its entropy loss takes [pictures x h x w, K] numbers of memory, so micro-batches are kept small."""
+
+    def __init__(self, settings: LookupFreeSettings) -> None:
+        super().__init__(
+            codebook_size=settings.codebook_size,
+            entropy_loss_weight=settings.entropy_weight,
+            diversity_gamma=settings.diversity_weight,
+            commitment_loss_weight=settings.commitment_weight,
+        )
+        self.settings = settings
+
+    @property
+    def vectors(self) -> Tensor:
+        """What the codes stand for [K, D], of -1 and 1."""
+        vectors: Tensor = self.codebook
+        return vectors
+
+    @property
+    def stored(self) -> int:
+        """None: the codebook follows from its size."""
+        return 0
+
+    def restore(self) -> None:
+        """Put back the tables that are never saved."""
+        with torch.device("cpu"):
+            _copy_tables(self, LookupFreeQuantizer(self.settings))
+
+    def plain(self, latents: Tensor) -> Tensor:
+        """What the decoder would see without signs alone, [B, D, h, w]."""
+        return latents.tanh()
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return signs [B, D, h, w] with the latents' gradient, codes [B, h, w] and the loss."""
+        quantized, codes, loss = super().forward(latents)
+        return quantized, codes.long(), loss
+
+    def codes(self, latents: Tensor) -> Tensor:
+        """Codes int64 [B, h, w] of latents [B, D, h, w]; the first dimension is the highest bit."""
+        bits = self.mask.long().view(1, -1, 1, 1)
+        return ((latents > 0) * bits).sum(1)
+
+    lookup = ScalarQuantizer.lookup
+
+
+class LinearCodebook(SimVQ):  # type: ignore[misc]
+    """SimVQ: one linear layer moves all codes together, so none falls out of use."""
+
+    def __init__(self, settings: LinearSettings) -> None:
+        super().__init__(
+            dim=settings.codebook_dim,
+            codebook_size=settings.codebook_size,
+            channel_first=True,
+            rotation_trick=settings.rotation_trick,
+            input_to_quantize_commit_loss_weight=settings.commitment_weight,
+        )
+
+    @property
+    def vectors(self) -> Tensor:
+        """The code vectors [K, D], through the linear layer."""
+        vectors: Tensor = self.codebook
+        return vectors
+
+    @property
+    def stored(self) -> int:
+        """Numbers of the random vectors, which are no parameters."""
+        return int(self.frozen_codebook.numel())
+
+    def restore(self) -> None:
+        """Nothing here goes unsaved."""
+
+    def plain(self, latents: Tensor) -> Tensor:
+        """What the decoder would see without quantisation: the latents [B, D, h, w]."""
+        return latents
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return code vectors [B, D, h, w] with the latents' gradient, codes [B, h, w] and the loss."""
+        with torch.autocast(latents.device.type, enabled=False):
+            quantized, codes, loss = super().forward(latents.float())
+        return quantized, codes, loss
+
+    def codes(self, latents: Tensor) -> Tensor:
+        """Codes int64 [B, h, w] of latents [B, D, h, w]."""
+        vectors = self.vectors.float()
+        flat = latents.float().movedim(1, -1).flatten(1, 2)  # [B, h w, D]
+        codes = [torch.cdist(one, vectors).argmin(-1) for one in flat]
+        return torch.stack(codes).view(len(latents), *latents.shape[-2:])
+
+    lookup = ScalarQuantizer.lookup
+
+
+Quantizer: TypeAlias = (
+    AveragedCodebook | LearnedCodebook | ScalarQuantizer | LookupFreeQuantizer | LinearCodebook
+)
+QUANTIZERS = (AveragedCodebook, LearnedCodebook, ScalarQuantizer, LookupFreeQuantizer, LinearCodebook)
+
+
+def make_quantizer(settings: QuantizerSettings) -> Quantizer:
+    """Return the quantiser that settings describe, with fresh weights."""
+    if isinstance(settings, VectorSettings):
+        averaged = settings.codebook_training == "average"
+        return AveragedCodebook(settings) if averaged else LearnedCodebook(settings)
+    if isinstance(settings, ScalarSettings):
+        return ScalarQuantizer(settings)
+    if isinstance(settings, LookupFreeSettings):
+        return LookupFreeQuantizer(settings)
+    return LinearCodebook(settings)
+
+
+def _copy_tables(module: nn.Module, fresh: nn.Module) -> None:
+    """Copy the buffers that are never saved."""
+    for name in module._non_persistent_buffers_set:
+        getattr(module, name).copy_(getattr(fresh, name))
