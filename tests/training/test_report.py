@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from unimm.errors import UserError
-from unimm.training.report import report
+from unimm.training.report import _plots, report, smooth
 
 
 def test_curves_and_samples_are_on_one_picture(tmp_path: Path) -> None:
@@ -29,6 +29,30 @@ def test_curves_and_samples_are_on_one_picture(tmp_path: Path) -> None:
         colours = {pixel[:3] for _, pixel in sheet.convert("RGB").getcolors(sheet.width * sheet.height) or []}
     assert {(50, 0, 0), (150, 0, 0), (250, 0, 0)} <= colours  # first, middle and last
     assert (100, 0, 0) not in colours
+
+
+def test_smoothing_follows_and_does_not_start_at_zero() -> None:
+    assert smooth([3.0] * 50) == pytest.approx([3.0] * 50)
+    step = smooth([0.0] * 50 + [1.0] * 50)
+    assert step[49] == 0 and 0 < step[50] < 0.5 < 0.95 < step[-1] < 1
+    assert smooth([1.0, 5.0, 2.0]) == [1.0, 5.0, 2.0]  # too few to smooth
+
+
+def test_panels_are_those_that_the_run_logged(tmp_path: Path) -> None:
+    """An image tokenizer's run: its own losses, codebook and held-out pictures; no tokens a second."""
+    lines = [
+        {"step": step, "stage": "one", "loss": 1.0, "reconstruction": 0.5, "generator": 0.0, "psnr": 20.0}
+        | {"codebook_use": 0.5, "tokens_per_second": 0.0, "samples_per_second": 3.0, "grad_norm": 1.0}
+        for step in (1, 2)
+    ]
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "psnr.jsonl").write_text('{"step": 2, "seen": 21.0, "vendor": 19.0}\n')
+    plots = _plots(tmp_path, lines)
+    assert [panel.unit for panel, _ in plots] == [
+        "mean over a step", "PSNR, dB", "PSNR, dB", "codes in use, %", "norm", "samples a second",
+    ]  # fmt: skip
+    assert plots[0][1].keys() == {"loss", "reconstruction"} and plots[1][1].keys() == {"seen", "vendor"}
+    assert plots[3][1] == {"codebook_use": [(1, 50.0), (2, 50.0)]}
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:

@@ -1,24 +1,53 @@
-"""One picture of a run: its curves, and the samples that it drew on the way."""
+"""One picture of a run: its curves, how good it is on what it never saw, and the samples it made on the way."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from unimm.errors import UserError
 from unimm.images import atomic_write
 
-SHOWN = 3  # sheets of samples: first, middle, last
-HIDDEN = ("step", "stage")
-PANELS: tuple[tuple[str, Callable[[str], bool]], ...] = (
-    ("Losses", lambda key: "loss" in key),
-    ("Gradient norm", lambda key: key == "grad_norm"),
-    ("Learning rates", lambda key: key.startswith("lr/")),
-    ("Speed (a second)", lambda key: key.endswith("_per_second")),
+WIDTH = 14.0  # inches
+DPI = 110
+PANEL, MARGIN = 3.1, 1.0  # inches: height of a row of panels; of the title and the caption of the figure
+WIDE = 2.0  # a sheet this much wider than high shares its row with one other, else with two
+PLAYERS = ("reconstruction", "commitment", "generator", "discriminator")  # losses of an image tokenizer
+SMOOTHED = 20  # a curve is averaged over about this part of its points
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot: its title, the unit of its values, and which keys of the log it shows."""
+
+    title: str
+    unit: str
+    shows: Callable[[str], bool]
+    smooth: bool = True
+    factor: float = 1.0
+
+
+PANELS = (
+    Panel("Losses", "mean over a step", lambda key: "loss" in key or key in PLAYERS),
+    Panel("Reconstruction in training", "PSNR, dB", lambda key: key == "psnr"),
+    Panel("Codebook", "codes in use, %", lambda key: key == "codebook_use", factor=100),
+    Panel("Perplexity of the codes", "codes", lambda key: key == "perplexity"),
+    Panel("Preferences", "share or margin", lambda key: "accuracy" in key or "margin" in key),
+    Panel("Norm of the gradient, before clipping", "norm", lambda key: key == "grad_norm"),
+    Panel("Learning rates", "rate", lambda key: key.startswith("lr/"), smooth=False),
+    Panel("Speed", "samples a second", lambda key: key == "samples_per_second"),
+    Panel("Speed", "tokens a second", lambda key: key == "tokens_per_second"),
 )
+PREVIEWS = {  # files of numbers beside the samples
+    "psnr.jsonl": Panel("Pictures never trained on", "PSNR, dB", lambda key: True, smooth=False),
+    "captions.jsonl": Panel("Captions of scenes never trained on", "right, %", lambda key: True, False, 100),
+}
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -58,44 +87,146 @@ def report(run: str | Path, file: str | Path | None = None) -> Path:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("report: needs matplotlib; install it with: pip install 'unimm[report]'") from None
-    sheets = _spread(sorted((folder / "samples").glob("*.png")))
-    figure = Figure(figsize=(12, 7 + (5 if sheets else 0)), layout="constrained")
-    grid = figure.add_gridspec(3 if sheets else 2, 6)
-    for number, (title, chosen) in enumerate(PANELS):
-        axes = figure.add_subplot(grid[number // 2, 3 * (number % 2) : 3 * (number % 2) + 3])
-        _curves(axes, title, lines, [key for key in lines[-1] if key not in HIDDEN and chosen(key)])
-    for number, sheet in enumerate(sheets):
-        axes = figure.add_subplot(grid[2, 2 * number : 2 * number + 2])
-        _picture(axes, sheet)
-    last = lines[-1]
-    figure.suptitle(f"{folder.name}: step {last['step']}, stage {last.get('stage', '')}")
+    plots = _plots(folder, lines)
+    rows = _sheet_rows(folder / "samples")
+    heights = [PANEL] * -(-len(plots) // 2) + [_height(row) for row in rows]
+    figure = Figure(figsize=(WIDTH, sum(heights) + MARGIN), layout="constrained")
+    grid = figure.add_gridspec(len(heights), 6, height_ratios=heights)
+    for number, (panel, series) in enumerate(plots):
+        alone = number == len(plots) - 1 and number % 2 == 0
+        columns = slice(0, 6) if alone else slice(3 * (number % 2), 3 * (number % 2) + 3)
+        _draw(figure.add_subplot(grid[number // 2, columns]), panel, series, lines)
+    for place, row in enumerate(rows, len(heights) - len(rows)):
+        span = 3 if _ratio(row[0]) > WIDE else 2
+        for column, sheet in enumerate(row):
+            _picture(figure.add_subplot(grid[place, span * column : span * (column + 1)]), sheet)
+    figure.suptitle(_title(folder, lines), fontsize=16, fontweight="bold")
+    figure.supxlabel(
+        "Faint: as logged. Strong: smoothed. Dotted: where a stage ends.", fontsize=9, color="0.4"
+    )
     target = Path(file) if file is not None else folder / "report.png"
     with atomic_write(target) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+        figure.savefig(temporary, format="png", dpi=DPI)
     return target
 
 
-def _spread(paths: Sequence[Path]) -> list[Path]:
-    """Return the first, the middle and the last of many."""
-    if len(paths) <= SHOWN:
-        return list(paths)
-    return [paths[round(i * (len(paths) - 1) / (SHOWN - 1))] for i in range(SHOWN)]
+Series = Mapping[str, Sequence[tuple[int, float]]]  # name -> (step, value)
 
 
-def _curves(axes: Any, title: str, lines: Sequence[dict[str, Any]], keys: Sequence[str]) -> None:
-    """Draw values over steps; where stages change, a line."""
+def _title(folder: Path, lines: Sequence[Mapping[str, Any]]) -> str:
+    last = lines[-1]
+    stages = list(dict.fromkeys(str(line["stage"]) for line in lines if line.get("stage")))
+    text = f"{folder.name}: {last['step']:,} steps"
+    return f"{text} ({' → '.join(stages)})" if stages else text
+
+
+def _plots(folder: Path, lines: Sequence[Mapping[str, Any]]) -> list[tuple[Panel, Series]]:
+    """The panels that have something to show; quality on held-out data comes right after the losses."""
+    plots = [(panel, _series(lines, panel)) for panel in PANELS]
+    held_out = []
+    for name, panel in PREVIEWS.items():
+        with suppress(OSError, ValueError):
+            text = (folder / "samples" / name).read_text(encoding="utf-8")
+            held_out.append((panel, _series([json.loads(line) for line in text.splitlines()], panel)))
+    return [(panel, series) for panel, series in [*plots[:1], *held_out, *plots[1:]] if series]
+
+
+def _series(lines: Sequence[Mapping[str, Any]], panel: Panel) -> Series:
+    """The curves of a panel; those that are 0 throughout are left out."""
+    keys = dict.fromkeys(key for line in lines for key in line if key not in ("step", "stage"))
+    found: dict[str, list[tuple[int, float]]] = {}
     for key in keys:
-        points = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
-        if any(value for _, value in points):
-            axes.plot([step for step, _ in points], [value for _, value in points], label=key, linewidth=1)
+        points = [
+            (int(line["step"]), panel.factor * float(line[key]))
+            for line in lines
+            if isinstance(line.get(key), int | float)
+        ]
+        if panel.shows(key) and any(value for _, value in points):
+            found[key] = points
+    return found
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """A moving average that weighs the latest points most; it starts at the first value, not at 0."""
+    decay = 1 - 1 / max(1.0, len(values) / SMOOTHED)
+    averaged, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = decay * total + value, decay * weight + 1
+        averaged.append(total / weight)
+    return averaged
+
+
+def _draw(axes: Any, panel: Panel, series: Series, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the curves of one panel; the legend says where each has arrived."""
+    from matplotlib.ticker import FuncFormatter
+
+    values_of_all = [value for points in series.values() for _, value in points]
+    for number, (name, points) in enumerate(series.items()):
+        steps, values = zip(*points, strict=True)
+        whole = name == "loss" and len(series) > 1  # lies over its parts, dashed, so that they are seen too
+        colour = "black" if whole else f"C{number % 10}"
+        shown = smooth(values) if panel.smooth else list(values)
+        last = f"{max(shown):.3g} at most" if name.startswith("lr/") else f"{shown[-1]:.3g}"
+        label = f"{name.removeprefix('lr/').replace('_', ' ')}: {last}"
+        if panel.smooth:
+            axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
+        marker = "o" if len(points) < 30 and not panel.smooth else None
+        style = {"linestyle": "--", "zorder": 3} if whole else {"linestyle": "-"}
+        axes.plot(steps, shown, color=colour, linewidth=2, label=label, marker=marker, markersize=4, **style)
+    if min(values_of_all) > 0 and max(values_of_all) > 30 * min(values_of_all):
+        axes.set_yscale("log")
     for before, after in itertools.pairwise(lines):
         if before.get("stage") != after.get("stage"):
-            axes.axvline(before["step"], color="grey", linewidth=0.8, linestyle=":")
-    axes.set_title(title)
-    axes.set_xlabel("step")
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend(fontsize=8)
+            axes.axvline(before["step"], color="0.5", linewidth=1, linestyle=":")
+    axes.set_title(panel.title, fontsize=13, loc="left")
+    axes.set_ylabel(panel.unit, fontsize=11)
+    axes.set_xlabel("step", fontsize=11)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+    axes.tick_params(labelsize=10)
+    axes.set_xlim(0, lines[-1]["step"] * 1.01)
+    if panel.unit.endswith("%"):
+        axes.set_ylim(0, 104)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    few = len(values_of_all) < 5000  # to look for the best place takes long
+    axes.legend(fontsize=10, framealpha=0.8, loc="best" if few else "upper right")
+
+
+# --- samples ------------------------------------------------------------------------------------------------
+
+
+def _sheet_rows(folder: Path) -> list[list[Path]]:
+    """Sheets of samples, a row for each kind (`seen-0000250.png` is of the kind `seen`): early ones to late."""
+    kinds: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*.png")):
+        kinds.setdefault(_kind_and_step(path)[0], []).append(path)
+    return [_spread(paths, 2 if _ratio(paths[0]) > WIDE else 3) for paths in kinds.values()]
+
+
+def _kind_and_step(path: Path) -> tuple[str, int | None]:
+    match = re.fullmatch(r"(?:(.*)-)?(\d+)", path.stem)
+    return (match[1] or "", int(match[2])) if match else (path.stem, None)
+
+
+def _spread(paths: Sequence[Path], most: int) -> list[Path]:
+    """Return the first, the last, and what lies evenly between."""
+    if len(paths) <= most:
+        return list(paths)
+    return [paths[round(i * (len(paths) - 1) / (most - 1))] for i in range(most)]
+
+
+def _ratio(path: Path) -> float:
+    """Width over height of a picture."""
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        return picture.width / picture.height
+
+
+def _height(row: Sequence[Path]) -> float:
+    """Inches that a row of sheets needs, with their titles."""
+    width = WIDTH / (2 if _ratio(row[0]) > WIDE else 3)
+    return max(width / _ratio(path) for path in row) + 0.4
 
 
 def _picture(axes: Any, path: Path) -> None:
@@ -103,5 +234,9 @@ def _picture(axes: Any, path: Path) -> None:
 
     with Image.open(path) as picture:
         axes.imshow(picture.convert("RGB"))
-    axes.set_title(path.stem.lstrip("0") or "0")
+    kind, step = _kind_and_step(path)
+    words = [kind or "drawings"] + ([f"step {step:,}"] if step is not None else [])
+    if (path.parent / "psnr.jsonl").exists():  # an image tokenizer's
+        words.append("originals above, reconstructions below")
+    axes.set_title(", ".join(words), fontsize=12, loc="left")
     axes.axis("off")
