@@ -94,6 +94,11 @@ def encode_arguments(parser: argparse.ArgumentParser) -> None:
         "--shard", type=positive, default=1000, metavar="N", help="records in a tar (default: 1000)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument(
+        "--features",
+        choices=("float32", "float16"),
+        help="store pictures to look at as features of the model's encoder (default: as pictures)",
+    )
 
 
 def encode(options: Options) -> Any:
@@ -104,7 +109,7 @@ def encode(options: Options) -> Any:
     with progress("image codes") as report:
         return encode_source(
             options.source, Path(options.folder), options.model, _reading(options), options.processes,
-            options.shard, options.device, report,
+            options.shard, options.device, report, options.features,
         )  # fmt: skip
 
 

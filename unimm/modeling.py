@@ -201,6 +201,8 @@ class UniMMModel(PreTrainedModel):
         image_codes: Tensor | None = None,
         image_sizes: Tensor | None = None,
         lockstep: bool = False,
+        image_features: Tensor | None = None,
+        featured: Tensor | None = None,
     ) -> Tensor:
         """Return the stream [B, T, C].
 
@@ -211,6 +213,8 @@ class UniMMModel(PreTrainedModel):
             image_sizes: int64 [N, 2], height and width of each image that is understood by its codes; what
                 `pixel_values` has beyond is padding.
             lockstep: run parts that these inputs have no use for as well, on a blank that adds nothing.
+            image_features: float [F, tokens, width], images to understand as the encoder's features.
+            featured: bool [N + F], where some images come as pixels and some as features: which are features.
 
         Raises:
             ValueError: the images do not fill the placeholders, or the model lacks the part that reads them.
@@ -220,18 +224,19 @@ class UniMMModel(PreTrainedModel):
         # A code's placeholder need not be in the text vocabulary.
         known = input_ids.masked_fill(self.layout.code_positions(input_ids), 0)
         stream_BTC: Tensor = self.get_input_embeddings()(known)
-        if pixel_values is not None:
+        if pixel_values is not None or image_features is not None:
             if self.vision is None or self.connector is None:
                 raise ValueError("pixel_values: this model has no understanding encoder")
-            features = self.connector(self.vision(pixel_values.to(self.dtype)))
+            features = self.connector(self._seen(pixel_values, image_features, featured))
             mask = self.layout.feature_positions(input_ids)
             stream_BTC = scatter_rows(
                 stream_BTC, mask, features.flatten(0, 1), "pixel_values: image features"
             )
-        elif lockstep and self.vision is not None and self.connector is not None:
+        if lockstep and pixel_values is None and self.vision is not None and self.connector is not None:
             side = self.vision.config.image_size
-            blank = torch.zeros(1, 3, side, side, dtype=self.dtype, device=input_ids.device)
-            stream_BTC = stream_BTC + 0 * self.connector(self.vision(blank)).mean()
+            nothing = self.vision(torch.zeros(1, 3, side, side, dtype=self.dtype, device=input_ids.device))
+            nothing = self.connector(nothing) if image_features is None else nothing
+            stream_BTC = stream_BTC + 0 * nothing.mean()
         if image_codes is not None:
             embedded = self.embed_codes(image_codes.flatten(1))
             mask = self.layout.code_positions(input_ids)
@@ -240,6 +245,21 @@ class UniMMModel(PreTrainedModel):
             blank = torch.zeros(1, self.layout.grid[0] * self.layout.grid[1], dtype=torch.long)
             stream_BTC = stream_BTC + 0 * self.embed_codes(blank.to(input_ids.device)).mean()
         return stream_BTC
+
+    def _seen(self, pixels: Tensor | None, given: Tensor | None, featured: Tensor | None) -> Tensor:
+        """Return the encoder's features [N + F, tokens, width], computed or given, in the order of the stream."""
+        assert self.vision is not None
+        seen = None if pixels is None else self.vision(pixels.to(self.dtype))
+        if given is None:
+            assert seen is not None
+            return seen
+        if seen is None:
+            return given.to(self.dtype)
+        if featured is None:
+            raise ValueError("featured: missing; it says which images are features where others are pixels")
+        together = seen.new_empty(len(featured), *seen.shape[1:])
+        together[featured], together[~featured] = given.to(seen.dtype), seen
+        return together
 
     def _embed_shared(
         self,
@@ -316,6 +336,8 @@ class UniMMModel(PreTrainedModel):
         samples: Tensor | None = None,
         branches: Tensor | None = None,
         lockstep: bool = False,
+        image_features: Tensor | None = None,
+        featured: Tensor | None = None,
         **options: Any,
     ) -> UniMMOutput:
         """Run the model.
@@ -335,12 +357,16 @@ class UniMMModel(PreTrainedModel):
             lockstep: run every part, and each as often as all other processes do, whatever this process's inputs
                 need. Where weights or gradients are sharded, processes that ran different modules would wait for
                 each other forever, or add up gradients of different weights. Needs a process group.
+            image_features: float [F, tokens, width], see `embed`.
+            featured: bool [N + F], see `embed`.
             **options: what else the decoder takes (`past_key_values`, `use_cache`).
 
         Returns:
             With labels the losses and no logits (they are never held whole); without, text logits [B, T, V].
         """
-        stream_BTC = self.embed(input_ids, pixel_values, image_codes, image_sizes, lockstep)
+        stream_BTC = self.embed(
+            input_ids, pixel_values, image_codes, image_sizes, lockstep, image_features, featured
+        )
         if samples is not None and branches is not None:
             flexible = self.decoder.config._attn_implementation == FLEX
             attention_mask = (block_mask if flexible else dense_mask)(samples, branches)

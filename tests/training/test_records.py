@@ -205,3 +205,50 @@ def test_the_recipe_for_a_folder_of_pictures_trains_the_embedded_model(tmp_path:
     assert before.keys() == after.keys()
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"decoder", "connector", "code_embedding", "code_head"}
+
+
+def test_features_and_pixels_train_alike(tiny: Path, tmp_path: Path) -> None:
+    """The same losses, step by step, with the encoder frozen; alone and beside pictures of another source."""
+    talks = str(forms.llava(tmp_path / "llava", 6))
+    encode_source(talks, tmp_path / "tars", str(tiny), shard=4, features="float32")
+    pictures = {"path": str(forms.shards(tmp_path / "more", 5))}
+    losses = {}
+    for name, path in (("pixels", talks), ("features", str(tmp_path / "tars"))):
+        recipe = load_recipe(
+            recipe_file(tmp_path / name, tiny, {"talks": {"path": path}, "more": pictures},
+                        stage={"lr": {"decoder": 0.01, "connector": 0.01}})
+        )  # fmt: skip
+        train(recipe, quiet=True)
+        lines = (tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines()
+        losses[name] = [json.loads(line)["text_loss"] for line in lines]
+        task = recipe.build_task()
+        assert isinstance(task, UnifiedTask)
+        data = task.dataset(recipe.stages[0], 0)
+        batch = task.collate([data[i] for i in range(8)])
+        assert ("image_features" in batch) == (name == "features") and "pixel_values" in batch
+        assert name == "pixels" or 0 < int(batch["featured"].sum()) < len(batch["featured"])
+    assert losses["features"] == pytest.approx(losses["pixels"], abs=1e-5)
+    assert len(set(losses["pixels"])) == 4
+
+
+def test_features_are_refused_where_they_cannot_be_right(tiny: Path, tmp_path: Path) -> None:
+    talks = str(forms.llava(tmp_path / "llava", 3))
+    encode_source(talks, tmp_path / "tars", str(tiny), features="float16")
+    mine = {"mine": {"path": str(tmp_path / "tars")}}
+    trained = recipe_file(tmp_path / "a", tiny, mine, stage={"lr": {"vision": 0.01}})
+    with pytest.raises(
+        UserError, match=r"stages.one.lr.vision: data.sources.mine holds features .*--features"
+    ):
+        train(load_recipe(trained), quiet=True)
+    um = unimm.load(tiny)
+    with torch.no_grad():
+        next(um.model.vision.parameters()).add_(1.0)
+    um.save(tmp_path / "other")
+    other = recipe_file(tmp_path / "b", tmp_path / "other", mine)
+    with pytest.raises(UserError, match=r"data.sources.mine: features of another understanding encoder"):
+        train(load_recipe(other), quiet=True)
+    um.model.image_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match="an image tokenizer alone has no understanding encoder"):
+        encode_source(talks, tmp_path / "c", str(tmp_path / "tokenizer"), features="float32")
+    with pytest.raises(UserError, match="holds codes made with another features"):
+        encode_source(talks, tmp_path / "tars", str(tiny), features="float32")

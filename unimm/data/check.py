@@ -94,6 +94,10 @@ def _look(
                 picture.codes()
                 found.append((None, "codes"))
                 continue
+            if picture.featured:
+                picture.features()
+                found.append((None, "features"))
+                continue
             size = picture.image().size
         except UserError as error:
             raise BadRecord(record.key, location, str(error)) from None

@@ -1,5 +1,7 @@
 """Image codes of a source's pictures to draw, computed once: in memory, in one file, or as tars of a folder.
 
+Pictures to look at may go into the tars as features of an understanding encoder that no longer trains.
+
 The work is cut into shards of the same records and batches of the same size whatever does it, so the codes of a
 picture do not depend on who computes them, or on how often the work was interrupted.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import io
 import json
 import multiprocessing
@@ -18,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -26,15 +29,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from unimm.data.sources import BadRecord, Picture, Reading, Record, Source, open_source
-from unimm.data.sources.record import CODES_SUFFIX, digest
+from unimm.data.sources.record import CODES_SUFFIX, FEATURES_SUFFIX, digest
 from unimm.data.sources.tars import PLAN_FILE
 from unimm.errors import UserError
 from unimm.images import atomic_write
-from unimm.processing import square_pixels
+from unimm.processing import UniMMProcessor, square_pixels
 
 BATCH = 32  # pictures that go through the tokenizer at once
 SHARD = 1000  # records
 Codes: TypeAlias = NDArray[np.int32]
+Features: TypeAlias = NDArray[np.floating[Any]]  # [tokens, width]
+FeatureType = Literal["float32", "float16"]
 Progress: TypeAlias = Callable[[int, int], None]
 
 
@@ -43,6 +48,15 @@ def fingerprint(tokenizer: nn.Module, size: int | None) -> str:
     state = tokenizer.state_dict()
     words = [f"{name} {list(state[name].shape)} {_bytes_digest(state[name])}" for name in sorted(state)]
     return digest([*words, str(size)])
+
+
+def encoder_mark(vision: nn.Module, size: int | None) -> str:
+    """A digest of an understanding encoder's weights, in float32, and of the side of the pictures that it takes."""
+    total = hashlib.sha256(str(size).encode())
+    for name, tensor in sorted(vision.state_dict().items()):
+        total.update(f"{name} {list(tensor.shape)}".encode())
+        total.update(tensor.detach().cpu().float().contiguous().numpy().data)
+    return total.hexdigest()[:16]
 
 
 def _bytes_digest(tensor: Tensor) -> str:
@@ -112,6 +126,8 @@ class Plan:
     images: str | None
     split: str | None
     tokenizer: str
+    features: FeatureType | None = None
+    encoder: str | None = None
     format: int = 1
 
 
@@ -126,6 +142,7 @@ class Job:
     shard: int
     device: str
     threads: int
+    features: FeatureType | None = None
 
 
 def encode_source(
@@ -137,11 +154,13 @@ def encode_source(
     shard: int = SHARD,
     device: str = "auto",
     on_progress: Progress | None = None,
+    features: FeatureType | None = None,
 ) -> dict[str, Any]:
     """Write a source as webdataset tars in which pictures to draw are image codes.
 
     Tars that are whole are not written again, so a call that was cut off is gone on with by the same call.
-    Pictures to look at are copied as they are. Bad records are left out and listed in `NAME.bad.jsonl`.
+    Pictures to look at are copied as they are, or stored as features. Bad records are left out and listed in
+    `NAME.bad.jsonl`.
 
     Args:
         location: what `open_source` takes.
@@ -152,6 +171,8 @@ def encode_source(
         shard: records in a tar.
         device: "auto", "cpu" or "cuda"; with several GPUs the processes share them out.
         on_progress: called with records done and records in all.
+        features: store pictures to look at as the features of the model's understanding encoder, in this number
+            format; None: as pictures.
 
     Returns:
         Counts of records, of those written, of bad ones and of tars, and the folder.
@@ -163,14 +184,20 @@ def encode_source(
     source = open_source(location, reading)
     if not len(source):
         raise UserError(f"{location}: has no records")
+    if features is not None and features not in get_args(FeatureType):
+        raise UserError(f"features: expected one of {', '.join(get_args(FeatureType))}, got {features!r}")
     if source.mark is not None:
         raise UserError(f"{location}: holds image codes already; train on it as it is")
     threads = max(1, (os.cpu_count() or 1) // processes)
-    job = Job(location, reading, str(folder), model, shard, device, threads)
+    job = Job(location, reading, str(folder), model, shard, device, threads, features)
     side, tokenizer, _ = _coder(model, "cpu", 0)
+    encoder = None
+    if features is not None:
+        processor, vision, _ = _viewer(model, "cpu", 0)
+        encoder = encoder_mark(vision, processor.image_size)
     plan = Plan(
         str(Path(location).resolve()), source.signature(), len(source), shard, reading.pairs,
-        dict(reading.fields), reading.images, reading.split, fingerprint(tokenizer, side),
+        dict(reading.fields), reading.images, reading.split, fingerprint(tokenizer, side), features, encoder,
     )  # fmt: skip
     _take_folder(folder, plan)
     count = -(-len(source) // shard)
@@ -220,11 +247,7 @@ def _coder(model: str | None, device: str, number: int) -> tuple[int, Any, torch
     from unimm.interop.image_tokenizers import is_image_tokenizer, load_image_tokenizer
     from unimm.pipeline import load
 
-    place = torch.device("cpu")
-    if device != "cpu" and torch.cuda.is_available():
-        place = torch.device("cuda", number % torch.cuda.device_count())
-    elif device not in ("auto", "cpu"):
-        raise UserError(f"device: {device!r} is not to be had here; use auto or cpu")
+    place = _place(device, number)
     if model is not None and is_image_tokenizer(Path(model)):
         alone = load_image_tokenizer(model)
         return int(alone.config.image_size), nn.Module.to(nn.Module.eval(alone), place), place
@@ -232,6 +255,61 @@ def _coder(model: str | None, device: str, number: int) -> tuple[int, Any, torch
     if um.processor.drawing_size is None or um.model.image_tokenizer is None:
         raise UserError(f"{model}: this model has no image tokenizer, so it has no image codes")
     return um.processor.drawing_size, nn.Module.to(um.model.image_tokenizer.eval(), place), place
+
+
+def _place(device: str, number: int) -> torch.device:
+    """The device for a worker of this number."""
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", number % torch.cuda.device_count())
+    if device not in ("auto", "cpu"):
+        raise UserError(f"device: {device!r} is not to be had here; use auto or cpu")
+    return torch.device("cpu")
+
+
+@functools.lru_cache(maxsize=2)
+def _viewer(model: str | None, device: str, number: int) -> tuple[UniMMProcessor, nn.Module, torch.device]:
+    """The processor and the understanding encoder (float32, on a device) of a model."""
+    from unimm.interop.image_tokenizers import is_image_tokenizer
+    from unimm.pipeline import load
+
+    if model is not None and is_image_tokenizer(Path(model)):
+        raise UserError(
+            f"{model}: an image tokenizer alone has no understanding encoder, so it has no features"
+        )
+    um, place = load(model, "cpu", "float32"), _place(device, number)
+    if um.model.vision is None:
+        raise UserError(f"{model}: this model understands pictures by their codes, so it has no features")
+    return um.processor, nn.Module.to(um.model.vision.eval(), place), place
+
+
+def feature_range(
+    records: Sequence[Record], viewer: tuple[UniMMProcessor, nn.Module, torch.device], dtype: FeatureType
+) -> list[list[Features]]:
+    """The features [tokens, width] of the pictures to look at of each record; every batch has `BATCH` pictures.
+
+    Raises:
+        UserError: a picture cannot be read; records come here after a look at them.
+    """
+    processor, vision, device = viewer
+    found: list[list[Features]] = [[] for _ in records]
+    places = [(n, picture) for n, record in enumerate(records) for picture in record.pictures(draw=False)]
+    for start in range(0, len(places), BATCH):
+        batch = places[start : start + BATCH]
+        pixels = processor.pixels([picture.image() for _, picture in batch])
+        seen = vision(pixels.to(device)).float().cpu().numpy().astype(dtype)
+        for (number, _), one in zip(batch, seen, strict=True):
+            found[number].append(one)
+    return found
+
+
+def _readable(record: Record) -> BadRecord | None:
+    """Why a record's pictures to look at cannot be used; None where they can."""
+    try:
+        for picture in record.pictures(draw=False):
+            picture.image()
+    except UserError as error:
+        return BadRecord(record.key, "", str(error))
+    return None
 
 
 @functools.lru_cache(maxsize=1)
@@ -252,33 +330,48 @@ def write_shard(job: Job, number: int) -> int:
     stop = min(start + job.shard, len(source))
     with torch.no_grad():
         found = encode_range(source, start, stop, side, tokenizer, device)
+        if job.features is not None:
+            found = [(record, codes) if isinstance(record, BadRecord) else (_readable(record) or record, codes)
+                     for record, codes in found]  # fmt: skip
+            viewer = _viewer(job.model, job.device, number % max(torch.cuda.device_count(), 1))
+            good = [record for record, _ in found if isinstance(record, Record)]
+            seen = iter(feature_range(good, viewer, job.features))
     bad = []
     path = _tar(folder, number)
     with atomic_write(path) as temporary, tarfile.open(temporary, "w") as tar:
         for index, (record, codes) in enumerate(found, start):
             if isinstance(record, Record):
                 try:
-                    members = sample_members(record, codes)
+                    members = sample_members(record, codes, None if job.features is None else next(seen))
                 except UserError as error:
                     record = BadRecord(record.key, source.location, str(error))
                 else:
                     for extension, data in members:
                         _add(tar, f"{index:010d}.{extension}", data)
             if isinstance(record, BadRecord):
-                bad.append({"key": record.key, "file": record.file, "reason": record.reason})
+                file = record.file or source.location
+                bad.append({"key": record.key, "file": file, "reason": record.reason})
         if bad:  # before the tar, which says that the shard is done
             with atomic_write(_bad(folder, number)) as lines:
                 lines.write_text("".join(json.dumps(line) + "\n" for line in bad), encoding="utf-8")
     return number
 
 
-def sample_members(record: Record, codes: Sequence[Codes]) -> list[tuple[str, bytes]]:
+def sample_members(
+    record: Record, codes: Sequence[Codes], features: Sequence[Features] | None = None
+) -> list[tuple[str, bytes]]:
     """The members of a record's sample, `json` first: extension and bytes.
+
+    Args:
+        record: what to write.
+        codes: of its pictures to draw.
+        features: of its pictures to look at; None: these are written as they are.
 
     Raises:
         UserError: a picture to look at cannot be read or decoded.
     """
-    left, members, number = iter(codes), list[tuple[str, bytes]](), 0
+    left, seen = iter(codes), iter(features or ())
+    members, number = list[tuple[str, bytes]](), 0
     messages = []
     for message in record.messages:
         parts: list[dict[str, Any]] = []
@@ -287,9 +380,9 @@ def sample_members(record: Record, codes: Sequence[Codes]) -> list[tuple[str, by
                 parts.append({"type": "text", "text": part})
                 continue
             if part.draw:
-                buffer = io.BytesIO()
-                np.save(buffer, next(left))
-                name, data = f"{number}{CODES_SUFFIX}", buffer.getvalue()
+                name, data = f"{number}{CODES_SUFFIX}", _array(next(left))
+            elif features is not None:
+                name, data = f"{number}{FEATURES_SUFFIX}", _array(next(seen))
             else:
                 data = part.blob.read()
                 name = f"{number}.{_extension(part)}"
@@ -299,6 +392,13 @@ def sample_members(record: Record, codes: Sequence[Codes]) -> list[tuple[str, by
         messages.append({"role": message.role, "content": parts})
     said = json.dumps({"key": record.key, "messages": messages}, ensure_ascii=False)
     return [("json", said.encode()), *members]
+
+
+def _array(array: Codes | Features) -> bytes:
+    """An array in numpy's file format."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
 
 
 def _extension(picture: Picture) -> str:

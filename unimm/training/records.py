@@ -261,8 +261,13 @@ class RecordSamples:
         processor = self.processor
         codes = self._codes(record, index)
         pixels, sizes = None, None
+        features: Tensor | None = None
         grids: list[Grid] = []
-        if pictures := [picture.image() for picture in record.pictures(draw=False)]:
+        shown = record.pictures(draw=False)
+        if shown and all(picture.featured for picture in shown):
+            features = torch.stack([torch.from_numpy(picture.features()) for picture in shown])
+            grids = [processor.layout.grid] * len(shown)
+        elif pictures := [picture.image() for picture in shown]:
             if processor.layout.shared:
                 pixels, sizes = processor.sized_pixels(pictures)
                 grids = grids_of(processor, sizes.tolist())
@@ -280,6 +285,8 @@ class RecordSamples:
             sample["pixels"] = pixels[: row.seen]
             if sizes is not None:
                 sample["sizes"] = sizes[: row.seen]
+        if features is not None and row.seen:
+            sample["features"] = features[: row.seen]
         if row.drawn and not processor.layout.shared:
             sample["codes"] = torch.stack(codes[: row.drawn])
         return sample

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from unimm.attention import FLEX
 from unimm.data.emojiscenes import BACKGROUNDS, EmojiScenes, Kind
 from unimm.data.emojiscenes import KINDS as KIND_SHARES
+from unimm.data.encode import encoder_mark
 from unimm.images import to_tensor
 from unimm.modeling import IGNORED, UniMMModel
 from unimm.processing import CAPTION_REQUESTS
@@ -172,10 +173,34 @@ class UnifiedTask:
         on_cuda = torch.cuda.is_available() and self.recipe.device != "cpu"
         module.decoder.set_attn_implementation(FLEX if on_cuda and stage.pack is not None else "sdpa")
         set_gradient_checkpointing(module, stage.gradient_checkpointing)
+        self._check_features(module, stage)
         decoder = module.decoder.get_decoder()
         decoder._compiled_call_impl = None
         if stage.compile:
             decoder.compile(dynamic=True)
+
+    def _check_features(self, module: UniMMModel, stage: Stage) -> None:
+        """Refuse features of an encoder that this stage trains, or of another than the model's as it now is."""
+        used = stage.mixture or dict.fromkeys(self.recipe.data.sources, 1.0)
+        sources = self.records.sources if self.records is not None else {}
+        marks = {
+            name: source.encoder for name, source in sources.items() if used.get(name) and source.encoder
+        }
+        if not marks:
+            return
+        name, way = next(iter(marks)), "give its pictures (encode without --features)"
+        if "vision" in stage.lr:
+            message = (
+                f"data.sources.{name} holds features of an encoder that does not train; remove it, or {way}"
+            )
+            raise self.recipe.error(f"stages.{stage.name}.lr.vision", message)
+        mark = None if module.vision is None else encoder_mark(module.vision, self.processor.image_size)
+        for name, wanted in marks.items():
+            if wanted != mark:
+                message = (
+                    f"features of another understanding encoder than the model's; encode it anew, or {way}"
+                )
+                raise self.recipe.error(f"data.sources.{name}", message)
 
     def groups(self, module: nn.Module) -> dict[str, list[nn.Parameter]]:
         """One group for each part, and one for all adapters; the image tokenizer is in none, so it never trains."""
@@ -289,7 +314,7 @@ class UnifiedTask:
         """Pictures to understand of a sample."""
         if "background" in sample:  # a scene
             return 1
-        return len(sample["pixels"]) if "pixels" in sample else 0
+        return sum(len(sample[name]) for name in ("pixels", "features") if name in sample)
 
     def collate(self, samples: list[Sample]) -> Batch:
         """A row for each sample."""
@@ -308,6 +333,12 @@ class UnifiedTask:
         samples = [sample for row in rows for sample in row]
         if pictures := [sample for sample in samples if "pixels" in sample]:
             batch |= self._pixels(pictures)
+        if features := [sample["features"] for sample in samples if "features" in sample]:
+            batch["image_features"] = torch.cat(features)
+            seen = [s for s in samples if "pixels" in s or "features" in s]
+            batch["featured"] = torch.tensor(
+                [one for sample in seen for one in [("features" in sample)] * self.pictures(sample)]
+            )
         if codes := [sample["codes"] for sample in samples if "codes" in sample]:
             batch["image_codes"] = torch.cat([one.reshape(-1, *one.shape[-2:]) for one in codes])
         if self.recipe.data.sources:

@@ -39,6 +39,7 @@ RECORD_KINDS: tuple[RecordKind, ...] = (
     "interleaved",
 )
 CODES_SUFFIX = ".codes.npy"  # of a member that holds a picture as image codes
+FEATURES_SUFFIX = ".features.npy"  # of one that holds a picture as features of a frozen encoder
 
 
 class BadRecord(UserError):
@@ -89,7 +90,10 @@ class Blob:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture to look at, or one to `draw`; the latter may be stored as image codes instead of pixels."""
+    """A picture to look at, or one to `draw`.
+
+    Instead of pixels the first may be stored as features of an understanding encoder, the second as image codes.
+    """
 
     blob: Blob
     draw: bool = False
@@ -99,6 +103,11 @@ class Picture:
         """Whether image codes are stored, not pixels."""
         return self.blob.name.endswith(CODES_SUFFIX)
 
+    @property
+    def featured(self) -> bool:
+        """Whether features are stored, not pixels."""
+        return self.blob.name.endswith(FEATURES_SUFFIX)
+
     def image(self) -> Image.Image:
         """Decode to upright RGB (`unimm.images.read_image`).
 
@@ -107,6 +116,10 @@ class Picture:
         """
         if self.encoded:
             raise UserError(f"{self.blob.name}: holds image codes, which can be drawn but not looked at")
+        if self.featured:
+            raise UserError(
+                f"{self.blob.name}: holds features of an encoder, from which no picture comes back"
+            )
         return read_image(self.blob.read(), self.blob.name)
 
     def form(self) -> str:
@@ -135,6 +148,22 @@ class Picture:
         if codes.ndim != 2 or codes.dtype.kind not in "iu":
             raise UserError(f"{self.blob.name}: image codes of shape {list(codes.shape)}, expected [h, w]")
         return np.asarray(codes, np.int64)
+
+    def features(self) -> NDArray[np.float32]:
+        """The stored features [tokens, width].
+
+        Raises:
+            UserError: they are damaged.
+        """
+        assert self.featured
+        try:
+            features = np.load(io.BytesIO(self.blob.read()), allow_pickle=False)
+        except (ValueError, EOFError, OSError):
+            raise UserError(f"{self.blob.name}: damaged features") from None
+        if features.ndim != 2 or features.dtype.kind != "f":
+            shape = list(features.shape)
+            raise UserError(f"{self.blob.name}: features of shape {shape}, expected [tokens, width]")
+        return np.asarray(features, np.float32)
 
 
 Part: TypeAlias = "str | Picture"
@@ -178,6 +207,7 @@ class Source(ABC):
         location: the path as it was given, for messages.
         broken: files that cannot be read at all, if the source was opened to be checked.
         mark: which image tokenizer the stored codes are of; None where there are none.
+        encoder: which understanding encoder the stored features are of; None where there are none.
     """
 
     form = "source"
@@ -186,6 +216,7 @@ class Source(ABC):
         self.location = location
         self.broken: list[BadRecord] = []
         self.mark: str | None = None
+        self.encoder: str | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from unimm.data.sources.lines import find_file
-from unimm.data.sources.record import CODES_SUFFIX, BadRecord, Blob, Record, Source
+from unimm.data.sources.record import CODES_SUFFIX, FEATURES_SUFFIX, BadRecord, Blob, Record, Source
 from unimm.data.sources.rows import Reading, make_record, row_key
 from unimm.errors import UserError
 from unimm.images import atomic_write
@@ -246,7 +246,7 @@ class TarShards(Source):
         numbers = np.array(kept, np.int64).reshape(-1, 3)
         self.ends = np.cumsum(numbers[:, 0])
         self.states = numbers[:, 1:]  # size and time of each tar, int64 [N, 2]
-        self.mark = read_mark(paths[0].parent / PLAN_FILE) if paths else None
+        self.mark, self.encoder = read_marks(paths[0].parent / PLAN_FILE) if paths else (None, None)
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -287,12 +287,13 @@ class TarShards(Source):
         return self.paths
 
 
-def read_mark(path: Path) -> str | None:
-    """Which image tokenizer pre-encoded tars are of; None for tars of pictures."""
+def read_marks(path: Path) -> tuple[str | None, str | None]:
+    """Which image tokenizer and which encoder pre-encoded tars are of; None for tars of pictures."""
     if not path.is_file():
-        return None
+        return None, None
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["tokenizer"])
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        return str(plan["tokenizer"]), plan.get("encoder")
     except (ValueError, KeyError, TypeError, OSError):
         raise UserError(f"{path}: damaged; write the folder again with `unimm data encode`") from None
 
@@ -322,8 +323,9 @@ def sample_row(members: dict[str, Blob]) -> dict[str, Any]:
 
 
 def is_picture(extension: str) -> bool:
-    """Whether a member of this extension is a picture, or the image codes of one."""
-    return _PICTURE.match(extension) is not None or f".{extension}".endswith(CODES_SUFFIX)
+    """Whether a member of this extension is a picture, or the image codes or the features of one."""
+    stored = f".{extension}".endswith((CODES_SUFFIX, FEATURES_SUFFIX))
+    return stored or _PICTURE.match(extension) is not None
 
 
 def _natural(extension: str) -> list[tuple[int, str]]:
