@@ -20,6 +20,7 @@ from unimm.interop.source import SINGLES, Checkpoint, read_json
 from unimm.saving import no_progress, write_folder
 from unimm.tokenizers.model import ImageTokenizer, ImageTokenizerConfig
 from unimm.tokenizers.movq import MoVQConfig, MoVQTokenizer
+from unimm.tokenizers.quantizers import AveragedCodebook
 
 IMAGE_SIZE = 384  # pixels a side that LlamaGen's larger models and Janus draw
 OWN: dict[str, Any] = {"unimm_vq": ImageTokenizer, "unimm_movq": MoVQTokenizer}  # classes by `model_type`
@@ -115,6 +116,11 @@ def convert_image_tokenizer(source: Path, folder: Path, to: str) -> None:
     if to != "original" or source.is_file():
         raise UserError(f"--to: {to!r}; an image tokenizer alone goes to unimm, and from there to original")
     own = load_image_tokenizer(source)
+    if isinstance(own, ImageTokenizer) and not isinstance(own.quantize, AveragedCodebook):
+        kind = own.config.quantizer["kind"]
+        raise UserError(
+            f"{source}: LlamaGen's layout has no place for this quantiser (kind {kind}); keep it as it is"
+        )
     levels = len(own.config.block_out_channels)
     map_ = LLAMAGEN if isinstance(own, ImageTokenizer) else emu3.tokenizer_map("original", levels)
     state = own.state_dict()
