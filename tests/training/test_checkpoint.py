@@ -15,6 +15,7 @@ from torch import nn
 from unimm.errors import UserError, UserNote
 from unimm.training import checkpoint
 from unimm.training.checkpoint import Snapshot, read_checkpoint, read_newest, write_checkpoint
+from unimm.training.recipe import Checkpointing
 
 
 def snapshot(step: int) -> Snapshot:
@@ -26,7 +27,7 @@ def snapshot(step: int) -> Snapshot:
 
 def test_round_trip_and_keep(tmp_path: Path) -> None:
     for step in (1, 2, 3):
-        write_checkpoint(tmp_path, snapshot(step), keep=2)
+        write_checkpoint(tmp_path, snapshot(step), Checkpointing(keep=2))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
     found = read_newest(tmp_path)
     assert found is not None
@@ -40,6 +41,28 @@ def test_round_trip_and_keep(tmp_path: Path) -> None:
     torch.randn(64, 64)
     checkpoint.set_random_states(expected.python_rng, expected.rng)
     assert torch.equal(torch.rand(3), again)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kept"), [("min", [2, 3, 6, 8, 9]), ("max", [1, 3, 5, 7, 9])], ids=["least", "greatest"]
+)
+def test_the_best_of_each_stage_stay(tmp_path: Path, mode: str, kept: list[int]) -> None:
+    """Scores of nine checkpoints; a score of another metric, and none at all, do not count."""
+    settings = Checkpointing.model_validate({"keep": 1, "keep_best": 2, "metric": "code", "mode": mode})
+    scores = {1: 5.0, 2: 1.0, 3: 1.0, 4: None, 5: 9.0, 6: 4.0, 7: 6.0, 8: 5.0, 9: 5.0}
+    if mode == "max":
+        scores[3] = 3.0
+    for step, score in scores.items():
+        made = snapshot(step)
+        made.stage, made.score = int(step > 4), score
+        made.recipe = {"checkpoint": {"metric": "code"}}
+        write_checkpoint(tmp_path, made, settings)
+    assert sorted(int(path.name[5:]) for path in tmp_path.iterdir()) == kept
+    best = checkpoint.best_checkpoints(tmp_path, 1, settings)
+    assert read_checkpoint(best[0]).score == (4.0 if mode == "min" else 9.0)
+    other = settings.model_copy(update={"metric": "text"})
+    assert checkpoint.best_checkpoints(tmp_path, 1, other) == []
+    assert (newest := read_newest(tmp_path)) is not None and newest.step == 9
 
 
 def test_nothing_there_is_no_checkpoint(tmp_path: Path) -> None:
@@ -71,8 +94,8 @@ def test_damage_is_named_and_the_one_before_is_used(
     tmp_path: Path, name: str, harm: object, word: str
 ) -> None:
     assert callable(harm)
-    write_checkpoint(tmp_path, snapshot(1), keep=2)
-    newest = write_checkpoint(tmp_path, snapshot(2), keep=2)
+    write_checkpoint(tmp_path, snapshot(1), Checkpointing(keep=2))
+    newest = write_checkpoint(tmp_path, snapshot(2), Checkpointing(keep=2))
     harm(newest / name)
     with pytest.warns(UserNote, match=f"{name}: {word}.*; going on from step-00000001"):
         found = read_newest(tmp_path)
@@ -81,12 +104,12 @@ def test_damage_is_named_and_the_one_before_is_used(
     with pytest.raises(UserError, match=f"{name}: {word}.*no earlier checkpoint is whole") as caught:
         read_newest(tmp_path)
     assert "\n" not in str(caught.value)
-    write_checkpoint(tmp_path, snapshot(2), keep=2)  # takes the damaged one's place
+    write_checkpoint(tmp_path, snapshot(2), Checkpointing(keep=2))  # takes the damaged one's place
     assert read_checkpoint(newest).step == 2
 
 
 def test_a_newer_format_is_named(tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path, snapshot(1), keep=1)
+    path = write_checkpoint(tmp_path, snapshot(1), Checkpointing(keep=1))
     state = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps({**state, "format": 99}))
     with pytest.raises(UserError, match="checkpoint format 99, this version reads 1"):
@@ -105,9 +128,9 @@ def files_of_at_most(size: int) -> Iterator[None]:
 
 
 def test_no_space_is_one_line_and_leaves_the_old_one_whole(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, snapshot(1), keep=1)
+    write_checkpoint(tmp_path, snapshot(1), Checkpointing(keep=1))
     with files_of_at_most(4096), pytest.raises(UserError) as caught:
-        write_checkpoint(tmp_path, snapshot(2), keep=1)
+        write_checkpoint(tmp_path, snapshot(2), Checkpointing(keep=1))
     assert "step-00000002: cannot write the checkpoint" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
@@ -117,7 +140,7 @@ def test_no_space_is_one_line_and_leaves_the_old_one_whole(tmp_path: Path) -> No
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot write the checkpoint"):
-        write_checkpoint(tmp_path / "file" / "checkpoints", snapshot(1), keep=1)
+        write_checkpoint(tmp_path / "file" / "checkpoints", snapshot(1), Checkpointing(keep=1))
 
 
 def test_tied_weights_are_stored_once_and_come_back_tied() -> None:

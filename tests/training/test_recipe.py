@@ -101,6 +101,19 @@ OVERRIDES = [
     ("stages[0].steps=[1", "override"),
     ("stages[0].steps=a", 'stages[0].steps: expected an integer, got "a"'),
     ("loging.every=5", 'loging: unknown key; did you mean "logging"?'),
+    (
+        "deepspeed={zero_optimization: {stage: 3, offload_param: {device: cpu}}}",
+        "offload_param: weights stay",
+    ),
+    (
+        "deepspeed={zero_optimization: {stage: 3, offload_optimizer: {device: nvme}}}",
+        "offload_optimizer: expected {device: cpu}",
+    ),
+    (
+        "deepspeed={zero_optimization: {offload_optimizer: {device: cpu}}}",
+        "offload_optimizer: needs a stage of 1",
+    ),
+    ("checkpoint.mode=least", 'checkpoint.mode: expected one of min, max, got "least"'),
 ]
 
 
@@ -110,6 +123,16 @@ def test_a_wrong_override_is_one_line(tmp_path: Path, override: str, expected: s
         load_recipe(write(tmp_path), [override])
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_offloading_on_a_cpu_says_what_it_needs(tmp_path: Path) -> None:
+    from unimm.training.engine import pick_device
+
+    offload = "deepspeed={zero_optimization: {stage: 2, offload_optimizer: {device: cpu}}}"
+    recipe = load_recipe(write(tmp_path), [offload, "device=cpu"])
+    assert recipe.offloads and not load_recipe(write(tmp_path)).offloads
+    with pytest.raises(UserError, match=r"zero_optimization\.offload_optimizer: .*needs a CUDA device"):
+        pick_device(recipe)
 
 
 def test_missing_and_binary_files(tmp_path: Path) -> None:

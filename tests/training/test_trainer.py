@@ -293,3 +293,42 @@ def test_two_runs_do_not_share_an_output(tmp_path: Path) -> None:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another run is writing"):
             train(made, quiet=True)
+
+
+BEST = {"checkpoint": {"every": 4, "keep": 1, "keep_best": 1, "metric": "squared"}}
+
+
+def rising(folder: Path, steps: int) -> ToyRecipe:
+    """A run that learns and is then spoilt by its own rate, so that an earlier checkpoint is the best."""
+    stage = {"steps": steps, "lr": {"head": 0.3}, "warmup": 12}
+    return recipe(folder, stage, ema=0.5, **BEST)
+
+
+def scores(folder: Path) -> dict[int, float]:
+    states = [json.loads(path.read_text()) for path in (folder / "out").glob("checkpoints/*/state.json")]
+    return {state["step"]: state["score"] for state in states}
+
+
+def test_the_best_checkpoint_stays_and_is_exported(tmp_path: Path) -> None:
+    train(rising(tmp_path / "whole", 24), quiet=True)
+    logged = [line["squared"] for line in lines(tmp_path / "whole")]
+    means = {stop: sum(logged[stop - 4 : stop]) / 4 for stop in range(4, 25, 4)}
+    best = min(means, key=lambda step: means[step])
+    assert best < 24, "the last would have stayed in any case"
+    assert scores(tmp_path / "whole") == {step: pytest.approx(means[step], rel=1e-5) for step in (best, 24)}
+    kept = load_file(tmp_path / "whole" / "out" / "checkpoints" / f"step-{best:08d}" / "ema.safetensors")
+    exported = load_file(tmp_path / "whole" / "out" / "best" / "w.safetensors")
+    assert all(torch.equal(exported[name], tensor) for name, tensor in kept.items()) and kept
+    # the same run in two goes
+    train(rising(tmp_path / "parts", 16), quiet=True)
+    train(rising(tmp_path / "parts", 24), quiet=True)
+    assert scores(tmp_path / "parts") == scores(tmp_path / "whole")
+    assert_same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_a_metric_that_is_not_logged_is_named(tmp_path: Path) -> None:
+    made = recipe(tmp_path, {"steps": 2, "lr": ALL}, checkpoint={"metric": "sqared"})
+    with pytest.raises(
+        UserError, match=r'checkpoint.metric: nothing named "sqared" .*did you mean "squared"'
+    ):
+        train(made, quiet=True)

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from unimm.errors import UserError, UserNote
-from unimm.training.recipe import BaseRecipe, show
+from unimm.training.recipe import BaseRecipe, Checkpointing, show
 
 FORMAT = 1
 _TEMPORARY = ".tmp-"
@@ -37,7 +37,8 @@ class Snapshot:
     """A run at the end of a step.
 
     `stage` counts stages from 0, `stage_step` the steps done in it (the place in its data), `step` the steps
-    done in all. `python_rng` and `rng` are the states of the global random generators.
+    done in all. `python_rng` and `rng` are the states of the global random generators. `score` is the metric by
+    which checkpoints are compared; None in those of earlier versions.
     """
 
     stage: int
@@ -50,10 +51,11 @@ class Snapshot:
     ema_updates: int = 0
     python_rng: list[Any] = field(default_factory=list)
     rng: dict[str, Tensor] = field(default_factory=dict)
+    score: float | None = None
 
 
-def write_checkpoint(folder: Path, snapshot: Snapshot, keep: int) -> Path:
-    """Write `snapshot` as `folder/step-XXXXXXXX`, then remove all but the last `keep` checkpoints.
+def write_checkpoint(folder: Path, snapshot: Snapshot, settings: Checkpointing) -> Path:
+    """Write `snapshot` as `folder/step-XXXXXXXX`, then remove all but the last and the best checkpoints.
 
     Raises:
         UserError: no space or no permission; earlier checkpoints are whole.
@@ -67,7 +69,8 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, keep: int) -> Path:
         for part in _PARTS:
             save_file(_plain(getattr(snapshot, part)), temporary / f"{part}.safetensors")
         sizes = {f"{part}.safetensors": (temporary / f"{part}.safetensors").stat().st_size for part in _PARTS}
-        state = {"format": FORMAT, "files": sizes} | {key: getattr(snapshot, key) for key in _PLAIN}
+        state = {"format": FORMAT, "files": sizes, "score": snapshot.score}
+        state |= {key: getattr(snapshot, key) for key in _PLAIN}
         (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
         for name in (*sizes, "state.json"):
             _flush(temporary / name)
@@ -81,9 +84,25 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, keep: int) -> Path:
         reason = getattr(error, "strerror", None) or str(error)
         message = f"{target}: cannot write the checkpoint: {reason}; earlier checkpoints are whole"
         raise UserError(message) from error
-    for old in _folders(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    kept = {path for stage in range(snapshot.stage + 1) for path in best_checkpoints(folder, stage, settings)}
+    for old in _folders(folder)[: -settings.keep]:
+        if old not in kept:
+            shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def best_checkpoints(folder: Path, stage: int, settings: Checkpointing) -> list[Path]:
+    """The `keep_best` best checkpoints of a stage, best first; of equal ones the earlier."""
+    if not settings.keep_best:
+        return []
+    scored: list[tuple[float, Path]] = []
+    for path in _folders(folder):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            if state["stage"] == stage and state["recipe"]["checkpoint"]["metric"] == settings.metric:
+                scored.append((float(state["score"]), path))
+    scored.sort(key=lambda pair: pair[0] if settings.mode == "min" else -pair[0])
+    return [path for _, path in scored[: settings.keep_best]]
 
 
 def read_newest(folder: Path) -> Snapshot | None:
@@ -143,7 +162,7 @@ def read_checkpoint(path: Path) -> Snapshot:
             tensors[part] = load_file(file)
         except (SafetensorError, OSError, ValueError):
             raise UserError(f"{file}: damaged") from None
-    return Snapshot(**tensors, **plain)
+    return Snapshot(**tensors, **plain, score=state.get("score"))
 
 
 def distinct_state(module: nn.Module) -> dict[str, Tensor]:

@@ -35,6 +35,11 @@ def pick_device(recipe: BaseRecipe) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
+        if recipe.offloads:
+            key = "deepspeed.zero_optimization.offload_optimizer"
+            raise recipe.error(
+                key, "moves state out of a GPU's memory, so it needs a CUDA device; remove it here"
+            )
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise recipe.error("device", 'there is no CUDA device here; use "cpu" or "auto"')
@@ -114,6 +119,11 @@ class StepResult:
     loss: Tensor
     metrics: dict[str, Any]
     norm: Tensor
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """All of it by the names of the log."""
+        return {"loss": self.loss, "grad_norm": self.norm, **self.metrics}
 
 
 def check_stages(

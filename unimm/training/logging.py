@@ -103,8 +103,7 @@ class RunLog:
         Returns:
             The means of the line (with `loss` and `grad_norm`) where one was due, else None.
         """
-        values = {"loss": result.loss, "grad_norm": result.norm, **result.metrics}
-        for key, value in values.items():
+        for key, value in result.values.items():
             self._sums[key] = self._sums[key] + value if key in self._sums else value
         self._count += 1
         self._samples += samples
@@ -142,20 +141,8 @@ class RunLog:
         return means
 
     def _means(self) -> dict[str, float]:
-        """Means since the last line, over all ranks: losses add up, the norm is the same on each.
-
-        They are means per step, or over the counts that came with the sums; what was never counted is left out.
-        """
-        values = [torch.as_tensor(value, dtype=torch.float32).cpu() for value in self._sums.values()]
-        sums = sum_over_ranks(torch.cat([value.view(-1) for value in values]))
-        parts = sums.split([value.numel() for value in values])
-        means = {
-            key: float(part[0]) / (float(part[1]) if len(part) == 2 else self._count)
-            for key, part in zip(self._sums, parts, strict=True)
-            if len(part) == 1 or part[1]
-        }
-        means["grad_norm"] /= torch.distributed.get_world_size()
-        return means
+        """Means since the last line, over all ranks."""
+        return means_over_ranks(self._sums, self._count)
 
     def _to_tensorboard(self, line: Mapping[str, Any], step: int) -> None:
         if self._tensorboard is not None:
@@ -197,6 +184,24 @@ class RunLog:
             self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+def means_over_ranks(sums: Mapping[str, Any], count: int) -> dict[str, float]:
+    """Means of sums over `count` steps, over all ranks: losses add up, the gradient's norm is the same on each.
+
+    They are means per step, or over the counts that came with the sums; what was never counted is left out.
+    """
+    values = [torch.as_tensor(value, dtype=torch.float32).cpu() for value in sums.values()]
+    totals = sum_over_ranks(torch.cat([value.view(-1) for value in values]))
+    parts = totals.split([value.numel() for value in values])
+    means = {
+        key: float(part[0]) / (float(part[1]) if len(part) == 2 else count)
+        for key, part in zip(sums, parts, strict=True)
+        if len(part) == 1 or part[1]
+    }
+    if "grad_norm" in means:
+        means["grad_norm"] /= torch.distributed.get_world_size()
+    return means
 
 
 def truncate_lines(path: Path, step: int) -> None:

@@ -70,10 +70,16 @@ class Logging(Section):
 
 
 class Checkpointing(Section):
-    """A checkpoint every `every` steps and at each stage's end; the newest `keep` stay."""
+    """A checkpoint every `every` steps and at each stage's end; the newest `keep` stay, and the best."""
 
     every: Positive = 500
     keep: Positive = 2
+    keep_best: NotNegative = 0
+    """The best of each stage that stay too, and whose best is exported beside the last weights (0: none)."""
+    metric: Annotated[str, Field(min_length=1)] = "loss"
+    """What is best: a name of the log, such as text_loss; its mean over the steps since the last checkpoint."""
+    mode: Literal["min", "max"] = "min"
+    """Whether the least or the greatest is best."""
 
 
 class Packing(Section):
@@ -194,6 +200,7 @@ class BaseRecipe(Section):
         zero = value.get("zero_optimization", {})
         if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
             raise ValueError(f"zero_optimization: expected a stage of 0, 1, 2 or 3, got {show(zero)}")
+        _check_offload(zero)
         for key in ("bf16", "fp16"):
             if isinstance(value.get(key), dict) and value[key].get("enabled"):
                 raise ValueError(f'{key}: weights stay float32; set "dtype" for bfloat16 arithmetic')
@@ -203,6 +210,12 @@ class BaseRecipe(Section):
     def zero_stage(self) -> int:
         """What DeepSpeed shards over the ranks: 0 nothing, 1 the optimizer, 2 and gradients, 3 and weights."""
         return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
+
+    @property
+    def offloads(self) -> bool:
+        """Whether the optimizer's state is kept out of the GPUs' memory."""
+        section = self.deepspeed.get("zero_optimization", {}).get("offload_optimizer")
+        return isinstance(section, dict) and section.get("device", "cpu") == "cpu"
 
     @property
     def source(self) -> str:
@@ -220,6 +233,24 @@ class BaseRecipe(Section):
     def build_task(self) -> Task:
         """The task that this recipe describes."""
         raise NotImplementedError(f"{type(self).__name__} must define build_task")
+
+
+def _check_offload(zero: Mapping[str, Any]) -> None:
+    """Refuse what DeepSpeed would move out of a GPU's memory where whole checkpoints could not be had from it."""
+    for key in ("offload_optimizer", "offload_param"):
+        section = zero.get(key)
+        device = section.get("device", "cpu") if isinstance(section, dict) else section
+        if device in (None, "none"):
+            continue
+        where = f"zero_optimization.{key}"
+        if key == "offload_param":
+            raise ValueError(f"{where}: weights stay on the devices; use stage 3, and offload_optimizer")
+        if not isinstance(section, dict) or device != "cpu":
+            raise ValueError(
+                f"{where}: expected {{device: cpu}}, from which checkpoints are made, got {show(section)}"
+            )
+        if not zero.get("stage", 0):
+            raise ValueError(f"{where}: needs a stage of 1, 2 or 3")
 
 
 Recipe = BaseRecipe

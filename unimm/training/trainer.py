@@ -34,6 +34,7 @@ from unimm.training.average import Average
 from unimm.training.batches import StepBatch, derive_seed, read_ahead
 from unimm.training.engine import (
     Engine,
+    StepResult,
     check_stages,
     freeze,
     gather_over_ranks,
@@ -41,8 +42,8 @@ from unimm.training.engine import (
     set_modes,
     start_distributed,
 )
-from unimm.training.logging import RunLog
-from unimm.training.recipe import BaseRecipe, load_recipe
+from unimm.training.logging import RunLog, means_over_ranks
+from unimm.training.recipe import BaseRecipe, load_recipe, near
 from unimm.training.schedule import lr_factor
 from unimm.training.task import Draws, Moves, Prepares, Source
 
@@ -95,6 +96,7 @@ class Run:
         self.ema: dict[str, Tensor] = {}  # between stages
         self.ema_updates = 0
         self.stopping = False
+        self.score = Score(recipe)
         self.snapshot = checkpoint.read_newest(self.output / "checkpoints")
         if self.snapshot is not None:
             self._restore(self.snapshot)
@@ -199,6 +201,7 @@ class Run:
             with engine.whole():
                 batches = self.task.draw(self.module, batches, self.step)
         result = engine.step(batches, totals, self.step, lr_factor(stage, self.stage_step), most)
+        self.score.add(result)
         self.step += 1
         self.stage_step += 1
         if self.average is not None:
@@ -240,9 +243,7 @@ class Run:
         with self.log.aside():
             snapshot = self._snapshot(engine)
             if self.rank == 0:
-                checkpoint.write_checkpoint(
-                    self.output / "checkpoints", snapshot, self.recipe.checkpoint.keep
-                )
+                checkpoint.write_checkpoint(self.output / "checkpoints", snapshot, self.recipe.checkpoint)
             self._wait()
 
     def _snapshot(self, engine: Engine) -> checkpoint.Snapshot:
@@ -260,6 +261,7 @@ class Run:
             ema_updates=self.average.updates if self.average is not None else 0,
             python_rng=python_rng,
             rng=rng,
+            score=self.score.take(),
         )
 
     def _preview(self, engine: Engine) -> None:
@@ -274,19 +276,30 @@ class Run:
                 self._wait()
 
     def _export(self) -> Path:
-        """The artefact, written beside and moved into place."""
+        """The artefact of the last weights; and that of the best, where the recipe keeps them."""
         target = self.output / "export"
         if self.rank == 0:
-            temporary = self.output / ".export.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            with self._finished_module(self.ema):
-                self.task.export(self.module, temporary)
-            shutil.rmtree(target, ignore_errors=True)
-            temporary.rename(target)
+            self._write_artefact(target, self.ema)
             self.log.say(f"done: {target}")
+            folder = self.output / "checkpoints"
+            for path in checkpoint.best_checkpoints(folder, self.stage, self.recipe.checkpoint)[:1]:
+                best = checkpoint.read_checkpoint(path)
+                checkpoint.load_state(self.module, best.model, str(path))
+                self._write_artefact(self.output / "best", best.ema)
+                name = self.recipe.checkpoint.metric
+                self.log.say(f"best: {self.output / 'best'} (step {best.step}, {name} {best.score:.4g})")
         self._wait()
         return target
+
+    def _write_artefact(self, target: Path, averages: Mapping[str, Tensor]) -> None:
+        """Export the module, written beside and moved into place."""
+        temporary = self.output / f".{target.name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        with self._finished_module(averages):
+            self.task.export(self.module, temporary)
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
 
     @contextmanager
     def _finished_module(self, averages: Mapping[str, Tensor]) -> Iterator[None]:
@@ -308,6 +321,34 @@ class Run:
     def _wait(self) -> None:
         if self.world > 1:
             torch.distributed.barrier()
+
+
+class Score:
+    """The mean of the metric by which checkpoints are compared, over the steps since the last checkpoint."""
+
+    def __init__(self, recipe: BaseRecipe) -> None:
+        self.recipe, self.name = recipe, recipe.checkpoint.metric
+        self.sum: Tensor | float = 0.0  # on the device until it is asked for
+        self.count = 0
+
+    def add(self, result: StepResult) -> None:
+        """Take in one step.
+
+        Raises:
+            UserError: the task has no such metric.
+        """
+        values = result.values
+        if self.name not in values:
+            hint = near(self.name, values) or f"; known: {', '.join(values)}"
+            raise self.recipe.error("checkpoint.metric", f'nothing named "{self.name}" is logged{hint}')
+        self.sum = self.sum + values[self.name]
+        self.count += 1
+
+    def take(self) -> float | None:
+        """The mean over all ranks, to begin anew; all ranks call this together."""
+        mean = means_over_ranks({self.name: self.sum}, self.count).get(self.name) if self.count else None
+        self.sum, self.count = 0.0, 0
+        return mean
 
 
 @contextmanager
