@@ -85,7 +85,7 @@ def test_saved_and_loaded_gives_the_same_codes_and_trains_on(kind: str, tmp_path
     codes = model.encode(pictures())
     assert torch.equal(loaded.encode(pictures()), codes)
     # not to the bit for simvq: a product of matrices depends on where they lie in memory
-    tolerance = 1e-6 if kind == "simvq" else 0.0
+    tolerance = 1e-5 if kind == "simvq" else 0.0
     torch.testing.assert_close(loaded.decode(codes), model.decode(codes), atol=tolerance, rtol=0)
     assert loaded.train()(pictures()).commitment.isfinite()
     with torch.device("meta"):

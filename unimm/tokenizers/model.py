@@ -141,7 +141,7 @@ class LatentNorm(nn.BatchNorm2d):
         assert self.num_batches_tracked is not None
         numbers = latents.float()
         count = numbers.new_tensor([numbers.numel() / numbers.shape[1]])
-        total = all_reduce(torch.cat([numbers.sum((0, 2, 3)), count]))
+        total: Tensor = all_reduce(torch.cat([numbers.sum((0, 2, 3)), count]))
         mean = total[:-1] / total[-1]
         centred = numbers - mean.view(1, -1, 1, 1)
         variance = all_reduce(centred.square().sum((0, 2, 3))) / total[-1]
@@ -149,7 +149,8 @@ class LatentNorm(nn.BatchNorm2d):
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * total[-1] / (total[-1] - 1), self.momentum)
-        return (centred * (variance + self.eps).rsqrt().view(1, -1, 1, 1)).to(latents.dtype)
+        normal: Tensor = centred * (variance + self.eps).rsqrt().view(1, -1, 1, 1)
+        return normal.to(latents.dtype)
 
 
 def _block_types(config: ImageTokenizerConfig, plain: str, attention: str) -> tuple[str, ...]:

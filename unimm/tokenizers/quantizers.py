@@ -128,6 +128,11 @@ def nearest_directions(latents: Tensor, vectors: Tensor) -> Tensor:
     return torch.stack(codes)
 
 
+def directions(vectors: Tensor, codes: Tensor) -> Tensor:
+    """Return the vectors [K, D] of codes [B, h, w] at length 1: [B, D, h, w]."""
+    return F.normalize(vectors, dim=-1)[codes].movedim(-1, 1)
+
+
 class AveragedCodebook(VectorQuantize):  # type: ignore[misc]
     """Unit vectors that follow their latents by moving average, over the latents of all processes."""
 
@@ -169,7 +174,7 @@ class AveragedCodebook(VectorQuantize):  # type: ignore[misc]
 
     def lookup(self, codes: Tensor) -> Tensor:
         """What the decoder sees for codes [B, h, w]: [B, D, h, w]."""
-        return F.normalize(self.vectors, dim=-1)[codes].movedim(-1, 1)
+        return directions(self.vectors, codes)
 
 
 class LearnedCodebook(nn.Module):
@@ -209,9 +214,17 @@ class LearnedCodebook(nn.Module):
             loss = pull + self.commitment_weight * F.mse_loss(plain, chosen.detach())
             return plain + (chosen - plain).detach(), codes, loss
 
-    plain = AveragedCodebook.plain
-    codes = AveragedCodebook.codes
-    lookup = AveragedCodebook.lookup
+    def plain(self, latents: Tensor) -> Tensor:
+        """What the decoder would see without quantisation, [B, D, h, w]."""
+        return F.normalize(latents, dim=1)
+
+    def codes(self, latents: Tensor) -> Tensor:
+        """Codes int64 [B, h, w] of latents [B, D, h, w]."""
+        return nearest_directions(latents, self.vectors)
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """What the decoder sees for codes [B, h, w]: [B, D, h, w]."""
+        return directions(self.vectors, codes)
 
 
 class ScalarQuantizer(FSQ):  # type: ignore[misc]
@@ -310,7 +323,8 @@ class LookupFreeQuantizer(LFQ):  # type: ignore[misc]
     def codes(self, latents: Tensor) -> Tensor:
         """Codes int64 [B, h, w] of latents [B, D, h, w]; the first dimension is the highest bit."""
         bits = self.mask.long().view(1, -1, 1, 1)
-        return ((latents > 0) * bits).sum(1)
+        codes: Tensor = ((latents > 0) * bits).sum(1)
+        return codes
 
     lookup = ScalarQuantizer.lookup
 

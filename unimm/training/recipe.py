@@ -526,8 +526,10 @@ def _kinds(annotation: Any) -> dict[str, type[BaseModel]]:
     """Kind -> section, where an annotation is a union of sections that their `kind` tells apart."""
     if get_origin(annotation) not in (Union, types.UnionType):
         return {}
-    sections = [
-        part for part in get_args(annotation) if isinstance(part, type) and "kind" in part.model_fields
+    sections: list[Any] = [
+        part
+        for part in get_args(annotation)
+        if isinstance(part, type) and issubclass(part, BaseModel) and "kind" in part.model_fields
     ]
     return {get_args(section.model_fields["kind"].annotation)[0]: section for section in sections}
 
