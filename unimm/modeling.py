@@ -249,12 +249,13 @@ class UniMMModel(PreTrainedModel):
     def _seen(self, pixels: Tensor | None, given: Tensor | None, featured: Tensor | None) -> Tensor:
         """Return the encoder's features [N + F, tokens, width], computed or given, in the order of the stream."""
         assert self.vision is not None
-        seen = None if pixels is None else self.vision(pixels.to(self.dtype))
+        dtype: torch.dtype = self.dtype
+        seen: Tensor | None = None if pixels is None else self.vision(pixels.to(dtype))
         if given is None:
             assert seen is not None
             return seen
         if seen is None:
-            return given.to(self.dtype)
+            return given.to(dtype)
         if featured is None:
             raise ValueError("featured: missing; it says which images are features where others are pixels")
         together = seen.new_empty(len(featured), *seen.shape[1:])
