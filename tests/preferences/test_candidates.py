@@ -95,6 +95,10 @@ def test_best_and_worst_become_pairs_and_the_rest_is_counted(few: UniMM, tmp_pat
     assert (first.scores, first.margin) == ([0.9, 0.2], pytest.approx(0.7))
     assert isinstance(first.source, dict) and first.source["seeds"] == [1, 0]
     assert second.rejected.codes == rows[5].candidates[1].codes  # of equals the first
+    report = rank_candidates(
+        few, rows, lambda c: given[c[0].prompt.prompt], "m", path, Rules(margin=0.1, each=3)
+    )
+    assert report["pairs"] == 2  # of three candidates one is neither good nor bad
     with pytest.raises(
         UserError, match=r"no pair is left of 6 prompts \(1 ties, 3 near ties, 1 easy, 1 hard"
     ):
@@ -197,3 +201,19 @@ def test_prompts_from_files(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("\n")
     with pytest.raises(UserError, match=r"p.txt: empty"):
         read_prompts(tmp_path / "p.txt")
+
+
+def test_several_pairs_of_a_prompt_go_from_the_outer_ranks_inwards(few: UniMM, tmp_path: Path) -> None:
+    rows = drawn(
+        few, tmp_path / "c.jsonl", [DrawingPrompt(prompt="a star"), DrawingPrompt(prompt="blue")], n=4
+    )
+    given = {"a star": [0.4, 0.9, 0.1, 0.6], "blue": [0.5, 0.9, 0.5, 0.2]}
+    path = tmp_path / "p.jsonl"
+    report = rank_candidates(
+        few, rows, lambda c: given[c[0].prompt.prompt], "m", path, Rules(margin=0.1, each=4)
+    )
+    pairs = read_preferences(path)
+    assert report["pairs"] == len(pairs) == 3  # the middle of the second prompt is a tie
+    assert [pair.scores for pair in pairs] == [[0.9, 0.1], [0.6, 0.4], [0.9, 0.2]]
+    assert pairs[1].chosen.codes == rows[0].candidates[3].codes
+    assert pairs[1].rejected.codes == rows[0].candidates[0].codes

@@ -65,6 +65,8 @@ class Ranking(Section):
     margin: Annotated[float, Field(ge=0)] = 0.1
     easy: float | None = 0.95
     hard: float | None = 0.05
+    each: Positive = 1
+    """Most pairs of a prompt."""
     on_error: Literal["skip", "stop"] = "stop"
 
 

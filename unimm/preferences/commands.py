@@ -80,6 +80,9 @@ def rank_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hard", type=_or_none, default=0.05, metavar="X", help="none scores more: drop (or none)"
     )
+    parser.add_argument(
+        "--each", type=positive, default=1, metavar="N", help="most pairs of a prompt (default: 1)"
+    )
     parser.add_argument("--on-error", default="stop", choices=("stop", "skip"), help="if the scorer fails")
 
 
@@ -89,7 +92,7 @@ def rank(options: Options, load: Load) -> Any:
     from unimm.preferences.rank import Rules, rank_candidates
     from unimm.preferences.scorers import make_scorer
 
-    rules = Rules(options.margin, options.easy, options.hard, options.on_error)
+    rules = Rules(options.margin, options.easy, options.hard, options.each, options.on_error)
     if not rules.margin >= 0:
         raise UserError(f"preferences rank: margin: {rules.margin}; give 0 or more")
     rows = read_candidates(options.candidates)

@@ -1,4 +1,4 @@
-"""From scored candidates to pairs: the best and the worst drawing of a prompt, where they differ enough."""
+"""From scored candidates to pairs: the best and the worst drawings of a prompt, where they differ enough."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class Rules:
         margin: least difference of the best and the worst score.
         easy: a prompt of which every candidate scores at least this teaches nothing; None: there are none.
         hard: nor does one of which no candidate scores more than this; None: there are none.
+        each: most pairs of a prompt: the best with the worst, the second best with the second worst, and so on.
         on_error: what a scorer that raises, or gives no number for each candidate, does: its prompt is skipped and
             counted, or the run stops.
     """
@@ -36,6 +37,7 @@ class Rules:
     margin: float = 0.1
     easy: float | None = 0.95
     hard: float | None = 0.05
+    each: int = 1
     on_error: Literal["skip", "stop"] = "stop"
 
 
@@ -60,7 +62,7 @@ def rank_candidates(
         on_progress: called with prompts done and prompts in all.
 
     Returns:
-        The file, the mean score, and how many prompts made a pair, tied, were too easy or hard, or failed.
+        The file, the mean score, how many pairs there are, and how many prompts tied, were too easy or hard, or failed.
 
     Raises:
         UserError: a scorer fails and `rules.on_error` says stop, or not one pair is left.
@@ -81,7 +83,7 @@ def rank_candidates(
             outcome = _outcome(scores, rules)
             counts[outcome] += 1
             if outcome == "pairs":
-                yield _pair(row, scores, name)
+                yield from _pairs(row, scores, name, rules)
             if on_progress is not None:
                 on_progress(done, len(rows))
 
@@ -94,6 +96,7 @@ def rank_candidates(
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_lines(Path(path), found)
     mean = sum(scored) / len(scored)
+    counts["pairs"] = len(found)
     return {"preferences": str(path), "prompts": len(rows), **counts, "mean_score": round(mean, 4)}
 
 
@@ -115,15 +118,21 @@ def _outcome(scores: Sequence[float], rules: Rules) -> str:
     return "pairs" if best - worst >= rules.margin else "near_ties"
 
 
-def _pair(row: Drawn, scores: Sequence[float], scorer: str) -> dict[str, Any]:
-    """The best and the worst candidate as a preference; of equals the first."""
-    best, worst = scores.index(max(scores)), scores.index(min(scores))
-    chosen, rejected = row.candidates[best], row.candidates[worst]
-    return {
-        "prompt": row.prompt,
-        "chosen": {"codes": chosen.codes},
-        "rejected": {"codes": rejected.codes},
-        "margin": scores[best] - scores[worst],
-        "scores": [scores[best], scores[worst]],
-        "source": {"scorer": scorer, "seeds": [chosen.seed, rejected.seed], **row.settings},
-    }
+def _pairs(row: Drawn, scores: Sequence[float], scorer: str, rules: Rules) -> Iterator[dict[str, Any]]:
+    """Good and bad candidates as preferences, from the outer ranks inwards; of equals the first."""
+    best_first = sorted(range(len(scores)), key=lambda index: -scores[index])
+    worst_first = sorted(range(len(scores)), key=lambda index: scores[index])
+    count = min(rules.each, len(scores) // 2)
+    for better, worse in zip(best_first[:count], worst_first[:count], strict=True):
+        margin = scores[better] - scores[worse]
+        if margin <= 0 or margin < rules.margin:
+            return
+        chosen, rejected = row.candidates[better], row.candidates[worse]
+        yield {
+            "prompt": row.prompt,
+            "chosen": {"codes": chosen.codes},
+            "rejected": {"codes": rejected.codes},
+            "margin": margin,
+            "scores": [scores[better], scores[worse]],
+            "source": {"scorer": scorer, "seeds": [chosen.seed, rejected.seed], **row.settings},
+        }
