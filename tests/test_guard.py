@@ -13,6 +13,8 @@ import yaml
 from unimm.evaluation import load_evaluation
 from unimm.preferences.align import load_alignment
 from unimm.recipes import FOLDERS, list_recipes
+from unimm.tokenizers.losses import LPIPS
+from unimm.tokenizers.task import TokenizerRecipe
 from unimm.training.parts import EMBEDDED, describe_model, model_groups
 from unimm.training.recipe import TASKS, load_recipe
 from unimm.training.unified import UnifiedRecipe
@@ -53,7 +55,12 @@ def test_every_task_has_a_recipe_and_every_recipe_a_task() -> None:
 def is_published(path: Path) -> bool:
     """Whether a recipe is of a published model, which starts from weights that are elsewhere."""
     recipe = load_recipe(path)
+    if isinstance(recipe, TokenizerRecipe):
+        return (recipe.loss.perceptual.network or "").startswith(LPIPS)
     return isinstance(recipe, UnifiedRecipe) and bool(recipe.model.weights)
+
+
+OUR_FIRST = [path for path in paths_of(*FIRST) if not is_published(path)]
 
 
 def unified_in_order() -> list[Path]:
@@ -77,14 +84,14 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recipes")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # the recipes write to and read from folders relative to it
-        for path in (*paths_of(*FIRST), *unified_in_order()):
+        for path in (*OUR_FIRST, *unified_in_order()):
             recipe = load_recipe(path)
             task = recipe.build_task()
             task.export(task.build(), Path(recipe.output) / "export")
     return folder
 
 
-@pytest.mark.parametrize("path", paths_of(*FIRST), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", OUR_FIRST, ids=lambda path: path.stem)
 def test_first_recipe_builds_and_exports(exported: Path, path: Path) -> None:
     assert list((exported / load_recipe(path).output / "export").iterdir())
 

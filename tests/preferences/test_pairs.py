@@ -69,7 +69,8 @@ def test_votes_are_preferences_wherever_they_are_written(tmp_path: Path) -> None
     rows = [pair.preference("left", folder, other, "ann") for pair in pairs]
     for pair, row in zip(pairs, read_preferences(write(other / "votes.jsonl", *rows)), strict=True):
         assert (row.chosen, row.rejected, row.source) == (pair.left, pair.right, "ann")
-        assert [Path(image).resolve() for image in row.images] == [folder / image for image in pair.images()]
+        found = [Path(str(blob.path)).resolve() for blob in row.files()]
+        assert found == [folder / image for image in pair.images()]
     swapped = pairs[0].preference("right", folder, other, "ann")
     assert (swapped["chosen"], swapped["rejected"]) == (rows[0]["rejected"], rows[0]["chosen"])
     assert rows[-1]["prompt"] == "prompt 1"  # words stay words

@@ -170,7 +170,7 @@ def test_a_walk_through_the_votes(client: Client, tmp_path: Path) -> None:
         before["pair"]["right"]["text"],
         before["pair"]["left"]["text"],
     )
-    assert kept.source == "ann" and kept.images == [str(tmp_path / "0.png")]
+    assert kept.source == "ann" and [blob.path for blob in kept.files()] == [str(tmp_path / "0.png")]
     again = client.post("/vote", pair=first, choice="left")
     assert (again["result"], again["done"]) == ("already", 1)
     tied = client.post("/vote", pair=after["pair"]["key"], choice="tie")

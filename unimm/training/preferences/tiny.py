@@ -20,7 +20,7 @@ def write_tiny_model(folder: Path) -> UniMM:
     """Write a model of tiny parts with random weights, each time the same ones; return it."""
     from unimm.training.unified import UnifiedRecipe
 
-    stage = {"name": "none", "steps": 1, "batch": 1, "lr": {"decoder": 0.0}}
+    stage = {"name": "none", "steps": 1, "batch": 1, "lr": {"decoder": 1.0}}  # never run
     described = {"task": "unified", "output": str(folder), "model": tiny_model({}), "stages": [stage]}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
