@@ -45,6 +45,8 @@ class Voting:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "unimm", *map(str, command)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            # a suite that runs in the background would hand down that interrupts are ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip
         assert self.process.stderr is not None
         line = self.process.stderr.readline()
