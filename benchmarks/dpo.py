@@ -1,0 +1,134 @@
+"""DPO with a precomputed reference and with a copied one: pairs a second by the same steps, in turn.
+
+    python benchmarks/dpo.py                     # drawings, captions, drawings with adapters
+    python benchmarks/dpo.py drawings --rounds 9
+
+Both train the embedded model on the same pairs, 16 a step: pairs of 64 codes each behind their prompt, or a picture
+with two captions; all weights of its decoder, or adapters (LoRA) in it. The one reads the reference's
+log-probabilities, taken once before the first step (its seconds are told apart: they are paid back over the passes
+through the data), the other runs a frozen copy in every step. That their losses agree is checked in every step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+import unimm
+from unimm.data.emojiscenes import EmojiScenes
+from unimm.images import to_tensor
+from unimm.recipes import find_recipe
+from unimm.training.batches import read_ahead
+from unimm.training.engine import Engine, freeze, start_distributed
+from unimm.training.preferences.recipe import PreferenceRecipe
+from unimm.training.recipe import load_recipe
+
+WORKLOADS = {
+    "drawings": ("training/dpo-embedded", []),
+    "captions": ("training/dpo-captions", []),
+    "adapters": ("training/dpo-embedded", ["lora={r: 16, alpha: 32}", "stages[0].lr={lora: 2.0e-4}"]),
+}
+MODES = ("precomputed", "copy")
+CPU = torch.device("cpu")
+
+
+def write_pairs(folder: Path, workload: str, count: int) -> Path:
+    """Write pairs: of a caption, its scene's codes and those of another; or of a picture, two of its captions."""
+    scenes = EmojiScenes("train", 2000)
+    lines: list[dict[str, Any]] = []
+    if workload != "captions":
+        pictures = np.stack([scenes[index].render() for index in range(count + 1)])
+        with torch.no_grad():
+            codes = unimm.load(device="cpu").image_tokenizer.encode(to_tensor(pictures)).tolist()
+        for index in range(count):
+            sides = {"chosen": {"codes": codes[index]}, "rejected": {"codes": codes[index + 1]}}
+            lines.append({"prompt": scenes[index].captions()[0], **sides})
+    else:
+        for index in range(count):
+            name = f"{index:04d}.png"
+            Image.fromarray(scenes[index].render()).save(folder / name)
+            short, *_, long = sorted(scenes[index].captions(), key=len)
+            content = [{"image": name}, {"text": "describe the picture"}]
+            lines.append(
+                {"prompt": [{"role": "user", "content": content}], "chosen": short, "rejected": long}
+            )
+    file = folder / f"{workload}.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return file
+
+
+class Side:
+    """Training against one kind of reference."""
+
+    def __init__(self, workload: str, mode: str, file: Path, stack: ExitStack) -> None:
+        path, overrides = WORKLOADS[workload]
+        told = [f"data.file={file}", f"output={file.parent / mode}", f"reference={{mode: {mode}}}"]
+        recipe = load_recipe(find_recipe(path), [*told, *overrides, "device=cpu", "stages[0].steps=100000"])
+        assert isinstance(recipe, PreferenceRecipe)
+        stage, task = recipe.stages[0], recipe.build_task()
+        module = task.build()
+        groups = task.groups(module)
+        freeze(recipe, 0, groups, module)
+        start = time.perf_counter()
+        source = task.dataset(stage, recipe.seed)
+        self.prepared = time.perf_counter() - start
+        self.batch = stage.batch
+        self.engine = Engine(recipe, 0, task, module, groups, CPU)
+        self.steps = stack.enter_context(read_ahead(task, source, stage, 0))
+        self.seconds: list[float] = []
+
+    def round(self, steps: int) -> list[float]:
+        """Take a few steps; gives their losses."""
+        start, losses = time.perf_counter(), []
+        for _ in range(steps):
+            batch = next(self.steps)
+            losses.append(float(self.engine.step(batch.micro_batches, batch.totals, 0, 1.0).loss))
+        self.seconds.append(time.perf_counter() - start)
+        return losses
+
+
+def compare(workload: str, pairs: int, rounds: int, steps: int) -> None:
+    """Let both kinds of reference take turns on the same pairs, and print."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        file = write_pairs(folder, workload, pairs)
+        start_distributed(CPU)
+        sides = [Side(workload, mode, file, stack) for mode in MODES]
+        for number in range(rounds + 1):
+            first, second = (side.round(steps if number else 1) for side in sides)
+            assert np.allclose(first, second, atol=1e-4), f"not the same losses: {first}, {second}"
+    for mode, side in zip(MODES, sides, strict=True):
+        speed = side.batch * steps / statistics.median(side.seconds[1:])
+        once = f", {side.prepared:.1f} s once for {pairs} pairs" if mode == "precomputed" else ""
+        print(f"  {mode:<12}{speed:7.1f} pairs/s{once}")
+    ratios = [copy / ours for ours, copy in zip(*(side.seconds[1:] for side in sides), strict=True)]
+    print(f"{workload}: precomputed trains {statistics.median(ratios):.2f} times as many pairs a second "
+          f"({min(ratios):.2f} to {max(ratios):.2f} in {rounds} rounds)")  # fmt: skip
+
+
+def main() -> None:
+    """Compare each workload."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=", ".join(WORKLOADS))
+    parser.add_argument("--pairs", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3, help="in a round")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    for workload in options.workloads or WORKLOADS:
+        compare(workload, options.pairs, options.rounds, options.steps)
+
+
+if __name__ == "__main__":
+    main()
