@@ -13,9 +13,11 @@ import unimm
 from unimm.errors import UserError
 from unimm.evaluation.judge import Judge
 from unimm.evaluation.recipe import JudgeSection
-from unimm.preferences.align import Loop, align, load_alignment
+from unimm.preferences.align import Loop, Round, align, load_alignment
+from unimm.preferences.grpo.recipe import GrpoRecipe
 from unimm.preferences.measure import Change, Measure, compare, measure_drawings
 from unimm.recipes import find_recipe
+from unimm.training.recipe import load_recipe
 
 TINY = [
     "prompts.scenes=6", "candidates.n=3", "ranking.margin=0", "ranking.easy=null", "ranking.hard=null",
@@ -68,11 +70,11 @@ def test_the_loop_runs_and_goes_on_where_it_was(tmp_path: Path) -> None:
     recipe = recipe_with(f"output={tmp_path}/run", "training.processes=1")
     report = align(recipe)
     folder = tmp_path / "run" / "seed-0"
-    assert {"candidates.jsonl", "pairs.jsonl", "before.json", "after.json", "before-after.png"} <= {
+    assert {"round-1", "before.json", "after.json", "before-after.png"} <= {
         path.name for path in folder.iterdir()
     }
     assert report["drawings"]["alignment"]["prompts"] == 5
-    assert report["pairs"][0]["pairs"] == 6
+    assert [counts["pairs"] for counts in report["pairs"][0]] == [6]
     assert set(report["seconds"][0]) == {"draw", "rank", "train", "measure before", "measure after"}
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     (folder / "after.json").unlink()
@@ -81,6 +83,37 @@ def test_the_loop_runs_and_goes_on_where_it_was(tmp_path: Path) -> None:
     changed = {path.name for path, when in before.items() if path.stat().st_mtime_ns != when}
     assert changed == {"after.json", "seconds.json"}
     assert json.loads((tmp_path / "run" / "report.json").read_text())["drawings"] == report["drawings"]
+
+
+def test_a_round_starts_from_the_model_of_the_one_before_on_other_prompts(tmp_path: Path) -> None:
+    recipe = recipe_with(f"output={tmp_path}/run", "training.processes=1", "rounds=2", "measure.words=0")
+    report = align(recipe)
+    first, second = (tmp_path / "run" / "seed-0" / f"round-{number}" for number in (1, 2))
+    drawn = [
+        [json.loads(line) for line in (one / "candidates.jsonl").read_text().splitlines()]
+        for one in (first, second)
+    ]
+    assert drawn[0][0]["settings"]["model"] == "embedded"
+    assert drawn[1][0]["settings"]["model"] == str(first / "training" / "export")
+    assert {row["prompt"] for row in drawn[0]}.isdisjoint(row["prompt"] for row in drawn[1])
+    assert len(report["pairs"][0]) == 2
+    assert report["seconds"][0]["train"] > json.loads((second / "seconds.json").read_text())["train"]
+
+
+def test_a_model_that_draws_while_it_learns_needs_no_pairs(tmp_path: Path) -> None:
+    recipe = recipe_with(
+        f"output={tmp_path}/run", "measure.words=0", "training.processes=1",
+        "training.recipe=training/grpo-embedded", "training.overrides=['sampling.group=2', 'scorer=self-vqa', "
+        "'stages[0].steps=1', 'stages[0].batch=3', 'stages[0].micro_batch=3', 'stages[0].warmup=0']",
+    )  # fmt: skip
+    report = align(recipe)
+    folder = tmp_path / "run" / "seed-0" / "round-1"
+    assert {path.name for path in folder.iterdir()} == {"training", "seconds.json"}
+    assert report["pairs"][0] == [] and report["drawings"]["alignment"]["prompts"] == 5
+    one = Round(recipe, 0, 1, None, folder.parent)
+    trained = load_recipe(one.training, one.overrides())
+    assert isinstance(trained, GrpoRecipe)
+    assert (trained.prompts.scenes, trained.prompts.seed, trained.sampling.group) == (6, 1100, 2)
 
 
 @pytest.mark.parametrize(
@@ -102,9 +135,10 @@ def test_bad_recipes_are_named_before_anything_is_drawn(tmp_path: Path, override
 def test_a_failed_training_is_said_and_keeps_what_was_made(tmp_path: Path) -> None:
     recipe = recipe_with(f"output={tmp_path}/run", "training.processes=1")
     loop = Loop(recipe, 0, tmp_path / "run")
-    loop.folder.mkdir(parents=True)
-    loop.pairs.write_text('{"prompt": "a star"}\n')
-    (loop.folder / "ranking.json").write_text("{}")
+    folder = loop.folder / "round-1"
+    folder.mkdir(parents=True)
+    (folder / "pairs.jsonl").write_text('{"prompt": "a star"}\n')
+    (folder / "ranking.json").write_text("{}")
     with pytest.raises(UserError, match="training stopped with status"):
         loop.run()
-    assert loop.pairs.exists()
+    assert (folder / "pairs.jsonl").exists()

@@ -1,7 +1,9 @@
 """From a model to a better one by one command: draw candidates, rank them, train on the pairs, measure.
 
 Every step leaves a file or a folder and goes on where it was stopped; what is there already is not made again.
-`folder/seed-K` holds `candidates.jsonl`, `pairs.jsonl`, `training/export`, `before.json`, `after.json`.
+`folder/seed-K` holds `before.json`, `after.json` and, for each round, `round-R` with `candidates.jsonl`,
+`pairs.jsonl` and `training/export`. A round starts from the model of the one before, on new prompts. Where the
+training recipe is one of the task `grpo`, which draws and scores for itself, a round is that training alone.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from unimm.sheet import Section as SheetSection
 from unimm.training.recipe import NotNegative, Positive, Section, load_recipe, near, read_yaml, validate
 
 TASK = "alignment"
+SECONDS = "seconds.json"
 SHOWN = 32  # prompts on the sheet of drawings before and after
 Guidance = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -74,7 +77,8 @@ class Training(Section):
     """What trains on the pairs."""
 
     recipe: str = "training/dpo-embedded"
-    """A recipe of the task `dpo`: a file, or the name of a shipped one; its model, data, seed and output are set."""
+    """A recipe of the task `dpo` or `grpo`: a file, or the name of a shipped one; its model, data or prompts, seed
+    and output are set."""
     overrides: tuple[str, ...] = Field(default=(), strict=False)
     processes: Positive = 1
 
@@ -88,6 +92,8 @@ class AlignmentRecipe(Section):
     """Folder or hub id of the model to align; null: the embedded model."""
     seeds: Annotated[tuple[NotNegative, ...], Field(min_length=1, strict=False)] = (0,)
     """One loop for each: of prompts, candidates, training and the drawings that are judged."""
+    rounds: Positive = 1
+    """Times that the model is drawn from, ranked and trained; each with prompts of its own."""
     prompts: Prompts = Prompts()
     candidates: Candidates = Candidates()
     ranking: Ranking = Ranking()
@@ -108,8 +114,9 @@ def load_alignment(path: str | Path, overrides: Iterable[str] = ()) -> Alignment
             f'{path}: task: expected "{TASK}", got "{data.get("task")}"{near(data.get("task"), [TASK])}'
         )
     recipe = validate(AlignmentRecipe, data, str(path))
-    for seed in recipe.seeds[:1]:  # what is wrong with the training recipe is said before hours of drawing
-        load_recipe(find_recipe(recipe.training.recipe), Loop(recipe, seed, Path(recipe.output)).overrides())
+    # What is wrong with the training recipe is said before hours of drawing.
+    first = Round(recipe, recipe.seeds[0], 0, recipe.model, Path(recipe.output))
+    load_recipe(first.training, first.overrides())
     return recipe
 
 
@@ -118,7 +125,7 @@ def align(recipe: AlignmentRecipe) -> dict[str, Any]:
 
     Returns:
         `drawings` and `words`, as `unimm.preferences.measure.compare` gives them over all seeds; `seeds`, the same of
-        each; `pairs`, what ranking counted; `seconds` of each step. It is also written to `report.json`.
+        each; `pairs`, what ranking counted in each round; `seconds` of each step. It is also written to `report.json`.
 
     Raises:
         UserError: a step cannot be done; what was done before it is kept.
@@ -130,11 +137,103 @@ def align(recipe: AlignmentRecipe) -> dict[str, Any]:
     report = {
         **compare(runs),
         "seeds": {loop.seed: compare([run]) for loop, run in zip(loops, runs, strict=True)},
-        "pairs": {loop.seed: _read(loop.folder / "ranking.json") for loop in loops},
-        "seconds": {loop.seed: _read(loop.folder / "seconds.json") for loop in loops},
+        "pairs": {loop.seed: loop.told("ranking.json") for loop in loops},
+        "seconds": {loop.seed: loop.seconds() for loop in loops},
     }
     _write(output / "report.json", report)
     return report
+
+
+class Round:
+    """One round of one seed, from a model and prompts to a better model; what is made already is kept.
+
+    Args:
+        recipe: of the loop.
+        seed: of the loop.
+        number: of the round, from 0.
+        source: the model to start from; None: the embedded model.
+        folder: of the loop.
+    """
+
+    def __init__(
+        self, recipe: AlignmentRecipe, seed: int, number: int, source: str | None, folder: Path
+    ) -> None:
+        self.recipe, self.seed, self.source = recipe, seed, source
+        # Scenes of another seed than those of other loops and rounds, and than those that the model was trained on.
+        self.scene_seed = 1000 + 100 * number + seed
+        self.folder = folder / f"round-{number + 1}"
+        self.pairs, self.export = self.folder / "pairs.jsonl", self.folder / "training" / "export"
+        self.training = find_recipe(recipe.training.recipe)
+        self.online = read_yaml(self.training).get("task") == "grpo"
+
+    def run(self) -> str:
+        """Go through the steps; returns the folder of the model."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.export.exists():
+            if not self.online:
+                self.rank()
+            self.train()
+        return str(self.export)
+
+    def rank(self) -> None:
+        """Draw and score the candidates; keep the pairs."""
+        if (self.folder / "ranking.json").exists():
+            return
+        recipe, file, um = self.recipe, self.folder / "candidates.jsonl", load(self.source)
+        prompts = (
+            read_prompts(recipe.prompts.file)
+            if recipe.prompts.file
+            else scene_prompts("train", self.scene_seed, recipe.prompts.scenes)
+        )
+        drawn = recipe.candidates.model_dump()
+        settings = {"model": self.source or "embedded", **{k: v for k, v in drawn.items() if k != "n"}}
+        with _timed(self.folder, "draw"), progress("candidates") as told:
+            draw_candidates(um, prompts, file, recipe.candidates.n, self.seed, settings, told)
+        asked = recipe.ranking.model_dump()
+        name = asked.pop("scorer")
+        with _timed(self.folder, "rank"), progress("scores") as told:
+            scorer = make_scorer(name, um, self.folder.parents[1])
+            rows = read_candidates(file)
+            counts = rank_candidates(um, rows, scorer, name, self.pairs, Rules(**asked), told)
+        _write(self.folder / "ranking.json", counts)
+
+    def overrides(self) -> list[str]:
+        """What the training recipe is told."""
+        told = [f"output={self.folder / 'training'}", f"model={self.source or 'null'}", f"seed={self.seed}"]
+        if self.online:
+            asked = self.recipe.prompts
+            scenes = f"{{scenes: {asked.scenes}, seed: {self.scene_seed}}}"
+            told += [f"prompts={{file: {json.dumps(asked.file)}}}" if asked.file else f"prompts={scenes}"]
+        else:
+            told += [f"data.file={self.pairs}"]
+        return [*told, *self.recipe.training.overrides]
+
+    def train(self) -> None:
+        """Train, in processes of its own, from the newest checkpoint."""
+        launch = [
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(self.recipe.training.processes),
+        ]
+        command = [
+            sys.executable,
+            "-m",
+            *launch,
+            "-m",
+            "unimm.training.trainer",
+            str(self.training),
+            *self.overrides(),
+        ]
+        threads = max(torch.get_num_threads() // self.recipe.training.processes, 1)
+        with _timed(self.folder, "train"):
+            done = subprocess.run(
+                command, env={"OMP_NUM_THREADS": str(threads), **os.environ}, stdout=sys.stderr
+            )
+        if done.returncode or not self.export.exists():
+            raise UserError(
+                f"{self.training}: training stopped with status {done.returncode}; give the command again to go on"
+            )
 
 
 class Loop:
@@ -143,87 +242,32 @@ class Loop:
     def __init__(self, recipe: AlignmentRecipe, seed: int, output: Path) -> None:
         self.recipe, self.seed, self.output = recipe, seed, output
         self.folder = output / f"seed-{seed}"
-        self.pairs, self.export = self.folder / "pairs.jsonl", self.folder / "training" / "export"
-        self._base: UniMM | None = None
+        self.rounds: list[Round] = []
 
     def run(self) -> tuple[Any, Any]:
-        """Go through the steps; returns what was measured before and after."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.rank()
-        self.train()
+        """Go through the rounds; returns what was measured before and after."""
+        source = self.recipe.model
+        for number in range(self.recipe.rounds):
+            self.rounds.append(Round(self.recipe, self.seed, number, source, self.folder))
+            source = self.rounds[-1].run()
+        assert source is not None
         before = self.measure("before", self.recipe.model)
-        after = self.measure("after", str(self.export))
-        self.show()
+        after = self.measure("after", source)
+        self.show(source)
         return before, after
 
-    @property
-    def base(self) -> UniMM:
-        """The model as it was."""
-        self._base = self._base or load(self.recipe.model)
-        return self._base
+    def told(self, name: str) -> list[Any]:
+        """A file of each round, where it has one."""
+        files = [one.folder / name for one in self.rounds]
+        return [_read(file) for file in files if file.exists()]
 
-    def rank(self) -> None:
-        """Draw and score the candidates; keep the pairs."""
-        if (self.folder / "ranking.json").exists():
-            return
-        recipe, file = self.recipe, self.folder / "candidates.jsonl"
-        # Training scenes of another seed than those of other loops, and than those that the model was trained on.
-        prompts = (
-            read_prompts(recipe.prompts.file)
-            if recipe.prompts.file
-            else scene_prompts("train", 1000 + self.seed, recipe.prompts.scenes)
-        )
-        drawn = recipe.candidates.model_dump()
-        settings = {"model": recipe.model or "embedded", **{k: v for k, v in drawn.items() if k != "n"}}
-        with self._timed("draw"), progress("candidates") as told:
-            draw_candidates(self.base, prompts, file, recipe.candidates.n, self.seed, settings, told)
-        asked = recipe.ranking.model_dump()
-        name = asked.pop("scorer")
-        with self._timed("rank"), progress("scores") as told:
-            scorer = make_scorer(name, self.base, self.output)
-            rows = read_candidates(file)
-            counts = rank_candidates(self.base, rows, scorer, name, self.pairs, Rules(**asked), told)
-        _write(self.folder / "ranking.json", counts)
-
-    def overrides(self) -> list[str]:
-        """What the training recipe is told."""
-        return [
-            f"output={self.folder / 'training'}",
-            f"model={self.recipe.model or 'null'}",
-            f"data.file={self.pairs}",
-            f"seed={self.seed}",
-            *self.recipe.training.overrides,
-        ]
-
-    def train(self) -> None:
-        """Train on the pairs, in processes of its own, from its newest checkpoint."""
-        if self.export.exists():
-            return
-        launch = [
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(self.recipe.training.processes),
-        ]
-        path = find_recipe(self.recipe.training.recipe)
-        command = [
-            sys.executable,
-            "-m",
-            *launch,
-            "-m",
-            "unimm.training.trainer",
-            str(path),
-            *self.overrides(),
-        ]
-        threads = max(torch.get_num_threads() // self.recipe.training.processes, 1)
-        with self._timed("train"):
-            done = subprocess.run(
-                command, env={"OMP_NUM_THREADS": str(threads), **os.environ}, stdout=sys.stderr
-            )
-        if done.returncode or not self.export.exists():
-            raise UserError(
-                f"{path}: training stopped with status {done.returncode}; give the command again to go on"
-            )
+    def seconds(self) -> dict[str, float]:
+        """What each step took, over all rounds."""
+        total: dict[str, float] = {}
+        for seconds in [*self.told(SECONDS), _read(self.folder / SECONDS)]:
+            for step, took in seconds.items():
+                total[step] = round(total.get(step, 0) + took, 1)
+        return total
 
     def measure(self, name: str, source: str | None) -> Any:
         """Figures of the model before or after."""
@@ -231,7 +275,7 @@ class Loop:
         if not file.exists():
             section, um = self.recipe.measure, load(source)
             judge = Judge(self.recipe.judge, self.output / "judge.safetensors", str(um.model.device))
-            with self._timed(f"measure {name}"), progress(f"drawings {name}") as told:
+            with _timed(self.folder, f"measure {name}"), progress(f"drawings {name}") as told:
                 drawings = measure_drawings(um, judge, section, self.seed, told)
                 words = self._words(um, name)
             _write(file, {"drawings": drawings, "words": words})
@@ -249,15 +293,15 @@ class Loop:
             _write(file, words)
         return words
 
-    def show(self) -> None:
+    def show(self, source: str) -> None:
         """A sheet of held-out prompts drawn before and after from the same random streams."""
         sheet = self.folder / "before-after.png"
         if sheet.exists():
             return
         section = self.recipe.measure
-        scenes, seeds = held_out(self.base, section, self.seed, range(min(SHOWN, section.prompts)))
+        models = (load(self.recipe.model), load(source))
+        scenes, seeds = held_out(models[0], section, self.seed, range(min(SHOWN, section.prompts)))
         prompts = [prompt_for(scene) for scene in scenes]
-        models = (self.base, load(str(self.export)))
         drawn = [
             um.draw(
                 prompts,
@@ -271,17 +315,18 @@ class Loop:
         title = f"held-out prompts, seed {self.seed}: before on the left, after on the right"
         save_image(draw_sheet("Aligned drawings", title, [SheetSection("Same random streams", cards)]), sheet)
 
-    @contextmanager
-    def _timed(self, step: str) -> Iterator[None]:
-        """Add the seconds of a step to what it took before it was stopped."""
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            file = self.folder / "seconds.json"
-            seconds = _read(file) if file.exists() else {}
-            seconds[step] = round(seconds.get(step, 0) + time.monotonic() - start, 1)
-            _write(file, seconds)
+
+@contextmanager
+def _timed(folder: Path, step: str) -> Iterator[None]:
+    """Add the seconds of a step to what it took before it was stopped."""
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        file = folder / SECONDS
+        seconds = _read(file) if file.exists() else {}
+        seconds[step] = round(seconds.get(step, 0) + time.monotonic() - start, 1)
+        _write(file, seconds)
 
 
 def _read(path: Path) -> Any:
