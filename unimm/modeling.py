@@ -39,7 +39,7 @@ class UniMMOutput(ModelOutput):
         logits: text logits [B, T, V], without labels.
         text_loss: scalar sum over the `text_count` text positions.
         code_loss: scalar sum over the `code_count` code positions.
-        past_key_values: the cache, if one was used.
+        cache: keys and values of what was read, if they were kept.
     """
 
     loss: Tensor | None = None
@@ -48,7 +48,7 @@ class UniMMOutput(ModelOutput):
     code_loss: Tensor | None = None
     text_count: int | None = None
     code_count: int | None = None
-    past_key_values: Any = None
+    cache: Any = None
 
 
 class AnswerScores(NamedTuple):
@@ -360,7 +360,7 @@ class UniMMModel(PreTrainedModel):
                 each other forever, or add up gradients of different weights. Needs a process group.
             image_features: float [F, tokens, width], see `embed`.
             featured: bool [N + F], see `embed`.
-            **options: what else the decoder takes (`past_key_values`, `use_cache`).
+            **options: what else the decoder takes (`cache`, `use_cache`).
 
         Returns:
             With labels the losses and no logits (they are never held whole); without, text logits [B, T, V].
@@ -375,7 +375,7 @@ class UniMMModel(PreTrainedModel):
         hidden_BTC = output.last_hidden_state
         if labels is None:
             logits = self.decoder.get_output_embeddings()(hidden_BTC)
-            return UniMMOutput(logits=logits, past_key_values=output.past_key_values)
+            return UniMMOutput(logits=logits, cache=output.cache)
         return self.losses(hidden_BTC, input_ids, labels, lockstep)
 
     def _run(

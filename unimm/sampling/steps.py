@@ -61,7 +61,7 @@ class Steps:
             inputs_embeds=stream,
             attention_mask=self.mask[:, :end],
             position_ids=self.places[:, self.filled : end],
-            past_key_values=self.cache,
+            cache=self.cache,
             use_cache=True,
         )
         self.filled = end
