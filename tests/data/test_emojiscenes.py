@@ -118,6 +118,25 @@ def test_answers_are_true_and_yes_no_in_balance() -> None:
     assert abs(answers["yes"] / answers.total() - 0.5) < 0.03
 
 
+def test_placings_are_all_that_is_true_of_two_objects() -> None:
+    for scene in (EmojiScenes("train", kinds=("pair",))[i] for i in range(100)):
+        (first, second), asked = (placed.concept for placed in scene.objects), scene.placings()
+        x, y = (getattr(scene.objects[0], axis) - getattr(scene.objects[1], axis) for axis in "xy")
+        true = {"left of": x < 0, "right of": x > 0, "above": y < 0, "below": y > 0}
+        for one, other, relations in (
+            (first, second, true),
+            (second, first, {INVERSE[r]: true[r] for r in true}),
+        ):
+            answers = {q.answer for q in asked if q.question == f"where is the {one}?"}
+            assert len(answers) == 1 and relations[answers.pop().removesuffix(f" the {other}")]
+            said = {q.question: q.answer for q in asked if q.question.startswith(f"is the {one} ")}
+            assert sorted(said.values()) == ["no", "yes"]
+            for question, answer in said.items():
+                relation = question.removeprefix(f"is the {one} ").removesuffix(f" the {other}?")
+                assert relations[relation] == (answer == "yes")
+    assert EmojiScenes("train", kinds=("single",))[0].placings() == []
+
+
 def test_a_coarser_lattice_is_a_subset_of_the_same_layouts() -> None:
     scenes = [EmojiScenes("train", kinds=("single",), lattice=8)[i] for i in range(200)]
     assert all(placed.x % 8 == placed.y % 8 == 0 for scene in scenes for placed in scene.objects)

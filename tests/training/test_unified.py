@@ -104,6 +104,18 @@ def test_each_branch_is_the_question_alone(task: UnifiedTask) -> None:
             assert learnt[learnt != IGNORED].tolist() == row[len(prompt) :]
 
 
+def test_all_placings_are_asked_once_where_a_stage_says_so(task: UnifiedTask) -> None:
+    scenes = EmojiScenes("train", kinds=("pair",))
+    options = UnifiedOptions(placings=True)
+    plain, more = (
+        task.understanding(np.random.default_rng(0), 3, scenes, o) for o in (UnifiedOptions(), options)
+    )
+    words = task.processor.tokenizer.decode(more["ids"].tolist())
+    asked = dict.fromkeys(q.question for q in scenes[3].questions() + scenes[3].placings())
+    assert all(words.count(question) == 1 for question in asked)
+    assert more["branches"].max() == len(asked) + 1 > plain["branches"].max()
+
+
 def test_generation_samples_are_prompt_and_codes(task: UnifiedTask) -> None:
     task.dataset(task.recipe.stages[0], seed=0)
     scenes = EmojiScenes("train", 0, 64, 32, lattice=8)

@@ -167,6 +167,23 @@ class Scene:
         topics = rng.choice(4 if self.kind == "pair" else 3, 2, replace=False)
         return [*asked, *(self._yes_no(rng, topic) for topic in topics)]
 
+    def placings(self) -> list[Question]:
+        """Everything that can be asked about where two objects stand: of either, where it is, and yes or no."""
+        if self.relation is None:
+            return []
+        first, second = (placed.concept for placed in self.objects)
+        asked = []
+        for one, other, relation in (
+            (first, second, self.relation),
+            (second, first, INVERSE[self.relation]),
+        ):
+            asked += [
+                Question("where", f"where is the {one}?", f"{relation} the {other}"),
+                Question("yesno", f"is the {one} {relation} the {other}?", "yes"),
+                Question("yesno", f"is the {one} {INVERSE[relation]} the {other}?", "no"),
+            ]
+        return asked
+
     def _what(self, rng: np.random.Generator) -> Question:
         first = self.objects[0].concept
         if self.kind == "pair":

@@ -89,6 +89,8 @@ class UnifiedOptions(Section):
     """Whether pictures to understand are varied in colour and place."""
     kinds: dict[Kind, Rate] = Field(default_factory=lambda: dict(KIND_SHARES))
     """Shares of the kinds of scene among pictures to understand."""
+    placings: bool = False
+    """Whether all is asked about where two objects stand, not one question of each kind only."""
 
 
 class UnifiedRecipe(BaseRecipe):
@@ -254,7 +256,8 @@ class UnifiedTask:
         """A picture, then every question and a caption, each in a branch of its own."""
         scene, processor = scenes[index], self.processor
         captions = scene.captions()
-        asked = [(q.question, q.answer) for q in scene.questions()]
+        questions = scene.questions() + (scene.placings() if options.placings else [])
+        asked = [(q.question, q.answer) for q in dict.fromkeys(questions)]
         request = CAPTION_REQUESTS[rng.integers(len(CAPTION_REQUESTS))]
         asked.append((request, captions[rng.integers(len(captions))]))
         prefix = np.array(processor.ids(*processor.opening([processor.layout.grid])))
