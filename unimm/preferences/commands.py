@@ -1,7 +1,7 @@
 """The commands `unimm preferences draw`, `rank`, `vote`, `align` and `check`: arguments, one call into the library.
 
-Nothing heavy is imported before a command runs; the model is loaded by the caller, after what can be wrong with the
-files has been said.
+Nothing heavy is imported before a command runs; the model is loaded after what can be wrong with the files has been
+said.
 """
 
 from __future__ import annotations
@@ -10,16 +10,15 @@ import argparse
 import contextlib
 import getpass
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from unimm.cli_data import positive
+from unimm.cli_model import load, model_arguments
 from unimm.console import hide_loading_bars, progress, say
 from unimm.errors import UserError
 
 Options = argparse.Namespace
-Load = Callable[[Options], Any]
 SCENE_SPLITS = ("train", "seen", "composed", "vendor")
 
 
@@ -39,9 +38,10 @@ def draw_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default: 1")
     parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest codes")
     parser.add_argument("--top-p", type=float, metavar="P", help="sample among codes that make up P")
+    model_arguments(parser)
 
 
-def draw(options: Options, load: Load) -> Any:
+def draw(options: Options) -> Any:
     """Draw candidates; a file that was begun is gone on with."""
     from unimm.preferences.candidates import draw_candidates, read_prompts, scene_prompts
     from unimm.sampling.choose import check_options
@@ -84,9 +84,10 @@ def rank_arguments(parser: argparse.ArgumentParser) -> None:
         "--each", type=positive, default=1, metavar="N", help="most pairs of a prompt (default: 1)"
     )
     parser.add_argument("--on-error", default="stop", choices=("stop", "skip"), help="if the scorer fails")
+    model_arguments(parser)
 
 
-def rank(options: Options, load: Load) -> Any:
+def rank(options: Options) -> Any:
     """Score candidates and write the pairs."""
     from unimm.preferences.candidates import read_candidates
     from unimm.preferences.rank import Rules, rank_candidates
@@ -130,9 +131,10 @@ def vote_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of pairs and sides (default: 0)")
     parser.add_argument("--voter", metavar="NAME", help="kept with each vote (default: the login)")
+    model_arguments(parser)
 
 
-def vote(options: Options, load: Load) -> Any:
+def vote(options: Options) -> Any:
     """Serve the page on which a person votes, until Ctrl-C."""
     from unimm.preferences.pairs import is_unicode, read_ballot
     from unimm.preferences.server import Booth, Pictures, VoteServer
