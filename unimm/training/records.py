@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import torch
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unimm.data.encode import SHARD, encode_range, fingerprint
@@ -28,8 +26,8 @@ from unimm.data.sources import BadRecord, Reading, Record, Source, open_source
 from unimm.data.sources.rows import Pairs
 from unimm.data.stream import RowBuilder, grids_of
 from unimm.errors import UserError, UserNote
-from unimm.images import atomic_write
 from unimm.processing import CAPTION_REQUESTS, Grid, UniMMProcessor
+from unimm.training.kept import Kept, kept_codes
 from unimm.training.recipe import Section
 
 if TYPE_CHECKING:
@@ -116,19 +114,15 @@ class StoredCodes:
         side: pixels a side that they are brought to.
         tokenizer: what encodes.
         device: where.
+
+    Raises:
+        UserError: the file is no file of image codes, or cannot be written.
     """
 
     def __init__(self, path: Path, source: Source, side: int, tokenizer: Any, device: torch.device) -> None:
         mark = f"{fingerprint(tokenizer, side)} {source.signature()} {len(source)}"
-        if _stored_mark(path) != mark:
-            codes, counts, reasons = _compute(source, side, tokenizer, device)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            metadata = {"mark": mark, "bad": json.dumps(reasons)}
-            with atomic_write(path) as temporary:
-                save_file({"codes": codes, "counts": counts}, temporary, metadata)
-        stored = load_file(path)
-        with safe_open(path, framework="pt") as file:
-            self.bad: dict[str, list[str]] = json.loads(file.metadata()["bad"])
+        stored, notes = kept_codes(path, mark, lambda: _compute(source, side, tokenizer, device))
+        self.bad: dict[str, list[str]] = json.loads(notes["bad"])
         self.codes = stored["codes"]
         self.starts = torch.cat([torch.zeros(1, dtype=torch.int64), stored["counts"].cumsum(0)]).tolist()
 
@@ -144,15 +138,7 @@ class StoredCodes:
         return list(self.codes[self.starts[index] : self.starts[index + 1]].long())
 
 
-def _stored_mark(path: Path) -> str | None:
-    with suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:
-        return str((file.metadata() or {}).get("mark"))
-    return None
-
-
-def _compute(
-    source: Source, side: int, tokenizer: Any, device: torch.device
-) -> tuple[Tensor, Tensor, dict[str, list[str]]]:
+def _compute(source: Source, side: int, tokenizer: Any, device: torch.device) -> Kept:
     """Codes int32 [M, h, w] of all pictures, how many each record has [N], and why bad ones are, by index."""
     from rich.progress import track
 
@@ -170,11 +156,8 @@ def _compute(
             counts.append(len(drawn))
             codes += [torch.from_numpy(one) for one in drawn]
     grid = codes[0].shape if codes else (1, 1)
-    return (
-        torch.stack(codes) if codes else torch.zeros((0, *grid), dtype=torch.int32),
-        torch.tensor(counts),
-        bad,
-    )
+    stacked = torch.stack(codes) if codes else torch.zeros((0, *grid), dtype=torch.int32)
+    return {"codes": stacked, "counts": torch.tensor(counts)}, {"bad": json.dumps(bad)}
 
 
 def draws(source: Source) -> bool:

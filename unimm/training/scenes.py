@@ -8,25 +8,28 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from unimm.data.emojiscenes import EmojiScenes, Scene
-from unimm.images import atomic_write, to_tensor
+from unimm.images import to_tensor
 from unimm.modeling import UniMMModel
 from unimm.processing import CAPTION_REQUESTS, UniMMProcessor
 from unimm.sampling.text import generate_text
 from unimm.tokenizers.model import ImageTokenizer
+from unimm.training.kept import Kept, kept_codes
 
 
 class SceneCodes:
     """The image codes of the first `scenes` training scenes, computed once and kept in one file.
 
     Args:
-        path: the safetensors file; made again if it is of another tokenizer or of other scenes.
+        path: the safetensors file; made again if it is of another tokenizer or of other scenes, or too few.
         tokenizer: what encodes.
         scenes: the scenes to encode.
         device: where to encode.
+
+    Raises:
+        UserError: the file is no file of image codes, or cannot be written.
     """
 
     def __init__(
@@ -34,18 +37,12 @@ class SceneCodes:
     ) -> None:
         weights = sum(p.detach().double().abs().sum().item() for p in tokenizer.parameters())
         mark = f"{weights:.6f} {scenes.seed} {scenes.size} {scenes.lattice} {scenes.shares}"
-        if path.exists():
-            stored = load_file(path)
-            if stored["mark"].numpy().tobytes().decode() == mark and len(stored["codes"]) >= len(scenes):
-                self.codes = stored["codes"]
-                return
-        self.codes = encode_scenes(tokenizer, scenes, device)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as temporary:
-            save_file(
-                {"codes": self.codes, "mark": torch.frombuffer(bytearray(mark, "ascii"), dtype=torch.uint8)},
-                temporary,
-            )
+
+        def compute() -> Kept:
+            noted = torch.frombuffer(bytearray(mark, "ascii"), dtype=torch.uint8)  # where files always had it
+            return {"codes": encode_scenes(tokenizer, scenes, device), "mark": noted}, {}
+
+        self.codes = kept_codes(path, mark, compute, least=len(scenes))[0]["codes"]
 
     def __getitem__(self, index: int) -> Tensor:
         """Codes [h, w] of a scene."""
