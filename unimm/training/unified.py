@@ -33,6 +33,7 @@ from unimm.sheet import Section as SheetSection
 from unimm.training.augment import Augmentation, augment, draw_numbers
 from unimm.training.batches import mix
 from unimm.training.branches import Branches, stack_rows
+from unimm.training.engine import pick_device
 from unimm.training.lora import LoraSection, add_adapters, save_model
 from unimm.training.parts import Assembly, ModelSection, model_groups, tiny_model
 from unimm.training.recipe import (
@@ -172,7 +173,7 @@ class UnifiedTask:
     def prepare(self, module: nn.Module, stage: Stage) -> None:
         """Set attention, gradient checkpointing and compilation as the stage wants them."""
         assert isinstance(module, UniMMModel)
-        on_cuda = torch.cuda.is_available() and self.recipe.device != "cpu"
+        on_cuda = pick_device(self.recipe).type == "cuda"
         module.decoder.set_attn_implementation(FLEX if on_cuda and stage.pack is not None else "sdpa")
         set_gradient_checkpointing(module, stage.gradient_checkpointing)
         self._check_features(module, stage)
@@ -221,15 +222,10 @@ class UnifiedTask:
         if any(name in mixture for name in self.recipe.data.sources):
             if self.records is None:
                 data = self.recipe.data
-                parts = (self.processor, self.image_tokenizer, self._device())
+                parts = (self.processor, self.image_tokenizer, pick_device(self.recipe))
                 self.records = Records(self.recipe, data.sources, data.max_bad_items, *parts)
             sources |= self.records.samples(seed, self.options.prompt_dropout)
         return mix(sources, mixture, seed, shuffle=False)
-
-    def _device(self) -> torch.device:
-        """Where image codes are made."""
-        wanted = torch.cuda.is_available() and self.recipe.device != "cpu"
-        return torch.device("cuda" if wanted else "cpu")
 
     def _scenes(self, stage: Stage, mixture: Mapping[str, float], seed: int) -> dict[str, Samples]:
         """The kinds of EmojiScenes; their codes are made where the mixture asks for them."""
@@ -243,7 +239,7 @@ class UnifiedTask:
         encoded = ("generation", "understanding") if shared else ("generation",)
         if any(mixture.get(kind, 0) for kind in encoded) and self.codes is None:
             path = Path(data.codes or Path(self.recipe.output) / "codes.safetensors")
-            self.codes = SceneCodes(path, self.image_tokenizer, scenes, self._device())
+            self.codes = SceneCodes(path, self.image_tokenizer, scenes, pick_device(self.recipe))
         endless = EmojiScenes("train", seed, self.processor.image_size or size, 2**40, kinds)
         return {
             kind: Samples(self, kind, seed, scenes if kind in encoded else endless, self.options)
