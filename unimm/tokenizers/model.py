@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from unimm.tokenizers.quantizers import (
-    QUANTIZERS,
     Quantizer,
     QuantizerSettings,
     VectorSettings,
@@ -211,7 +210,7 @@ class ImageTokenizer(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Keep PyTorch's own initialisation; only restore what of the quantiser is never saved."""
-        if isinstance(module, QUANTIZERS):
+        if isinstance(module, Quantizer):
             module.restore()
 
     @property

@@ -119,22 +119,80 @@ def read_settings(fields: Mapping[str, Any]) -> QuantizerSettings:
         raise ValueError(f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
 
 
-def nearest_directions(latents: Tensor, vectors: Tensor) -> Tensor:
-    """Return int64 codes [B, h, w] of the vectors [K, D] that point most as latents [B, D, h, w] do."""
-    latents = F.normalize(latents.float(), dim=1)
-    directions = F.normalize(vectors, dim=-1).float()
-    # picture by picture: all similarities of a batch at 384 pixels and 16,384 codes would take gigabytes
-    codes = [torch.einsum("dhw,kd->hwk", one, directions).argmax(-1) for one in latents]
-    return torch.stack(codes)
+class Quantizer(nn.Module):
+    """What all kinds are asked, and what most of them answer."""
+
+    @property
+    def vectors(self) -> Tensor:
+        """What the codes stand for [K, D]."""
+        raise NotImplementedError
+
+    @property
+    def stored(self) -> int:
+        """Numbers of the codebook that are no parameters."""
+        return 0
+
+    def restore(self) -> None:
+        """Put back what is never saved."""
+
+    def plain(self, latents: Tensor) -> Tensor:
+        """What the decoder would see without quantisation, [B, D, h, w]."""
+        return latents
+
+    def codes(self, latents: Tensor) -> Tensor:
+        """Codes int64 [B, h, w] of latents [B, D, h, w]; nothing learns from them."""
+        raise NotImplementedError
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """What the decoder sees for codes [B, h, w]: [B, D, h, w]."""
+        return self.vectors[codes].movedim(-1, 1)
 
 
-def directions(vectors: Tensor, codes: Tensor) -> Tensor:
-    """Return the vectors [K, D] of codes [B, h, w] at length 1: [B, D, h, w]."""
-    return F.normalize(vectors, dim=-1)[codes].movedim(-1, 1)
+class UnitCodebook(Quantizer):
+    """Codes by direction: latents and vectors are compared, and seen by the decoder, at length 1.
+
+    The vectors are as they are stored; a published codebook is not of length 1.
+    """
+
+    def plain(self, latents: Tensor) -> Tensor:
+        """The latents at length 1."""
+        return F.normalize(latents, dim=1)
+
+    def codes(self, latents: Tensor) -> Tensor:
+        """Codes of the vectors that point most as the latents do."""
+        latents = F.normalize(latents.float(), dim=1)
+        directions = F.normalize(self.vectors, dim=-1).float()
+        # picture by picture: all similarities of a batch at 384 pixels and 16,384 codes would take gigabytes
+        codes = [torch.einsum("dhw,kd->hwk", one, directions).argmax(-1) for one in latents]
+        return torch.stack(codes)
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """The vectors at length 1."""
+        return F.normalize(self.vectors, dim=-1)[codes].movedim(-1, 1)
 
 
-class AveragedCodebook(VectorQuantize):  # type: ignore[misc]
+class ImplicitCodebook(Quantizer):
+    """Codes that follow from the settings: nothing to learn or save, but tables to make again."""
+
+    settings: ScalarSettings | LookupFreeSettings
+
+    def restore(self) -> None:
+        """Put back the tables that are never saved."""
+        with torch.device("cpu"):
+            fresh = type(self)(self.settings)
+        for name in self._non_persistent_buffers_set:
+            getattr(self, name).copy_(getattr(fresh, name))
+
+    def plain(self, latents: Tensor) -> Tensor:
+        """The latents within [-1, 1], where the codes are."""
+        return latents.tanh()
+
+
+class AveragedCodebook(UnitCodebook, VectorQuantize):  # type: ignore[misc]
     """Unit vectors that follow their latents by moving average, over the latents of all processes."""
+
+    codebook: Tensor
+    zero: Tensor
 
     def __init__(self, settings: VectorSettings) -> None:
         super().__init__(
@@ -152,8 +210,7 @@ class AveragedCodebook(VectorQuantize):  # type: ignore[misc]
     @property
     def vectors(self) -> Tensor:
         """The code vectors [K, D], as they are stored; a published codebook is not of length 1."""
-        vectors: Tensor = self.codebook
-        return vectors
+        return self.codebook
 
     @property
     def stored(self) -> int:
@@ -164,20 +221,8 @@ class AveragedCodebook(VectorQuantize):  # type: ignore[misc]
         """Put back the constant that is never saved."""
         self.zero.zero_()
 
-    def plain(self, latents: Tensor) -> Tensor:
-        """What the decoder would see without quantisation, [B, D, h, w]."""
-        return F.normalize(latents, dim=1)
 
-    def codes(self, latents: Tensor) -> Tensor:
-        """Codes int64 [B, h, w] of latents [B, D, h, w]; nothing learns from them."""
-        return nearest_directions(latents, self.vectors)
-
-    def lookup(self, codes: Tensor) -> Tensor:
-        """What the decoder sees for codes [B, h, w]: [B, D, h, w]."""
-        return directions(self.vectors, codes)
-
-
-class LearnedCodebook(nn.Module):
+class LearnedCodebook(UnitCodebook):
     """Unit vectors that learn by gradient, as in LlamaGen; vector-quantize-pytorch averages such codebooks only.
 
     The loss pulls codes towards latents with weight 1 and latents towards codes with the commitment's.
@@ -195,14 +240,6 @@ class LearnedCodebook(nn.Module):
         """The code vectors [K, D], as they are stored."""
         return self.embedding.weight
 
-    @property
-    def stored(self) -> int:
-        """None: the codebook is a parameter."""
-        return 0
-
-    def restore(self) -> None:
-        """Nothing here goes unsaved."""
-
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return code vectors [B, D, h, w] with the latents' gradient, codes [B, h, w] and the loss."""
         with torch.autocast(latents.device.type, enabled=False):  # neighbours are closer than bfloat16 tells
@@ -214,21 +251,11 @@ class LearnedCodebook(nn.Module):
             loss = pull + self.commitment_weight * F.mse_loss(plain, chosen.detach())
             return plain + (chosen - plain).detach(), codes, loss
 
-    def plain(self, latents: Tensor) -> Tensor:
-        """What the decoder would see without quantisation, [B, D, h, w]."""
-        return F.normalize(latents, dim=1)
 
-    def codes(self, latents: Tensor) -> Tensor:
-        """Codes int64 [B, h, w] of latents [B, D, h, w]."""
-        return nearest_directions(latents, self.vectors)
-
-    def lookup(self, codes: Tensor) -> Tensor:
-        """What the decoder sees for codes [B, h, w]: [B, D, h, w]."""
-        return directions(self.vectors, codes)
-
-
-class ScalarQuantizer(FSQ):  # type: ignore[misc]
+class ScalarQuantizer(ImplicitCodebook, FSQ):  # type: ignore[misc]
     """FSQ; it has no codebook and no loss, and a code's number counts through the levels."""
+
+    implicit_codebook: Tensor
 
     def __init__(self, settings: ScalarSettings) -> None:
         with torch.device("cpu"):  # it counts its codes, which tensors without values cannot
@@ -238,35 +265,17 @@ class ScalarQuantizer(FSQ):  # type: ignore[misc]
     @property
     def vectors(self) -> Tensor:
         """What the codes stand for [K, D], within [-1, 1]."""
-        vectors: Tensor = self.implicit_codebook
-        return vectors
-
-    @property
-    def stored(self) -> int:
-        """None: the codebook follows from the levels."""
-        return 0
-
-    def restore(self) -> None:
-        """Put back the tables that are never saved."""
-        _copy_tables(self, ScalarQuantizer(self.settings))
-
-    def plain(self, latents: Tensor) -> Tensor:
-        """What the decoder would see without rounding, [B, D, h, w]."""
-        return latents.tanh()
+        return self.implicit_codebook
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return rounded latents [B, D, h, w] with the latents' gradient, codes [B, h, w] and 0 as the loss."""
-        quantized, codes = super().forward(latents)
+        quantized, codes = FSQ.forward(self, latents)
         return quantized, codes.long(), latents.new_zeros((), dtype=torch.float32)
 
     def codes(self, latents: Tensor) -> Tensor:
         """Codes int64 [B, h, w] of latents [B, D, h, w]."""
-        codes: Tensor = super().forward(latents.float())[1]
+        codes: Tensor = FSQ.forward(self, latents.float())[1]
         return codes.long()
-
-    def lookup(self, codes: Tensor) -> Tensor:
-        """What the decoder sees for codes [B, h, w]: [B, D, h, w]."""
-        return self.vectors[codes].movedim(-1, 1)
 
 
 def _mean_over_ranks(tensor: Tensor) -> Tensor:
@@ -283,8 +292,11 @@ def _mean_over_ranks(tensor: Tensor) -> Tensor:
 lookup_free_quantization.maybe_distributed_mean = _mean_over_ranks
 
 
-class LookupFreeQuantizer(LFQ):  # type: ignore[misc]
+class LookupFreeQuantizer(ImplicitCodebook, LFQ):  # type: ignore[misc]
     """LFQ; its entropy loss takes [pictures x h x w, K] numbers of memory, so micro-batches are kept small."""
+
+    codebook: Tensor
+    mask: Tensor
 
     def __init__(self, settings: LookupFreeSettings) -> None:
         super().__init__(
@@ -298,26 +310,11 @@ class LookupFreeQuantizer(LFQ):  # type: ignore[misc]
     @property
     def vectors(self) -> Tensor:
         """What the codes stand for [K, D], of -1 and 1."""
-        vectors: Tensor = self.codebook
-        return vectors
-
-    @property
-    def stored(self) -> int:
-        """None: the codebook follows from its size."""
-        return 0
-
-    def restore(self) -> None:
-        """Put back the tables that are never saved."""
-        with torch.device("cpu"):
-            _copy_tables(self, LookupFreeQuantizer(self.settings))
-
-    def plain(self, latents: Tensor) -> Tensor:
-        """What the decoder would see without signs alone, [B, D, h, w]."""
-        return latents.tanh()
+        return self.codebook
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return signs [B, D, h, w] with the latents' gradient, codes [B, h, w] and the loss."""
-        quantized, codes, loss = super().forward(latents)
+        quantized, codes, loss = LFQ.forward(self, latents)
         return quantized, codes.long(), loss
 
     def codes(self, latents: Tensor) -> Tensor:
@@ -326,11 +323,12 @@ class LookupFreeQuantizer(LFQ):  # type: ignore[misc]
         codes: Tensor = ((latents > 0) * bits).sum(1)
         return codes
 
-    lookup = ScalarQuantizer.lookup
 
-
-class LinearCodebook(SimVQ):  # type: ignore[misc]
+class LinearCodebook(Quantizer, SimVQ):  # type: ignore[misc]
     """SimVQ: one linear layer moves all codes together, so none falls out of use."""
+
+    codebook: Tensor
+    frozen_codebook: Tensor
 
     def __init__(self, settings: LinearSettings) -> None:
         super().__init__(
@@ -344,25 +342,17 @@ class LinearCodebook(SimVQ):  # type: ignore[misc]
     @property
     def vectors(self) -> Tensor:
         """The code vectors [K, D], through the linear layer."""
-        vectors: Tensor = self.codebook
-        return vectors
+        return self.codebook
 
     @property
     def stored(self) -> int:
         """Numbers of the random vectors, which are no parameters."""
-        return int(self.frozen_codebook.numel())
-
-    def restore(self) -> None:
-        """Nothing here goes unsaved."""
-
-    def plain(self, latents: Tensor) -> Tensor:
-        """What the decoder would see without quantisation: the latents [B, D, h, w]."""
-        return latents
+        return self.frozen_codebook.numel()
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return code vectors [B, D, h, w] with the latents' gradient, codes [B, h, w] and the loss."""
         with torch.autocast(latents.device.type, enabled=False):
-            quantized, codes, loss = super().forward(latents.float())
+            quantized, codes, loss = SimVQ.forward(self, latents.float())
         return quantized, codes, loss
 
     def codes(self, latents: Tensor) -> Tensor:
@@ -371,14 +361,6 @@ class LinearCodebook(SimVQ):  # type: ignore[misc]
         flat = latents.float().movedim(1, -1).flatten(1, 2)  # [B, h w, D]
         codes = [torch.cdist(one, vectors).argmin(-1) for one in flat]
         return torch.stack(codes).view(len(latents), *latents.shape[-2:])
-
-    lookup = ScalarQuantizer.lookup
-
-
-Quantizer: TypeAlias = (
-    AveragedCodebook | LearnedCodebook | ScalarQuantizer | LookupFreeQuantizer | LinearCodebook
-)
-QUANTIZERS = (AveragedCodebook, LearnedCodebook, ScalarQuantizer, LookupFreeQuantizer, LinearCodebook)
 
 
 def make_quantizer(settings: QuantizerSettings) -> Quantizer:
@@ -391,9 +373,3 @@ def make_quantizer(settings: QuantizerSettings) -> Quantizer:
     if isinstance(settings, LookupFreeSettings):
         return LookupFreeQuantizer(settings)
     return LinearCodebook(settings)
-
-
-def _copy_tables(module: nn.Module, fresh: nn.Module) -> None:
-    """Copy the buffers that are never saved."""
-    for name in module._non_persistent_buffers_set:
-        getattr(module, name).copy_(getattr(fresh, name))
