@@ -8,6 +8,8 @@ that a step is little more than its matrix products. Decoders other than Llama's
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -20,6 +22,7 @@ from unimm.modeling import UniMMModel, positions
 from unimm.quantization import Int8Linear
 
 JOINED = 2**26  # weights up to which weights are joined: above, copies cost more than calls save
+FEW = range(2, 9)  # rows for which torch multiplies slowly on the CPU, the weight second
 
 
 def make_steps(model: UniMMModel, attention_mask: Tensor, length: int) -> Steps:
@@ -146,20 +149,20 @@ class LlamaSteps(Steps):
             attn_mask=bias,
             enable_gqa=self.groups != self.heads,
         )
-        result: Tensor = layer.attention.o_proj(seen.transpose(1, 2).flatten(2))
-        return result
+        return layer.output(seen.transpose(1, 2).flatten(2))
 
 
 class _Layer:
     """One of Llama's layers: its norms and products, the small ones joined."""
 
     def __init__(self, layer: Any, joined: bool) -> None:
-        self.attention, self.mlp = layer.self_attn, layer.mlp
+        attention, mlp = layer.self_attn, layer.mlp
         self.before, self.between = layer.input_layernorm, layer.post_attention_layernorm
-        first = (self.attention.q_proj, self.attention.k_proj, self.attention.v_proj)
-        second = (self.mlp.gate_proj, self.mlp.up_proj)
+        first = (attention.q_proj, attention.k_proj, attention.v_proj)
+        second = (mlp.gate_proj, mlp.up_proj)
         self.first = _join(first) if joined and _plain(first) else _Beside(first)
         self.second = _join(second) if joined and _plain(second) else _Beside(second)
+        self.output, self.down = _product(attention.o_proj), _product(mlp.down_proj)
 
     def project(self, stream: Tensor) -> Tensor:
         """Queries, keys and values [B, t, (q + k + v) D]."""
@@ -168,15 +171,14 @@ class _Layer:
     def transform(self, stream: Tensor) -> Tensor:
         """The gated MLP [B, t, C]."""
         gate, up = self.second(_norm(self.between, stream)).chunk(2, dim=-1)
-        result: Tensor = self.mlp.down_proj(F.silu(gate) * up)
-        return result
+        return self.down(F.silu(gate) * up)
 
 
 class _Beside:
     """Linear layers one after the other, their results joined."""
 
     def __init__(self, layers: tuple[nn.Module, ...]) -> None:
-        self.layers = layers
+        self.layers = [_product(layer) for layer in layers]
 
     def __call__(self, stream: Tensor) -> Tensor:
         return torch.cat([layer(stream) for layer in self.layers], dim=-1)
@@ -193,7 +195,21 @@ def _join(layers: tuple[Any, ...]) -> Any:
         return Int8Linear.join(layers)
     weight = torch.cat([layer.weight for layer in layers])
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-    return lambda stream: F.linear(stream, weight, bias)
+    return partial(_linear, weight, bias)
+
+
+def _product(layer: Any) -> Callable[[Tensor], Tensor]:
+    """A linear layer as a function."""
+    return partial(_linear, layer.weight, layer.bias) if type(layer) is nn.Linear else layer
+
+
+def _linear(weight: Tensor, bias: Tensor | None, stream: Tensor) -> Tensor:
+    """Apply a linear layer; to a few rows on the CPU with the weight first, in a quarter to nine tenths of the time."""
+    rows = stream.numel() // stream.shape[-1]
+    if not (rows in FEW and stream.dtype == torch.float32 and stream.device.type == "cpu"):
+        return F.linear(stream, weight, bias)
+    result = torch.mm(weight, stream.reshape(rows, -1).t()).t().contiguous().view(*stream.shape[:-1], -1)
+    return result if bias is None else result + bias
 
 
 def _norm(norm: Any, stream: Tensor) -> Tensor:
