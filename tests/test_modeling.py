@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from unimm import modeling
+from unimm import chunks
 from unimm.modeling import IGNORED, UniMMModel
 from unimm.pipeline import UniMM
 
@@ -68,7 +68,7 @@ def test_chunked_loss_equals_whole(tiny_model: UniMM, monkeypatch: pytest.Monkey
     model, batch = tiny_model.model, drawing_batch(tiny_model)
 
     def gradients(chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
-        monkeypatch.setattr(modeling, "LOSS_CHUNK", chunk)
+        monkeypatch.setattr(chunks, "LOSS_CHUNK", chunk)
         model.zero_grad()
         loss = model(**batch).loss
         loss.backward()
@@ -84,9 +84,9 @@ def test_empty_chunks_change_no_loss() -> None:
     torch.manual_seed(0)
     head, hidden, targets = torch.nn.Linear(4, 7), torch.randn(5, 4), torch.randint(7, (5,))
     found = []
-    for chunks in (1, 3):
+    for count in (1, 3):
         head.zero_grad()
-        modeling.summed_loss(head, hidden, targets, chunks).backward()
+        chunks.summed_loss(head, hidden, targets, count).backward()
         assert head.weight.grad is not None
         found.append(head.weight.grad.clone())
     torch.testing.assert_close(*found)

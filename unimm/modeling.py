@@ -7,17 +7,15 @@ N images to understand, M images as codes, h x w grid of codes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from unimm.attention import FLEX, block_mask, dense_mask
+from unimm.chunks import most_chunks, position_scores, summed_loss
 from unimm.configuration import UniMMConfig
 from unimm.errors import UserError
 from unimm.layout import ImageLayout
@@ -27,7 +25,6 @@ from unimm.tokenizers.movq import MoVQTokenizer
 from unimm.vision import Connector, VisionTower, mlp, scatter_rows
 
 IGNORED = -100  # a label that no loss counts, as everywhere in transformers
-LOSS_CHUNK = 4096  # positions whose logits exist at once
 
 
 @dataclasses.dataclass
@@ -467,73 +464,6 @@ class UniMMModel(PreTrainedModel):
 def positions(attention_mask: Tensor) -> Tensor:
     """Return position ids [B, T] that count attended positions only, so that left padding shifts nothing."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def _chunk_loss(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
-
-
-def most_chunks(*counts: int) -> list[int]:
-    """Return the chunks that the process with the most of so many positions computes a loss in; a collective."""
-    chunks = torch.tensor([-(-count // LOSS_CHUNK) for count in counts])
-    if torch.distributed.get_backend() == "nccl":
-        chunks = chunks.cuda()
-    torch.distributed.all_reduce(chunks, op=torch.distributed.ReduceOp.MAX)
-    most: list[int] = chunks.tolist()
-    return most
-
-
-def summed_loss(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, chunks: int = 1) -> Tensor:
-    """Return the cross-entropy summed over positions, without ever holding the logits of more than a chunk.
-
-    Args:
-        head: maps [P, C] to logits.
-        hidden: [P, C].
-        targets: int64 [P].
-        chunks: compute at least so many, the last of them empty where need be.
-    """
-    chunks = max(chunks, -(-len(targets) // LOSS_CHUNK))
-    if chunks <= 1:
-        return _chunk_loss(head, hidden, targets)
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for start in range(0, chunks * LOSS_CHUNK, LOSS_CHUNK):
-        part, target = hidden[start : start + LOSS_CHUNK], targets[start : start + LOSS_CHUNK]
-        total = total + checkpoint(_chunk_loss, head, part, target, use_reentrant=False)
-    return total
-
-
-def _chunk_scores(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, temperature: float
-) -> Tensor:
-    logits = head(hidden)
-    precise = logits if logits.dtype == torch.float64 else logits.float()
-    log_probs = (precise if temperature == 1 else precise / temperature).log_softmax(-1)
-    flat = log_probs.detach()
-    entropy = -(flat.exp() * flat.clamp(min=torch.finfo(flat.dtype).min)).sum(-1)  # 0 log 0 is 0
-    chosen = log_probs.gather(-1, targets[:, None])[:, 0].double()
-    return torch.stack([chosen, entropy.double(), torch.ones_like(chosen)], dim=1)
-
-
-def position_scores(
-    head: Callable[[Tensor], Tensor],
-    hidden: Tensor,
-    targets: Tensor,
-    temperature: float = 1.0,
-    chunks: int = 1,
-) -> Tensor:
-    """Return float64 [P, 3]: log-probability of each target, entropy of its prediction, and 1.
-
-    The logits of more than a chunk are never held, as in `summed_loss`, whose arguments these are; `temperature` is
-    what logits are divided by.
-    """
-    chunks = max(chunks, -(-len(targets) // LOSS_CHUNK))
-    if chunks <= 1:
-        return _chunk_scores(head, hidden, targets, temperature)
-    parts = []
-    for start in range(0, chunks * LOSS_CHUNK, LOSS_CHUNK):
-        part, target = hidden[start : start + LOSS_CHUNK], targets[start : start + LOSS_CHUNK]
-        parts.append(checkpoint(_chunk_scores, head, part, target, temperature, use_reentrant=False))
-    return torch.cat(parts)
 
 
 AutoModel.register(UniMMConfig, UniMMModel)

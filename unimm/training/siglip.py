@@ -29,10 +29,11 @@ from unimm.data.concepts import NOUNS, with_article
 from unimm.data.emojiscenes import BACKGROUNDS, CONCEPTS, KINDS, EmojiScenes, Scene, Split
 from unimm.data.text import train_text_tokenizer
 from unimm.images import atomic_write, to_tensor
+from unimm.sections import Fraction, Positive, Section, validate
 from unimm.sheet import Card, Line, draw_sheet
 from unimm.sheet import Section as SheetSection
 from unimm.training.augment import Augmentation, augment, draw_numbers
-from unimm.training.recipe import BaseRecipe, Fraction, Positive, Section, Stage, validate
+from unimm.training.recipe import BaseRecipe, Stage
 from unimm.vision import create_encoder
 
 if TYPE_CHECKING:

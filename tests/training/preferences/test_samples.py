@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unimm import modeling
+from unimm import chunks
 from unimm.errors import UserError
 from unimm.modeling import IGNORED, UniMMModel
 from unimm.pipeline import UniMM
@@ -143,7 +143,7 @@ def test_chunks_change_nothing(
         return scores.detach(), gradient.clone()
 
     whole = value_and_gradient()
-    monkeypatch.setattr(modeling, "LOSS_CHUNK", 7)
+    monkeypatch.setattr(chunks, "LOSS_CHUNK", 7)
     for ours, theirs in zip(value_and_gradient(), whole, strict=True):
         torch.testing.assert_close(ours, theirs)
 
