@@ -20,7 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -141,10 +141,7 @@ class Picture:
             UserError: they are damaged.
         """
         assert self.encoded
-        try:
-            codes = np.load(io.BytesIO(self.blob.read()), allow_pickle=False)
-        except (ValueError, EOFError, OSError):
-            raise UserError(f"{self.blob.name}: damaged image codes") from None
+        codes = self._array("image codes")
         if codes.ndim != 2 or codes.dtype.kind not in "iu":
             raise UserError(f"{self.blob.name}: image codes of shape {list(codes.shape)}, expected [h, w]")
         return np.asarray(codes, np.int64)
@@ -156,14 +153,19 @@ class Picture:
             UserError: they are damaged.
         """
         assert self.featured
-        try:
-            features = np.load(io.BytesIO(self.blob.read()), allow_pickle=False)
-        except (ValueError, EOFError, OSError):
-            raise UserError(f"{self.blob.name}: damaged features") from None
+        features = self._array("features")
         if features.ndim != 2 or features.dtype.kind != "f":
             shape = list(features.shape)
             raise UserError(f"{self.blob.name}: features of shape {shape}, expected [tokens, width]")
         return np.asarray(features, np.float32)
+
+    def _array(self, what: str) -> NDArray[Any]:
+        """What is stored in place of pixels; `what` names it where it is damaged."""
+        try:
+            stored: NDArray[Any] = np.load(io.BytesIO(self.blob.read()), allow_pickle=False)
+        except (ValueError, EOFError, OSError):
+            raise UserError(f"{self.blob.name}: damaged {what}") from None
+        return stored
 
 
 Part: TypeAlias = "str | Picture"
