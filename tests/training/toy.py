@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from unimm.sections import Section
 from unimm.training.batches import derive_seed
-from unimm.training.recipe import TASKS, BaseRecipe, Section, Stage
+from unimm.training.recipe import TASKS, BaseRecipe, Stage
 
 TASKS["toy"] = "tests.training.toy:ToyRecipe"
 

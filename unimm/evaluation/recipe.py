@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from unimm.errors import UserError
-from unimm.training.recipe import NotNegative, Positive, Section, near, read_yaml, validate
+from unimm.sections import NotNegative, Positive, Section, near, read_yaml, validate
 
 TASK = "evaluation"
 SplitName = Literal["seen", "composed", "vendor"]

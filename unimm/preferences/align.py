@@ -33,9 +33,10 @@ from unimm.preferences.measure import Measure, compare, held_out, measure_drawin
 from unimm.preferences.rank import Rules, rank_candidates
 from unimm.preferences.scorers import make_scorer
 from unimm.recipes import find_recipe
+from unimm.sections import NotNegative, Positive, Section, near, read_yaml, validate
 from unimm.sheet import Card, Line, draw_sheet
 from unimm.sheet import Section as SheetSection
-from unimm.training.recipe import NotNegative, Positive, Section, load_recipe, near, read_yaml, validate
+from unimm.training.recipe import load_recipe
 
 TASK = "alignment"
 SECONDS = "seconds.json"

@@ -11,8 +11,8 @@ from pydantic import Field
 
 from unimm.data.emojiscenes import EmojiScenes, Split
 from unimm.errors import UserError
+from unimm.sections import NotNegative, Section, show, validate
 from unimm.training.preferences.data import Codes, read_lines
-from unimm.training.recipe import NotNegative, Section, show, validate
 
 if TYPE_CHECKING:
     from unimm.pipeline import UniMM

@@ -26,7 +26,7 @@ from unimm.evaluation.pixels import Pixels
 from unimm.evaluation.questions import evaluate_questions
 from unimm.evaluation.recipe import Naming, Questions, SplitName, Splits
 from unimm.evaluation.score import Z95
-from unimm.training.recipe import NotNegative, Positive, Section
+from unimm.sections import NotNegative, Positive, Section
 
 if TYPE_CHECKING:
     from unimm.pipeline import UniMM

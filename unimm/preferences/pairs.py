@@ -22,6 +22,7 @@ from pydantic import Field
 
 from unimm.errors import UserError
 from unimm.preferences.candidates import Drawn
+from unimm.sections import Section, validate
 from unimm.training.preferences.data import (
     Answer,
     Message,
@@ -30,7 +31,6 @@ from unimm.training.preferences.data import (
     find_problem,
     read_lines,
 )
-from unimm.training.recipe import Section, validate
 
 Side = Literal["left", "right"]
 

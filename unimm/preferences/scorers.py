@@ -23,8 +23,8 @@ from torch import Tensor
 from unimm.data.emojiscenes import EmojiScenes, Scene
 from unimm.errors import UserError
 from unimm.preferences.candidates import DrawingPrompt
+from unimm.sections import near
 from unimm.training.branches import Branches, stack_answers
-from unimm.training.recipe import near
 
 if TYPE_CHECKING:
     from unimm.pipeline import UniMM

@@ -19,8 +19,8 @@ from typing import Any
 
 from unimm.errors import UserError
 from unimm.images import atomic_write, sync
+from unimm.sections import Section, show, validate
 from unimm.training.preferences.data import read_lines
-from unimm.training.recipe import Section, show, validate
 
 
 class Vote(Section):
@@ -181,7 +181,7 @@ class Votes:
         whole, newline, rest = self.state.read_bytes().rpartition(b"\n")
         self._sizes = {self.state: len(whole) + len(newline), self.path: 0}
         if rest:  # a line cut off in writing, which nobody was told of
-            _truncate(self.state, self._sizes[self.state])
+            _truncate(os.open(self.state, os.O_WRONLY), self._sizes[self.state])
         lines = list(read_lines(self.state))
         undone: dict[str, Any] | None = None
         if lines:
@@ -270,12 +270,7 @@ class Votes:
 
     def _cut(self, path: Path, size: int) -> None:
         """Shorten a file, flushed to disk."""
-        handle = self._unchanged(path)
-        try:
-            os.ftruncate(handle, size)
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _truncate(self._unchanged(path), size)
         self._sizes[path] = size
 
     def _unchanged(self, path: Path) -> int:
@@ -299,8 +294,8 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _truncate(path: Path, size: int) -> None:
-    handle = os.open(path, os.O_WRONLY)
+def _truncate(handle: int, size: int) -> None:
+    """Shorten an open file, flush it to disk and close it."""
     try:
         os.ftruncate(handle, size)
         os.fsync(handle)

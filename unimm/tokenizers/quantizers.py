@@ -11,34 +11,27 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from vector_quantize_pytorch import FSQ, LFQ, SimVQ, VectorQuantize, lookup_free_quantization
 
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Size = Annotated[int, Field(gt=0)]
+from unimm.sections import Positive, Rate, Section
 
 
-class Settings(BaseModel):
-    """Base of the settings of a kind; unknown keys and loose types are errors."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
-
-
-class VectorSettings(Settings):
+class VectorSettings(Section):
     """A codebook of unit vectors, compared by cosine (ViT-VQGAN, arXiv 2110.04627; LlamaGen, arXiv 2406.06525)."""
 
     kind: Literal["vq"] = "vq"
-    codebook_size: Size = 512
-    codebook_dim: Size = 8
+    codebook_size: Positive = 512
+    codebook_dim: Positive = 8
     """Dimension in which codes are compared, kept small so that all of them get used."""
-    commitment_weight: Weight = 0.25
+    commitment_weight: Rate = 0.25
     codebook_training: Literal["average", "gradient"] = "average"
     """By moving average of the latents that a code stands for, or by gradient, as LlamaGen does."""
     codebook_decay: Annotated[float, Field(ge=0, le=1)] = 0.99
     """Of the moving average; like the three that follow, of no meaning where gradients train."""
-    dead_code_threshold: Weight = 0.5
+    dead_code_threshold: Rate = 0.5
     """A code whose moving count of uses falls below this is restarted from the batch."""
     kmeans_init: bool = True
     """Start the codebook as k-means of the first training batch."""
@@ -46,7 +39,7 @@ class VectorSettings(Settings):
     """Pass gradients by rotation (arXiv 2410.06424) instead of straight through."""
 
 
-class ScalarSettings(Settings):
+class ScalarSettings(Section):
     """Finite scalar quantisation (FSQ, arXiv 2309.15505): each dimension is rounded to a few levels."""
 
     kind: Literal["fsq"]
@@ -64,17 +57,17 @@ class ScalarSettings(Settings):
         return len(self.levels)
 
 
-class LookupFreeSettings(Settings):
+class LookupFreeSettings(Section):
     """Lookup-free quantisation (LFQ, MAGVIT-v2, arXiv 2310.05737): the signs of the dimensions are the code."""
 
     kind: Literal["lfq"]
-    codebook_size: Size
+    codebook_size: Positive
     """A power of 2; its exponent is the number of dimensions."""
-    entropy_weight: Weight = 0.1
+    entropy_weight: Rate = 0.1
     """Of the loss that makes each choice sure and the choices of a batch diverse."""
-    diversity_weight: Weight = 1.0
+    diversity_weight: Rate = 1.0
     """Of the second of the two within it."""
-    commitment_weight: Weight = 0.25
+    commitment_weight: Rate = 0.25
 
     @field_validator("codebook_size")
     @classmethod
@@ -89,13 +82,13 @@ class LookupFreeSettings(Settings):
         return self.codebook_size.bit_length() - 1
 
 
-class LinearSettings(Settings):
+class LinearSettings(Section):
     """SimVQ (arXiv 2411.02038): random vectors that stay, seen through a linear layer that learns."""
 
     kind: Literal["simvq"]
-    codebook_size: Size
-    codebook_dim: Size
-    commitment_weight: Weight = 0.25
+    codebook_size: Positive
+    codebook_dim: Positive
+    commitment_weight: Rate = 0.25
     """Of the pull on the encoder; that on the codes counts once."""
     rotation_trick: bool = False
 

@@ -18,6 +18,7 @@ from unimm.data.sources import BadRecord
 from unimm.errors import UserError
 from unimm.images import save_image, to_tensor
 from unimm.processing import square_pixels
+from unimm.sections import NotNegative, Positive, Rate, Section, near, validate
 from unimm.tokenizers import losses
 from unimm.tokenizers.data import KINDS, TokenizerPictures
 from unimm.tokenizers.metrics import RecentCodes, comparison, psnr
@@ -25,7 +26,7 @@ from unimm.tokenizers.model import ImageTokenizer, ImageTokenizerConfig, Reconst
 from unimm.tokenizers.pictures import PictureFiles, RandomCrops
 from unimm.tokenizers.quantizers import AnyQuantizer, VectorSettings
 from unimm.training.batches import mix
-from unimm.training.recipe import BaseRecipe, NotNegative, Positive, Rate, Section, Stage, near, validate
+from unimm.training.recipe import BaseRecipe, Stage
 from unimm.training.records import BadItems
 
 if TYPE_CHECKING:

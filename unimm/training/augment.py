@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from unimm.training.recipe import Fraction, Section
+from unimm.sections import Fraction, Section
 
 ELASTIC = 4  # control points a side of the elastic warp
 AFFINE = 6  # mirror, scale, aspect, angle, two shifts

@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from unimm.errors import UserError, UserNote
-from unimm.training.recipe import BaseRecipe, Checkpointing, show
+from unimm.sections import show
+from unimm.training.recipe import BaseRecipe, Checkpointing
 
 FORMAT = 1
 _TEMPORARY = ".tmp-"

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from unimm.sections import near
 from unimm.training import checkpoint, shards
-from unimm.training.recipe import near
 from unimm.training.task import Packs
 
 if TYPE_CHECKING:
@@ -46,6 +46,11 @@ def pick_device(recipe: BaseRecipe) -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
+
+
+def in_bfloat16(recipe: BaseRecipe, device: torch.device) -> bool:
+    """Whether losses are computed under autocast to bfloat16 on a device."""
+    return recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and device.type == "cuda")
 
 
 def start_distributed(device: torch.device) -> Any:
@@ -94,6 +99,18 @@ def gather_over_ranks(tensor: Tensor) -> Tensor:
     gathered = [torch.empty_like(moved) for _ in range(world)]
     torch.distributed.all_gather(gathered, moved)
     return torch.stack(gathered).cpu()
+
+
+@contextmanager
+def first_process_first() -> Iterator[bool]:
+    """Run a block in the first process, then in all others; gives whether this is the first."""
+    several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    first = not several or torch.distributed.get_rank() == 0
+    if not first:
+        torch.distributed.barrier()
+    yield first
+    if several and first:
+        torch.distributed.barrier()
 
 
 class LossModule(nn.Module):
@@ -247,11 +264,10 @@ class Engine:
         self.optimizer = torch.optim.AdamW(
             parameters, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True
         )
-        bfloat16 = recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and device.type == "cuda")
         self.module = module
         if self.zero == 3:  # weights go to the device shard by shard
             shards.move_buffers(module, device)
-        wrapped = LossModule(task, module, device.type, bfloat16)
+        wrapped = LossModule(task, module, device.type, in_bfloat16(recipe, device))
         self._engine, *_ = deepspeed.initialize(
             model=wrapped, optimizer=self.optimizer, config=self._config(recipe, stage)
         )

@@ -19,7 +19,7 @@ from torch import nn
 
 from unimm.errors import UserError
 from unimm.modeling import UniMMModel
-from unimm.training.recipe import Fraction, Positive, Section
+from unimm.sections import Fraction, Positive, Section
 
 ADAPTER = "adapter"  # folder of the adapter within an export
 _PREFIX = "base_model.model."  # of a key in a file that `PeftModel.from_pretrained` reads

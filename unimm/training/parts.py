@@ -25,10 +25,10 @@ from unimm.modeling import UniMMModel
 from unimm.pipeline import UniMM, embedded_model, load
 from unimm.processing import UniMMProcessor, read_tokenizer
 from unimm.saving import no_progress
+from unimm.sections import Positive, Section
 from unimm.tokenizers.model import ImageTokenizerConfig
 from unimm.tokenizers.movq import MoVQConfig
 from unimm.training.lora import is_adapter
-from unimm.training.recipe import Positive, Section
 
 if TYPE_CHECKING:
     from unimm.training.unified import UnifiedRecipe

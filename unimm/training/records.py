@@ -27,8 +27,8 @@ from unimm.data.sources.rows import Pairs
 from unimm.data.stream import RowBuilder, grids_of
 from unimm.errors import UserError, UserNote
 from unimm.processing import CAPTION_REQUESTS, Grid, UniMMProcessor
+from unimm.sections import Section
 from unimm.training.kept import Kept, kept_codes
-from unimm.training.recipe import Section
 
 if TYPE_CHECKING:
     from unimm.training.recipe import BaseRecipe

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from unimm.errors import UserError
+from unimm.sections import near
 from unimm.training import checkpoint
 from unimm.training.average import Average
 from unimm.training.batches import StepBatch, derive_seed, read_ahead
@@ -43,7 +44,7 @@ from unimm.training.engine import (
     start_distributed,
 )
 from unimm.training.logging import RunLog, means_over_ranks
-from unimm.training.recipe import BaseRecipe, load_recipe, near
+from unimm.training.recipe import BaseRecipe, load_recipe
 from unimm.training.schedule import lr_factor
 from unimm.training.task import Draws, Moves, Prepares, Source
 

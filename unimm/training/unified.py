@@ -28,6 +28,7 @@ from unimm.modeling import IGNORED, UniMMModel
 from unimm.processing import CAPTION_REQUESTS
 from unimm.sampling.choose import streams
 from unimm.sampling.images import sample_codes
+from unimm.sections import Fraction, NotNegative, Positive, Rate, Section, validate
 from unimm.sheet import Card, Line, draw_sheet
 from unimm.sheet import Section as SheetSection
 from unimm.training.augment import Augmentation, augment, draw_numbers
@@ -36,16 +37,7 @@ from unimm.training.branches import Branches, stack_rows
 from unimm.training.engine import pick_device
 from unimm.training.lora import LoraSection, add_adapters, save_model
 from unimm.training.parts import Assembly, ModelSection, model_groups, tiny_model
-from unimm.training.recipe import (
-    BaseRecipe,
-    Fraction,
-    NotNegative,
-    Positive,
-    Rate,
-    Section,
-    Stage,
-    validate,
-)
+from unimm.training.recipe import BaseRecipe, Stage
 from unimm.training.records import Records, SourceSection
 from unimm.training.scenes import SceneCodes, caption_scenes
 

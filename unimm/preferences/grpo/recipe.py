@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from unimm.data.emojiscenes import Split
-from unimm.training.lora import LoraSection
-from unimm.training.preferences.recipe import DrawingPreview, ReferenceSection, check_reference
-from unimm.training.recipe import BaseRecipe, NotNegative, Positive, Rate, Section
+from unimm.sections import NotNegative, Positive, Rate, Section
+from unimm.training.preferences.recipe import PolicyRecipe
 
 if TYPE_CHECKING:
     from unimm.preferences.grpo.task import GrpoTask
@@ -64,25 +63,17 @@ class GrpoObjective(Section):
     """Optimisation steps on each batch of drawings; more than 1 keeps a copy of the weights that drew."""
 
 
-class GrpoRecipe(BaseRecipe):
+class GrpoRecipe(PolicyRecipe):
     """Recipe of the task `grpo`; groups are the model's parts, a stage's batch counts prompts."""
 
     task: Literal["grpo"]
-    model: str | None = None
-    """Folder or hub id of the model to start from; null: the embedded model."""
-    lora: LoraSection | None = None
-    """Adapters, trained as the group `lora`; the export is merged, the adapters alone are beside it."""
     prompts: PromptSection
     scorer: Annotated[str, Field(min_length=1)] = "rules"
     """Gives rewards: a name of `unimm.preferences.scorers`, or the dotted path of a callable."""
     sampling: SamplingSection = SamplingSection()
     objective: GrpoObjective = GrpoObjective()
-    reference: ReferenceSection = ReferenceSection()
     packed: bool = True
     """All drawings of a prompt in one row, after a prompt that is read once; else a row for each."""
-    preview: DrawingPreview = DrawingPreview()
-    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number format of the exported weights."""
 
     @classmethod
     def shrink(cls, data: dict[str, Any]) -> None:
@@ -101,7 +92,7 @@ class GrpoRecipe(BaseRecipe):
         from unimm.preferences.scorers import find_scorer
 
         find_scorer(self.scorer)
-        check_reference(self, self.reference, self.lora)
+        self.check_policy()
         if self.reference.mode == "precomputed":
             raise self.error("reference.mode", "drawings are new in every step; take copy, adapter or none")
         if self.reference.mode == "none" and self.objective.beta:
@@ -112,6 +103,4 @@ class GrpoRecipe(BaseRecipe):
                     f"expected a multiple of objective.updates ({self.objective.updates}), got {stage.steps}"
                 )
                 raise self.error(f"stages[{index}].steps", expected)
-            if stage.options:
-                raise self.error(f"stages[{index}].options", "this task has none; remove it")
         return GrpoTask(self)

@@ -34,16 +34,14 @@ from unimm.preferences.scorers import (
 )
 from unimm.sampling.choose import streams
 from unimm.sampling.images import sample_codes
+from unimm.sections import near
 from unimm.training import shards
 from unimm.training.batches import derive_seed, mix
 from unimm.training.branches import Branches, stack_answers
-from unimm.training.engine import pick_device
-from unimm.training.lora import save_model
-from unimm.training.parts import EMBEDDED, model_groups
-from unimm.training.preferences.policy import PolicyModel, frozen_copy
+from unimm.training.engine import first_process_first, in_bfloat16, pick_device
+from unimm.training.preferences.policy import PolicyModel, PolicyTask, frozen_copy
 from unimm.training.preferences.preview import PREVIEW_PROMPTS, before_and_after, draw_fixed, kept_before
 from unimm.training.preferences.samples import INPUTS, drawing_answer
-from unimm.training.recipe import near
 
 if TYPE_CHECKING:
     from unimm.training.recipe import Stage
@@ -85,8 +83,10 @@ class Drawn:
         return {"prompt": self.source[drawn], "draw": derive_seed(self.seed, drawn)}
 
 
-class GrpoTask:
+class GrpoTask(PolicyTask):
     """Trains and exports a `UniMMModel` on its own drawings; see the module's docstring and `Task`."""
+
+    recipe: GrpoRecipe
 
     def __init__(self, recipe: GrpoRecipe) -> None:
         self.recipe = recipe
@@ -111,11 +111,6 @@ class GrpoTask:
         self.grid = (self.layout.grid[0], self.layout.grid[1])
         self.codes = self.grid[0] * self.grid[1]
         return DrawingPolicy(policy, self.recipe)
-
-    def groups(self, module: nn.Module) -> dict[str, list[nn.Parameter]]:
-        """One group for each part of the policy, and one for all adapters where it has some."""
-        assert isinstance(module, DrawingPolicy)
-        return model_groups(module.policy, self.recipe.lora is not None)
 
     def dataset(self, stage: Stage, seed: int) -> Drawn:
         """The prompts, shuffled anew in each pass; kinds of scenes by the stage's mixture, or as many as there are."""
@@ -151,11 +146,8 @@ class GrpoTask:
 
     def before_step(self, module: nn.Module, step: int) -> None:
         """Move a reference that follows; give the weights that draw those of the policy, for a new batch."""
+        super().before_step(module, step)
         assert isinstance(module, DrawingPolicy)
-        reference = self.recipe.reference
-        if reference.sync_every is not None and step and step % reference.sync_every == 0:
-            assert module.reference is not None
-            shards.blend(module.reference, module.policy, reference.mix)
         if module.behaviour is not None and step % self.recipe.objective.updates == 0:
             shards.blend(module.behaviour, module.policy, 1.0)
 
@@ -173,9 +165,10 @@ class GrpoTask:
 
     def _autocast(self) -> AbstractContextManager[Any]:
         """The number format in which losses are computed."""
-        recipe, device = self.recipe, pick_device(self.recipe)
-        wanted = recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and device.type == "cuda")
-        return torch.autocast(device.type, torch.bfloat16, enabled=wanted) if wanted else nullcontext()
+        device = pick_device(self.recipe)
+        if not in_bfloat16(self.recipe, device):
+            return nullcontext()
+        return torch.autocast(device.type, torch.bfloat16)
 
     def _draw(self, module: DrawingPolicy, batches: Sequence[Batch]) -> list[Batch]:
         group = self.recipe.sampling.group
@@ -251,14 +244,8 @@ class GrpoTask:
 
     def _make_scorer(self, um: UniMM) -> Scorer:
         """The recipe's scorer; the first process makes it, since it may keep what it fits."""
-        several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-        first = not several or torch.distributed.get_rank() == 0
-        if not first:
-            torch.distributed.barrier()
-        scorer = make_scorer(self.recipe.scorer, um, Path(self.recipe.output))
-        if several and first:
-            torch.distributed.barrier()
-        return scorer
+        with first_process_first():
+            return make_scorer(self.recipe.scorer, um, Path(self.recipe.output))
 
     def _rows(self, numbers: Sequence[int], codes: Tensor) -> Batch:
         """Prompts with their drawings [P, G, h, w] as rows, every code position numbered: [P, G, h * w] in order."""
@@ -342,13 +329,6 @@ class GrpoTask:
         before_and_after(um, prompts, before, draw_fixed(um, prompts, section)).save(
             folder / f"{step:06d}.png"
         )
-
-    def export(self, module: nn.Module, folder: Path) -> None:
-        """Write a folder that `unimm.load` takes."""
-        assert isinstance(module, DrawingPolicy)
-        dtype = getattr(torch, self.recipe.export_dtype)
-        save_model(module.policy, folder, dtype, self.recipe.model or EMBEDDED)
-        self.processor.save_pretrained(folder)
 
 
 def _kind(prompt: DrawingPrompt) -> str:

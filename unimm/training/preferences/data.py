@@ -25,7 +25,7 @@ from unimm.data.sources import Blob, Reading, expand
 from unimm.data.sources.tars import TarShards, find_member
 from unimm.errors import UserError
 from unimm.images import atomic_write, read_image
-from unimm.training.recipe import NotNegative, Section, show, validate
+from unimm.sections import NotNegative, Section, show, validate
 
 Modality = Literal["text", "image"]
 MODALITIES: tuple[Modality, ...] = ("text", "image")

@@ -1,15 +1,27 @@
-"""The policy that learns, and the reference that it is compared with: a frozen copy, or itself without adapters."""
+"""The policy that learns, and the reference that it is compared with: a frozen copy, or itself without adapters.
+
+`PolicyTask` is what the tasks that train one have in common.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from unimm.modeling import UniMMModel
-from unimm.training.lora import LoraSection, adapters_off, add_adapters
+from unimm.processing import UniMMProcessor
+from unimm.training import shards
+from unimm.training.lora import LoraSection, adapters_off, add_adapters, save_model
+from unimm.training.parts import EMBEDDED, model_groups
+
+if TYPE_CHECKING:
+    from unimm.training.preferences.recipe import PolicyRecipe
 
 
 class PolicyModel(nn.Module):
@@ -46,3 +58,30 @@ def frozen_copy(model: UniMMModel) -> UniMMModel:
     finally:
         model.image_tokenizer = tokenizer
     return copied
+
+
+class PolicyTask:
+    """Groups, reference and export of a task that trains a `PolicyModel`; see `unimm.training.task.Task`."""
+
+    recipe: PolicyRecipe
+    processor: UniMMProcessor
+
+    def groups(self, module: nn.Module) -> dict[str, list[nn.Parameter]]:
+        """One group for each part of the policy, and one for all adapters where it has some."""
+        assert isinstance(module, PolicyModel)
+        return model_groups(module.policy, self.recipe.lora is not None)
+
+    def before_step(self, module: nn.Module, step: int) -> None:
+        """Move a reference that follows the policy, where its time has come."""
+        assert isinstance(module, PolicyModel)
+        every = self.recipe.reference.sync_every
+        if every is not None and step and step % every == 0:
+            assert module.reference is not None
+            shards.blend(module.reference, module.policy, self.recipe.reference.mix)
+
+    def export(self, module: nn.Module, folder: Path) -> None:
+        """Write a folder that `unimm.load` takes."""
+        assert isinstance(module, PolicyModel)
+        dtype = getattr(torch, self.recipe.export_dtype)
+        save_model(module.policy, folder, dtype, self.recipe.model or EMBEDDED)
+        self.processor.save_pretrained(folder)

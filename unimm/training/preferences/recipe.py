@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from unimm.sections import NotNegative, Positive, Rate, Section, near
 from unimm.training.lora import LoraSection
 from unimm.training.preferences.data import MODALITIES
 from unimm.training.preferences.losses import LOSSES, REFERENCE_FREE, Options
-from unimm.training.recipe import BaseRecipe, NotNegative, Positive, Rate, Section, near
+from unimm.training.recipe import BaseRecipe
 
 if TYPE_CHECKING:
     from unimm.training.preferences.task import PreferenceTask
@@ -83,33 +84,6 @@ class ReferenceSection(Section):
         return value
 
 
-def check_reference(recipe: BaseRecipe, reference: ReferenceSection, lora: LoraSection | None) -> None:
-    """Refuse a reference that would not stay what it is.
-
-    Raises:
-        UserError: adapters are to be switched off where there are none, or where other weights train too; or a copy
-            is to follow a policy that is more than its weights.
-    """
-    if reference.sync_every is not None and lora is not None:
-        message = (
-            "a copy cannot follow adapters, whose product is not that of their means; remove it, or lora"
-        )
-        raise recipe.error("reference.sync_every", message)
-    if reference.mode != "adapter":
-        return
-    if lora is None:
-        raise recipe.error(
-            "reference.mode", "adapter switches adapters off, and there is no section lora; take copy"
-        )
-    for index, stage in enumerate(recipe.stages):
-        for group in stage.lr:
-            if group != "lora":
-                message = (
-                    "would move the reference, which is the weights under the adapters; train lora alone, "
-                )
-                raise recipe.error(f"stages[{index}].lr.{group}", message + "or take reference.mode copy")
-
-
 class DrawingPreview(Section):
     """What is drawn at every preview, before and after."""
 
@@ -120,6 +94,46 @@ class DrawingPreview(Section):
     seed: NotNegative = 0
 
 
+class PolicyRecipe(BaseRecipe):
+    """What the recipes have in common in which a policy starts from a model and is compared with a reference."""
+
+    model: str | None = None
+    """Folder or hub id of the model to start from; null: the embedded model."""
+    lora: LoraSection | None = None
+    """Adapters, trained as the group `lora`; the export is merged, the adapters alone are beside it."""
+    reference: ReferenceSection = ReferenceSection()
+    preview: DrawingPreview = DrawingPreview()
+    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the exported weights."""
+
+    def check_policy(self) -> None:
+        """Refuse options of a stage, and a reference that would not stay what it is.
+
+        Raises:
+            UserError: a stage has options; or adapters are to be switched off where there are none, or where other
+                weights train too; or a copy is to follow a policy that is more than its weights.
+        """
+        for index, stage in enumerate(self.stages):
+            if stage.options:
+                raise self.error(f"stages[{index}].options", "this task has none; remove it")
+        if self.reference.sync_every is not None and self.lora is not None:
+            message = (
+                "a copy cannot follow adapters, whose product is not that of their means; remove it, or lora"
+            )
+            raise self.error("reference.sync_every", message)
+        if self.reference.mode != "adapter":
+            return
+        if self.lora is None:
+            raise self.error(
+                "reference.mode", "adapter switches adapters off, and there is no section lora; take copy"
+            )
+        for index, stage in enumerate(self.stages):
+            for group in stage.lr:
+                if group != "lora":
+                    message = "would move the reference, which is the weights under the adapters; train lora alone, "
+                    raise self.error(f"stages[{index}].lr.{group}", message + "or take reference.mode copy")
+
+
 class PreviewSection(DrawingPreview):
     """What is drawn and said at every preview, before and after."""
 
@@ -127,21 +141,14 @@ class PreviewSection(DrawingPreview):
     """Prompts of the data that are answered in words."""
 
 
-class PreferenceRecipe(BaseRecipe):
+class PreferenceRecipe(PolicyRecipe):
     """Recipe of the task `dpo`; groups are the model's parts, the mixture is over text and image pairs."""
 
     task: Literal["dpo"]
-    model: str | None = None
-    """Folder or hub id of the model to start from; null: the embedded model."""
-    lora: LoraSection | None = None
-    """Adapters, trained as the group `lora`; the export is merged, the adapters alone are beside it."""
     data: PreferenceData
     text: Objective = Objective()
     image: Objective = Objective()
-    reference: ReferenceSection = ReferenceSection()
     preview: PreviewSection = PreviewSection()
-    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number format of the exported weights."""
 
     @classmethod
     def shrink(cls, data: dict[str, Any]) -> None:
@@ -168,13 +175,11 @@ class PreferenceRecipe(BaseRecipe):
                 if kind not in MODALITIES:
                     expected = f"expected one of {', '.join(MODALITIES)}{near(kind, MODALITIES)}"
                     raise self.error(f"stages[{index}].mixture.{kind}", expected)
-            if stage.options:
-                raise self.error(f"stages[{index}].options", "this task has none; remove it")
         if self.reference.mode == "none":
             for modality in MODALITIES:
                 for name in self.objective(modality).losses:
                     if name not in REFERENCE_FREE:
                         message = f"needs a reference; without one: {', '.join(REFERENCE_FREE)}"
                         raise self.error(f"{modality}.losses.{name}", message)
-        check_reference(self, self.reference, self.lora)
+        self.check_policy()
         return PreferenceTask(self)

@@ -17,14 +17,11 @@ from torch import Tensor, nn
 
 from unimm.modeling import AnswerScores, UniMMModel
 from unimm.pipeline import UniMM, load
-from unimm.training import shards
 from unimm.training.batches import mix
-from unimm.training.engine import pick_device
-from unimm.training.lora import save_model
-from unimm.training.parts import EMBEDDED, model_groups
+from unimm.training.engine import first_process_first, in_bfloat16, pick_device
 from unimm.training.preferences.data import MODALITIES, Preference, read_preferences
 from unimm.training.preferences.losses import Pairs, objective
-from unimm.training.preferences.policy import PolicyModel
+from unimm.training.preferences.policy import PolicyModel, PolicyTask
 from unimm.training.preferences.preview import PREVIEW_PROMPTS, before_and_after, draw_fixed, kept_before
 from unimm.training.preferences.recipe import PreferenceRecipe
 from unimm.training.preferences.reference import (
@@ -41,8 +38,10 @@ if TYPE_CHECKING:
     from unimm.training.task import Batch, Metrics, Sample
 
 
-class PreferenceTask:
+class PreferenceTask(PolicyTask):
     """Trains and exports a `UniMMModel` on pairs; see the module's docstring and `unimm.training.task.Task`."""
+
+    recipe: PreferenceRecipe
 
     def __init__(self, recipe: PreferenceRecipe) -> None:
         self.recipe = recipe
@@ -60,19 +59,6 @@ class PreferenceTask:
             self.model_hash = hash_module(policy)
         self.policy = policy
         return PolicyModel(policy, mode == "copy", self.recipe.lora)
-
-    def groups(self, module: nn.Module) -> dict[str, list[nn.Parameter]]:
-        """One group for each part of the policy, and one for all adapters where it has some."""
-        assert isinstance(module, PolicyModel)
-        return model_groups(module.policy, self.recipe.lora is not None)
-
-    def before_step(self, module: nn.Module, step: int) -> None:
-        """Move a reference that follows the policy, where its time has come."""
-        assert isinstance(module, PolicyModel)
-        every = self.recipe.reference.sync_every
-        if every is not None and step and step % every == 0:
-            assert module.reference is not None
-            shards.blend(module.reference, module.policy, self.recipe.reference.mix)
 
     def dataset(self, stage: Stage, seed: int) -> Any:
         """The preferences, shuffled anew in each pass; mixed by modality where the stage says so."""
@@ -102,18 +88,12 @@ class PreferenceTask:
             "data": hash_data(path, preferences),
             "processor": hash_processor(self.processor),
         }
-        several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-        first = not several or torch.distributed.get_rank() == 0
-        if several and not first:
-            torch.distributed.barrier()  # the first process writes the file, the others read it
-        self.reference_scores = read_or_compute(kept, marks, self._score_all, first)
-        if several and first:
-            torch.distributed.barrier()
+        with first_process_first() as first:  # it writes the file, the others read it
+            self.reference_scores = read_or_compute(kept, marks, self._score_all, first)
 
     def _bfloat16(self) -> bool:
         """Whether the trainer runs losses under autocast, as the reference then must be."""
-        recipe = self.recipe
-        return recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and pick_device(recipe).type == "cuda")
+        return in_bfloat16(self.recipe, pick_device(self.recipe))
 
     @torch.no_grad()
     def _score_all(self) -> Tensor:
@@ -231,13 +211,6 @@ class PreferenceTask:
         codes = draw_fixed(um, self._prompts(), self.recipe.preview)
         answers = um.ask([pair.pictures() for pair in asked], [pair.words for pair in asked]) if asked else []
         return {"codes": codes, "answers": answers}
-
-    def export(self, module: nn.Module, folder: Path) -> None:
-        """Write a folder that `unimm.load` takes."""
-        assert isinstance(module, PolicyModel)
-        dtype = getattr(torch, self.recipe.export_dtype)
-        save_model(module.policy, folder, dtype, self.recipe.model or EMBEDDED)
-        self.processor.save_pretrained(folder)
 
 
 class _Subset(Sequence["Sample"]):
