@@ -6,10 +6,13 @@ import json
 import resource
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import unimm
 from unimm.data.emojiscenes import EmojiScenes
@@ -209,3 +212,23 @@ def test_a_full_disk_leaves_the_old_folder_whole(tiny_model: UniMM, tmp_path: Pa
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, old)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+class _NoFloat64(TorchDispatchMode):
+    """Refuses what Apple's GPUs do not have."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            assert not (isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64), func
+        return result
+
+
+def test_nothing_needs_float64(tiny_model: UniMM) -> None:
+    picture = Image.new("RGB", (80, 50), "teal")
+    with _NoFloat64():
+        tiny_model.caption([picture, picture])
+        tiny_model.ask(picture, "what is this?")
+        tiny_model.draw(["a star", "a red apple on blue"], guidance_scale=3.0, top_k=20, top_p=0.9, seed=1)
+    with pytest.raises(AssertionError), _NoFloat64():
+        torch.ones(2, dtype=torch.float32).double()
