@@ -65,6 +65,24 @@ def test_the_best_of_each_stage_stay(tmp_path: Path, mode: str, kept: list[int])
     assert (newest := read_newest(tmp_path)) is not None and newest.step == 9
 
 
+def test_one_that_is_being_removed_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that ends in the middle of removing an old checkpoint leaves none that does not read."""
+    for step in (1, 2):
+        write_checkpoint(tmp_path, snapshot(step), Checkpointing(keep=2))
+
+    def ended(path: Path, **_: object) -> None:
+        if path.exists():
+            (path / "state.json").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(checkpoint.shutil, "rmtree", ended)
+        write_checkpoint(tmp_path, snapshot(3), Checkpointing(keep=2))
+    assert [read_checkpoint(path).step for path in sorted(tmp_path.glob("step-*"))] == [2, 3]
+    assert read_newest(tmp_path) is not None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+
+
 def test_nothing_there_is_no_checkpoint(tmp_path: Path) -> None:
     assert read_newest(tmp_path / "none") is None
     (tmp_path / ".tmp-step-00000009").mkdir()

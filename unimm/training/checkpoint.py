@@ -77,7 +77,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, settings: Checkpointing) 
             _flush(temporary / name)
         _flush(temporary)
         if target.exists():  # a damaged one that the run fell back from
-            shutil.rmtree(target)
+            _remove(target)
         temporary.rename(target)
         _flush(folder)
     except (OSError, SafetensorError) as error:
@@ -88,8 +88,16 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, settings: Checkpointing) 
     kept = {path for stage in range(snapshot.stage + 1) for path in best_checkpoints(folder, stage, settings)}
     for old in _folders(folder)[: -settings.keep]:
         if old not in kept:
-            shutil.rmtree(old, ignore_errors=True)
+            with suppress(OSError):
+                _remove(old)
     return target
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint: under its name it is whole or gone, whenever the process is killed."""
+    doomed = folder.with_name(f"{_TEMPORARY}old-{folder.name}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def best_checkpoints(folder: Path, stage: int, settings: Checkpointing) -> list[Path]:
