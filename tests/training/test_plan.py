@@ -65,9 +65,8 @@ def test_operations_by_hand(tmp_path: Path) -> None:
     model = describe_model(made)
     table = model.get_input_embeddings().weight.numel()
     layers = sum(p.numel() for p in model.decoder.parameters()) - 2 * table
-    attention = (
-        3 * 2 * 2 * 2 * 32 * 10 * 10 // 2
-    )  # forward, twice that backward: 2 products, 2 layers, width 32
+    pairs = 10 * 11 // 2
+    attention = 3 * 2 * 2 * 2 * 32 * pairs  # forward, twice that backward: 2 products, 2 layers, width 32
     assert stage["tokens"] == 2 * 2 * 10
     assert stage["flops"] == 4 * (6 * 10 * (layers + table) + attention)
 

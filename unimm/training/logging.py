@@ -1,7 +1,8 @@
-"""What a run tells: JSON lines, TensorBoard, and a progress bar (or plain lines where nobody watches).
+"""What a run tells: JSON lines, TensorBoard, trackers, and a progress bar (or plain lines where nobody watches).
 
 Numbers stay on the device between two log lines; a line holds their means since the last one. Its `data_wait` is the
-share of that time that the rank which waited longest spent waiting for samples.
+share of that time that the rank which waited longest spent waiting for samples; `tflops` are those of one device, on
+what is learnt from (`unimm.training.flops`), and `mfu` (model FLOPs utilisation) is their share of what it could do.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from unimm.training.engine import gather_over_ranks, sum_over_ranks
+from unimm.training.trackers import Tracker
 
 if TYPE_CHECKING:
     from unimm.training.engine import StepResult
     from unimm.training.recipe import BaseRecipe
 
 Item = TypeVar("Item")
+OPERATIONS = "operations"  # among a batch's targets: floating-point operations that it takes
 
 
 class RunLog:
@@ -49,8 +52,11 @@ class RunLog:
         self._since = time.perf_counter()
         self._waited = 0.0  # seconds, of those since then
         self._tensorboard: Any = None
+        self._trackers: list[Tracker] = []
+        self._peak = recipe.logging.peak_tflops
         if active:
             self._open(Path(recipe.output), recipe.logging.tensorboard, start)
+            self._trackers = [Tracker(name, recipe) for name in recipe.logging.trackers]
         self._bar = self._progress(start)
 
     def _open(self, output: Path, tensorboard: bool, start: int) -> None:
@@ -120,6 +126,7 @@ class RunLog:
         elapsed = max(time.perf_counter() - self._since, 1e-9)
         samples = self._samples / elapsed
         tokens = sum(count for kind, count in self._targets.items() if "token" in kind) / elapsed
+        speed = self._operations(elapsed)
         left = (self._total - step) * elapsed / self._count
         waited = float(gather_over_ranks(torch.tensor([self._waited])).max())  # all wait for the slowest
         if self._active:
@@ -130,12 +137,18 @@ class RunLog:
                 "samples_per_second": samples,
                 "tokens_per_second": tokens,
                 "data_wait": min(waited / elapsed, 1.0),
+                **speed,
             }
             line |= {f"lr/{name}": rate for name, rate in rates.items()}
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
-            self._to_tensorboard(line, step)
-            self._show(step, stage, means, max(rates.values()), f"{samples:.1f} samples/s", tokens, left)
+            self._tell(line, step)
+            told = f"{samples:.1f} samples/s"
+            if tokens:
+                told += f"  {tokens:,.0f} tokens/s"
+            if "mfu" in speed:
+                told += f"  {speed['mfu']:.1%} MFU"
+            self._show(step, stage, means, max(rates.values()), told, left)
         self._sums, self._targets, self._samples, self._count, self._waited = {}, {}, 0.0, 0, 0.0
         self._since = time.perf_counter()
         return means
@@ -144,11 +157,21 @@ class RunLog:
         """Means since the last line, over all ranks."""
         return means_over_ranks(self._sums, self._count)
 
-    def _to_tensorboard(self, line: Mapping[str, Any], step: int) -> None:
+    def _operations(self, elapsed: float) -> dict[str, float]:
+        """TFLOP/s of a device since the last line and their share of its peak, as far as they are known."""
+        if OPERATIONS not in self._targets:
+            return {}
+        reached = self._targets[OPERATIONS] / elapsed / torch.distributed.get_world_size() / 1e12
+        return {"tflops": reached, **({"mfu": reached / self._peak} if self._peak else {})}
+
+    def _tell(self, line: Mapping[str, Any], step: int) -> None:
+        """Pass a line's numbers on to TensorBoard and trackers."""
+        numbers = {key: value for key, value in line.items() if isinstance(value, float)}
         if self._tensorboard is not None:
-            for key, value in line.items():
-                if isinstance(value, float):
-                    self._tensorboard.add_scalar(key, value, step)
+            for key, value in numbers.items():
+                self._tensorboard.add_scalar(key, value, step)
+        for tracker in self._trackers:
+            tracker.log(numbers, step)
 
     def _show(
         self,
@@ -157,12 +180,9 @@ class RunLog:
         means: Mapping[str, float],
         rate: float,
         speed: str,
-        tokens: float,
         left: float,
     ) -> None:
         text = f"loss {means['loss']:.4f}  lr {rate:.2e}  {speed}"
-        if tokens:
-            text += f"  {tokens:,.0f} tokens/s"
         if self._bar:
             self._bar[0].update(self._bar[1], completed=step, description=stage, line=text)
             return
@@ -184,6 +204,8 @@ class RunLog:
             self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def means_over_ranks(sums: Mapping[str, Any], count: int) -> dict[str, float]:

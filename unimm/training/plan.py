@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from unimm.modeling import UniMMModel
+from unimm.training.flops import Counts, Operations, weights_of
 from unimm.training.lora import add_adapters
 from unimm.training.parts import describe_model, model_groups
 from unimm.training.recipe import Stage
@@ -84,20 +85,16 @@ def plan(recipe: UnifiedRecipe, machines: Machines) -> dict[str, Any]:
     if recipe.lora is not None:
         add_adapters(model, recipe.lora)
     groups = model_groups(model, recipe.lora is not None)
-    parts = {name: _weights(part) for name, part in model.parts().items()}
+    parts = {name: weights_of(part) for name, part in model.parts().items()}
     if model.image_tokenizer is not None:
-        parts["image_tokenizer"] = _weights(model.image_tokenizer)
+        parts["image_tokenizer"] = weights_of(model.image_tokenizer)
     stages = [_stage(recipe, number, model, groups, machines) for number in range(len(recipe.stages))]
     return {
         "machines": asdict(machines),
-        "parameters": {**parts, "all": _weights(model)},
+        "parameters": {**parts, "all": weights_of(model)},
         "stages": stages,
         "days": sum(stage["days"] for stage in stages),
     }
-
-
-def _weights(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _stage(
@@ -113,7 +110,7 @@ def _stage(
             message = f"no such group of weights; the groups are {', '.join(groups)}"
             raise recipe.error(f"stages[{number}].lr.{name}", message)
     trained = sum(parameter.numel() for name in stage.lr for parameter in groups[name])
-    frozen, largest = _weights(model) - trained, largest_layer(model)
+    frozen, largest = weights_of(model) - trained, largest_layer(model)
     memory = {
         f"zero{zero}": state_bytes(zero, trained, frozen, largest, machines.gpus) / 2**30 for zero in range(4)
     }
@@ -133,47 +130,28 @@ def _stage(
 
 
 def _work(model: UniMMModel, stage: Stage, words: int) -> tuple[float, float]:
-    """Return the mean tokens and floating-point operations of a sample, forward and backward.
-
-    Two operations for each weight and token forward, two backward where gradients pass, two more for the weights'
-    own gradients; computing activations a second time is not counted (Chowdhery et al. 2022, appendix B).
-    """
+    """Return the mean tokens and floating-point operations of a sample, forward and backward."""
+    operations = Operations(model, stage.lr)
     mixture = stage.mixture or {"understanding": 1.0, "generation": 1.0}
     total = sum(mixture.values())
-    tokens = operations = 0.0
-    for kind, share in mixture.items():
-        length, work = _sample(model, stage, kind, words)
-        tokens += share / total * length
-        operations += share / total * work
-    return tokens, operations
+    samples = [(share / total, _sample(model, kind, words)) for kind, share in mixture.items()]
+    return (
+        sum(share * counts.tokens for share, counts in samples),
+        sum(share * operations.of(counts) for share, counts in samples),
+    )
 
 
-def _sample(model: UniMMModel, stage: Stage, kind: str, words: int) -> tuple[int, float]:
-    """Return the tokens and the operations of a sample of one kind."""
-    layout, config = model.layout, model.config.decoder_config()
+def _sample(model: UniMMModel, kind: str, words: int) -> Counts:
+    """What a sample of one kind holds."""
+    layout = model.layout
     rows, columns = layout.grid
     codes = len(layout.drawing_steps(rows, columns)) if kind == "generation" else 0
     features = (layout.features or rows * (columns + 1)) if kind == "understanding" else 0
     length = words + codes + features
-    head: Any = model.decoder.get_output_embeddings()
-    table: Any = model.get_input_embeddings()
-    text_head = head.weight.numel()
-    body = _weights(model.decoder.get_decoder()) - table.weight.numel()
-    width = config.num_attention_heads * (getattr(config, "head_dim", None) or 0) or config.hidden_size
-    attention = (
-        2 * config.num_hidden_layers * width * length
-    )  # of a token, forward; causal: half of all pairs
-    early = {"decoder", "connector", "code_embedding", "vision", "lora"} & stage.lr.keys()
-    passes = 2 + (2 if early else 0)
-    own = 2 if "decoder" in stage.lr else 0
-    work = length * (body * (passes + own) + attention * (3 if early else 1))
-    head = 4 + (2 if {"decoder", "code_head"} & stage.lr.keys() else 0)
-    if kind == "generation":
-        work += codes * head * (_weights(model.code_head) if model.code_head is not None else text_head)
-    else:
-        work += words * head * text_head
-    if kind == "understanding" and model.vision is not None:
-        vision = model.config.vision_config()
-        assert vision is not None
-        work += vision.tokens * _weights(model.vision) * (6 if "vision" in stage.lr else 2)
-    return length, float(work)
+    return Counts(
+        tokens=length,
+        pairs=length * (length + 1) / 2,
+        words=0 if kind == "generation" else words,
+        codes=codes,
+        pictures=int(kind == "understanding" and model.vision is not None),
+    )

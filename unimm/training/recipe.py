@@ -40,11 +40,17 @@ class Optimizer(Section):
 
 
 class Logging(Section):
-    """A line every `every` steps, a preview every `samples_every` (0: never), TensorBoard or not."""
+    """A line every `every` steps, a preview every `samples_every` (0: never), and who else is told."""
 
     every: Positive = 10
     samples_every: NotNegative = 0
     tensorboard: bool = True
+    trackers: Annotated[tuple[Literal["wandb", "trackio"], ...], Field(strict=False)] = ()
+    """Services that get the same numbers (`pip install 'unimm[trackers]'`)."""
+    project: Annotated[str, Field(min_length=1)] = "unimm"
+    """The project of theirs that the run belongs to."""
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None
+    """TFLOP/s of one device in the number format of training (H100, bfloat16: 989), of which `mfu` is the share."""
 
 
 class Checkpointing(Section):

@@ -35,6 +35,8 @@ from unimm.training.augment import Augmentation, augment, draw_numbers
 from unimm.training.batches import mix
 from unimm.training.branches import Branches, stack_rows
 from unimm.training.engine import pick_device
+from unimm.training.flops import Counts, Operations
+from unimm.training.logging import OPERATIONS
 from unimm.training.lora import LoraSection, add_adapters, save_model
 from unimm.training.parts import Assembly, ModelSection, model_groups, tiny_model
 from unimm.training.recipe import BaseRecipe, Stage
@@ -153,6 +155,7 @@ class UnifiedTask:
         self.image_tokenizer: Any = self._assembly.image_tokenizer
         self.codes: SceneCodes | None = None
         self.records: Records | None = None
+        self.operations: Operations | None = None  # of the stage
         self.lockstep = recipe.zero_stage > 0  # see `Task.loss`
 
     def build(self) -> nn.Module:
@@ -165,6 +168,7 @@ class UnifiedTask:
     def prepare(self, module: nn.Module, stage: Stage) -> None:
         """Set attention, gradient checkpointing and compilation as the stage wants them."""
         assert isinstance(module, UniMMModel)
+        self.operations = Operations(module, stage.lr)
         on_cuda = pick_device(self.recipe).type == "cuda"
         module.decoder.set_attn_implementation(FLEX if on_cuda and stage.pack is not None else "sdpa")
         set_gradient_checkpointing(module, stage.gradient_checkpointing)
@@ -361,10 +365,19 @@ class UnifiedTask:
         )
 
     def targets(self, batch: Batch) -> dict[str, int | float]:
-        """Positions that the text loss and the code loss count."""
+        """Positions that the text loss and the code loss count, and once a stage is prepared operations."""
         counted = batch["labels"] != IGNORED
-        codes = counted & self.processor.layout.code_positions(batch["input_ids"])
-        return {"text_tokens": int((counted & ~codes).sum()), "code_tokens": int(codes.sum())}
+        codes = int((counted & self.processor.layout.code_positions(batch["input_ids"])).sum())
+        words = int(counted.sum()) - codes
+        found: dict[str, int | float] = {"text_tokens": words, "code_tokens": codes}
+        if self.operations is None:
+            return found
+        real = batch["samples"] >= 0
+        # A position sees as many as come before it in its sample or branch: its number says so.
+        pairs = int((batch["position_ids"] + 1)[real].sum())
+        pictures = 0 if self.processor.layout.shared else len(batch.get("pixel_values", ()))
+        counts = Counts(int(real.sum()), pairs, words, codes, pictures)
+        return {**found, OPERATIONS: self.operations.of(counts)}
 
     def loss(
         self, module: nn.Module, batch: Batch, step: int, totals: Mapping[str, float]

@@ -1,0 +1,87 @@
+"""How many floating-point operations training a unified model takes: one count, for plans and for logs.
+
+Two for each weight and token forward, two backward where gradients pass, two more for the weights' own gradients
+(Chowdhery et al. 2022, arXiv 2204.02311, appendix B). Attention counts the pairs that see each other. Activations
+that are computed a second time do not count, nor does the image tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from unimm.modeling import UniMMModel
+
+BEFORE_DECODER = {
+    "decoder",
+    "connector",
+    "code_embedding",
+    "vision",
+    "lora",
+}  # gradients pass the decoder to these
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What goes through the model, summed over samples.
+
+    Attributes:
+        tokens: positions of the decoder, padding left out.
+        pairs: of a position and one that it sees, itself among them.
+        words: positions whose text loss counts.
+        codes: positions whose code loss counts.
+        pictures: that the understanding encoder looks at.
+    """
+
+    tokens: float
+    pairs: float
+    words: float
+    codes: float
+    pictures: float = 0
+
+
+class Operations:
+    """The operations of a step, forward and backward.
+
+    Args:
+        model: whole (ZeRO 3 leaves no weights to count), or on the meta device.
+        trained: groups of weights that a stage trains.
+    """
+
+    def __init__(self, model: UniMMModel, trained: Collection[str]) -> None:
+        config, vision = model.config.decoder_config(), model.config.vision_config()
+        head: Any = model.decoder.get_output_embeddings()
+        table: Any = model.get_input_embeddings()
+        groups = set(trained)
+        passes = bool(groups & BEFORE_DECODER)
+        learns = "decoder" in groups
+        width = config.num_attention_heads * (getattr(config, "head_dim", None) or 0) or config.hidden_size
+        body = weights_of(model.decoder.get_decoder()) - table.weight.numel()
+        code_head = head if model.code_head is None else model.code_head
+        self.token = body * (2 + 2 * passes + 2 * learns)
+        self.pair = (
+            4 * config.num_hidden_layers * width * (3 if passes else 1)
+        )  # queries by keys, and by values
+        self.word = weights_of(head) * (4 + 2 * learns)
+        self.code = weights_of(code_head) * (4 + 2 * bool(groups & {"decoder", "code_head"}))
+        self.picture = 0
+        if model.vision is not None and vision is not None:
+            self.picture = vision.tokens * weights_of(model.vision) * (6 if "vision" in groups else 2)
+
+    def of(self, counts: Counts) -> float:
+        """Operations on what is counted."""
+        return float(
+            counts.tokens * self.token
+            + counts.pairs * self.pair
+            + counts.words * self.word
+            + counts.codes * self.code
+            + counts.pictures * self.picture
+        )
+
+
+def weights_of(module: nn.Module) -> int:
+    """Weights of a module and of all in it."""
+    return sum(parameter.numel() for parameter in module.parameters())
