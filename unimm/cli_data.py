@@ -99,6 +99,15 @@ def encode_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "float16"),
         help="store pictures to look at as features of the model's encoder (default: as pictures)",
     )
+    parser.add_argument(
+        "--size",
+        type=positive,
+        metavar="PIXELS",
+        help="side of pictures to draw, where a model draws any size (default: the model's)",
+    )
+    parser.add_argument(
+        "--keep-ratio", action="store_true", help="keep their ratio, in an area of that side squared"
+    )
 
 
 def encode(options: Options) -> Any:
@@ -109,7 +118,7 @@ def encode(options: Options) -> Any:
     with progress("image codes") as report:
         return encode_source(
             options.source, Path(options.folder), options.model, _reading(options), options.processes,
-            options.shard, options.device, report, options.features,
+            options.shard, options.device, report, options.features, options.size, options.keep_ratio,
         )  # fmt: skip
 
 

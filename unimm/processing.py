@@ -302,6 +302,23 @@ class UniMMProcessor:
             raise UserError("images: this model has no image tokenizer")
         return square_pixels(images, self.drawing_size)
 
+    def canvas(self, size: int | None = None, keep_ratio: bool = False) -> Canvas:
+        """Return what pictures to learn drawing are brought to.
+
+        Args:
+            size: pixels a side; None: the model's own.
+            keep_ratio: see `Canvas`.
+
+        Raises:
+            UserError: the model has no image tokenizer, or draws one size only, or the size does not fit its codes.
+        """
+        own = self.drawing_size
+        if own is None:
+            raise UserError("images: this model has no image tokenizer")
+        if not self.layout.shared and (keep_ratio or size not in (None, own)):
+            raise UserError(f"size: this model draws {own}x{own} only; leave out size and ratio")
+        return Canvas(size or own, self.stride, keep_ratio)
+
     def __call__(
         self, questions: Sequence[str], images: Sequence[Sequence[str | Path | Image.Image]]
     ) -> BatchFeature:
@@ -362,10 +379,50 @@ def square_pixels(images: Sequence[str | Path | Image.Image], side: int) -> Tens
     return to_tensor(np.stack([np.asarray(square) for square in squares]))
 
 
-def area_size(height: int, width: int, factor: int, least: int, most: int) -> tuple[int, int]:
-    """Return the height and width, multiples of `factor`, that keep a picture's ratio within an area.
+@dataclasses.dataclass(frozen=True)
+class Canvas:
+    """What pictures to learn drawing are brought to.
 
-    Source: Emu3 `image_processing_emu3visionvq.py` (`smart_resize`, from Qwen2-VL).
+    Attributes:
+        side: pixels.
+        stride: pixels a side of a code.
+        keep_ratio: pictures keep their ratio, in an area of `side` squared at most, their sides multiples of
+            `stride` (Emu3, `prepare_data.py`: `smart_resize`); else they are squares, cropped from the middle.
+
+    Raises:
+        UserError: the side is no multiple of the stride.
+    """
+
+    side: int
+    stride: int
+    keep_ratio: bool = False
+
+    def __post_init__(self) -> None:
+        if self.side % self.stride:
+            near = max(round(self.side / self.stride), 1) * self.stride
+            raise UserError(f"size: {self.side}; give a multiple of {self.stride}, such as {near}")
+
+    def pixels(self, image: str | Path | Image.Image) -> Tensor:
+        """Return a picture to tokenise, float [3, H, W] in [-1, 1].
+
+        Raises:
+            UserError: it cannot be read, or one side is more than 200 times the other.
+        """
+        if not self.keep_ratio:
+            return square_pixels([image], self.side)[0]
+        picture = read_image(image)
+        check_ratio(picture.height, picture.width)
+        scale = self.side / math.sqrt(picture.height * picture.width) / self.stride
+        width, height = (max(int(length * scale), 1) * self.stride for length in picture.size)
+        return to_tensor(ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC))
+
+    def __str__(self) -> str:
+        """What stored codes are marked by."""
+        return f"{self.side} of any ratio" if self.keep_ratio else str(self.side)
+
+
+def check_ratio(height: int, width: int) -> None:
+    """Refuse a picture that is all but a line.
 
     Raises:
         UserError: one side is more than 200 times the other.
@@ -374,6 +431,17 @@ def area_size(height: int, width: int, factor: int, least: int, most: int) -> tu
         raise UserError(
             f"image: {width} x {height} pixels, more than 200 times longer than wide; crop it first"
         )
+
+
+def area_size(height: int, width: int, factor: int, least: int, most: int) -> tuple[int, int]:
+    """Return the height and width, multiples of `factor`, that keep a picture's ratio within an area.
+
+    Source: Emu3 `image_processing_emu3visionvq.py` (`smart_resize`, from Qwen2-VL).
+
+    Raises:
+        UserError: one side is more than 200 times the other.
+    """
+    check_ratio(height, width)
     rounded = [round(side / factor) * factor for side in (height, width)]
     scale = 1.0
     if rounded[0] * rounded[1] > most:

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tests.data import forms
 from unimm.data.encode import encode_source
 from unimm.data.sources import Reading, open_source
 from unimm.errors import UserError
+from unimm.images import to_tensor
 from unimm.pipeline import UniMM
 from unimm.processing import square_pixels
 
@@ -73,3 +74,26 @@ def test_an_image_tokenizer_alone_encodes_too(tiny: Path, tiny_model: UniMM, tmp
     first, second = (open_source(tmp_path / name) for name in "ab")
     assert first.mark == second.mark is not None
     assert np.array_equal(first[1].pictures()[0].codes(), second[1].pictures()[0].codes())
+
+
+def test_pictures_keep_their_ratio_where_asked(tiny: Path, tiny_model: UniMM, tmp_path: Path) -> None:
+    folder = forms.picture_folder(tmp_path / "data", 5)
+    shapes = [(64, 64), (100, 50), (50, 100), (64, 64), (640, 100)]  # width, height
+    for number, shape in enumerate(shapes):
+        picture = Image.open(folder / f"{number:03d}.png").resize(shape)
+        picture.save(folder / f"{number:03d}.png")
+    tokenizer = tiny_model.image_tokenizer
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    options = {"model": str(tmp_path / "tokenizer"), "reading": DRAWING, "size": 48, "keep_ratio": True}
+    encode_source(str(folder), tmp_path / "out", **options)
+    found = [record.pictures()[0].codes() for record in open_source(tmp_path / "out")]
+    assert [codes.shape for codes in found] == [(6, 6), (4, 8), (8, 4), (6, 6), (2, 15)]  # of 8 pixels
+    for number in (1, 3):
+        picture = Image.open(folder / f"{number:03d}.png").convert("RGB")
+        rows, columns = found[number].shape
+        resized = ImageOps.fit(picture, (columns * 8, rows * 8), Image.Resampling.BICUBIC)
+        assert np.array_equal(tokenizer.encode(to_tensor(resized)[None])[0].numpy(), found[number])
+    with pytest.raises(UserError, match=r"size: 50; give a multiple of 8, such as 48"):
+        encode_source(str(folder), tmp_path / "other", **options | {"size": 50})
+    with pytest.raises(UserError, match=r"size: this model draws 32x32 only; leave out size and ratio"):
+        encode_source(str(folder), tmp_path / "other", **options | {"model": str(tiny)})

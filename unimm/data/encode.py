@@ -33,7 +33,7 @@ from unimm.data.sources.record import CODES_SUFFIX, FEATURES_SUFFIX, digest
 from unimm.data.sources.tars import PLAN_FILE
 from unimm.errors import UserError
 from unimm.images import atomic_write
-from unimm.processing import UniMMProcessor, square_pixels
+from unimm.processing import Canvas, UniMMProcessor
 
 BATCH = 32  # pictures that go through the tokenizer at once
 SHARD = 1000  # records
@@ -43,11 +43,11 @@ FeatureType = Literal["float32", "float16"]
 Progress: TypeAlias = Callable[[int, int], None]
 
 
-def fingerprint(tokenizer: nn.Module, size: int | None) -> str:
-    """A digest of an image tokenizer's weights, in float32, and of the pixels a side that pictures are brought to."""
+def fingerprint(tokenizer: nn.Module, canvas: Canvas | int | None) -> str:
+    """A digest of an image tokenizer's weights, in float32, and of what pictures are brought to."""
     state = tokenizer.state_dict()
     words = [f"{name} {list(state[name].shape)} {_bytes_digest(state[name])}" for name in sorted(state)]
-    return digest([*words, str(size)])
+    return digest([*words, str(canvas)])
 
 
 def encoder_mark(vision: nn.Module, size: int | None) -> str:
@@ -65,27 +65,26 @@ def _bytes_digest(tensor: Tensor) -> str:
 
 
 def encode_range(
-    source: Source, start: int, stop: int, side: int, tokenizer: Any, device: torch.device
+    source: Source, start: int, stop: int, canvas: Canvas, tokenizer: Any, device: torch.device
 ) -> list[tuple[Record | BadRecord, list[Codes]]]:
     """The records of a stretch, each with the codes [h, w] of its pictures to draw; a bad one says why.
 
-    Pictures are brought to `side` pixels by their short side and cropped (`unimm.processing.square_pixels`).
-    Codes that are stored already are taken as they are. Every batch but the last has `BATCH` pictures.
+    Codes that are stored already are taken as they are. Pictures of one size go through the tokenizer together,
+    `BATCH` at once but for the last of each size.
     """
     found: list[tuple[Record | BadRecord, list[Codes]]] = []
-    waiting: list[tuple[list[Codes], int, Tensor]] = []
+    waiting: dict[torch.Size, list[tuple[list[Codes], int, Tensor]]] = {}
 
-    def flush() -> None:
-        if waiting:
-            codes = tokenizer.encode(torch.stack([pixels for _, _, pixels in waiting]).to(device))
-            for (target, place, _), one in zip(waiting, codes.cpu().numpy().astype(np.int32), strict=True):
-                target[place] = one
-            waiting.clear()
+    def flush(size: torch.Size) -> None:
+        batch = waiting.pop(size)
+        codes = tokenizer.encode(torch.stack([pixels for _, _, pixels in batch]).to(device))
+        for (target, place, _), one in zip(batch, codes.cpu().numpy().astype(np.int32), strict=True):
+            target[place] = one
 
     for index in range(start, stop):
         try:
             record = source[index]
-            drawn = [_load(picture, side) for picture in record.pictures(draw=True)]
+            drawn = [_load(picture, canvas) for picture in record.pictures(draw=True)]
         except BadRecord as error:
             found.append((error, []))
             continue
@@ -96,18 +95,20 @@ def encode_range(
         found.append((record, codes))
         for place, one in enumerate(drawn):
             if isinstance(one, Tensor):
-                waiting.append((codes, place, one))
-                if len(waiting) == BATCH:
-                    flush()
-    flush()
+                batch = waiting.setdefault(one.shape, [])
+                batch.append((codes, place, one))
+                if len(batch) == BATCH:
+                    flush(one.shape)
+    for size in list(waiting):
+        flush(size)
     return found
 
 
-def _load(picture: Picture, side: int) -> Tensor | Codes:
-    """A picture to draw: float [3, S, S] in [-1, 1], or its codes [h, w] where those are stored."""
+def _load(picture: Picture, canvas: Canvas) -> Tensor | Codes:
+    """A picture to draw: float [3, H, W] in [-1, 1], or its codes [h, w] where those are stored."""
     if picture.encoded:
         return picture.codes().astype(np.int32)
-    return square_pixels([picture.image()], side)[0]
+    return canvas.pixels(picture.image())
 
 
 # --- as tars ------------------------------------------------------------------------------------------------
@@ -143,6 +144,8 @@ class Job:
     device: str
     threads: int
     features: FeatureType | None = None
+    size: int | None = None
+    keep_ratio: bool = False
 
 
 def encode_source(
@@ -155,6 +158,8 @@ def encode_source(
     device: str = "auto",
     on_progress: Progress | None = None,
     features: FeatureType | None = None,
+    size: int | None = None,
+    keep_ratio: bool = False,
 ) -> dict[str, Any]:
     """Write a source as webdataset tars in which pictures to draw are image codes.
 
@@ -173,6 +178,8 @@ def encode_source(
         on_progress: called with records done and records in all.
         features: store pictures to look at as the features of the model's understanding encoder, in this number
             format; None: as pictures.
+        size: pixels a side that pictures to draw are brought to; None: the model's.
+        keep_ratio: keep their ratio, in an area of that side squared (`unimm.processing.Canvas`).
 
     Returns:
         Counts of records, of those written, of bad ones and of tars, and the folder.
@@ -189,15 +196,15 @@ def encode_source(
     if source.mark is not None:
         raise UserError(f"{location}: holds image codes already; train on it as it is")
     threads = max(1, (os.cpu_count() or 1) // processes)
-    job = Job(location, reading, str(folder), model, shard, device, threads, features)
-    side, tokenizer, _ = _coder(model, "cpu", 0)
+    job = Job(location, reading, str(folder), model, shard, device, threads, features, size, keep_ratio)
+    canvas, tokenizer, _ = _coder(model, "cpu", 0, size, keep_ratio)
     encoder = None
     if features is not None:
         processor, vision, _ = _viewer(model, "cpu", 0)
         encoder = encoder_mark(vision, processor.image_size)
     plan = Plan(
         str(Path(location).resolve()), source.signature(), len(source), shard, reading.pairs,
-        dict(reading.fields), reading.images, reading.split, fingerprint(tokenizer, side), features, encoder,
+        dict(reading.fields), reading.images, reading.split, fingerprint(tokenizer, canvas), features, encoder,
     )  # fmt: skip
     _take_folder(folder, plan)
     count = -(-len(source) // shard)
@@ -242,19 +249,23 @@ def _die_with_parent() -> None:
 
 
 @functools.lru_cache(maxsize=2)
-def _coder(model: str | None, device: str, number: int) -> tuple[int, Any, torch.device]:
-    """Pixels a side of a drawing and the image tokenizer (float32, on a device) of a model."""
+def _coder(
+    model: str | None, device: str, number: int, size: int | None, keep_ratio: bool
+) -> tuple[Canvas, Any, torch.device]:
+    """What pictures are brought to, and the image tokenizer (float32, on a device) of a model."""
     from unimm.interop.image_tokenizers import is_image_tokenizer, load_image_tokenizer
     from unimm.pipeline import load
 
     place = _place(device, number)
     if model is not None and is_image_tokenizer(Path(model)):
         alone = load_image_tokenizer(model)
-        return int(alone.config.image_size), nn.Module.to(nn.Module.eval(alone), place), place
+        canvas = Canvas(size or int(alone.config.image_size), int(alone.config.stride), keep_ratio)
+        return canvas, nn.Module.to(nn.Module.eval(alone), place), place
     um = load(model, "cpu", "float32")
     if um.processor.drawing_size is None or um.model.image_tokenizer is None:
         raise UserError(f"{model}: this model has no image tokenizer, so it has no image codes")
-    return um.processor.drawing_size, nn.Module.to(um.model.image_tokenizer.eval(), place), place
+    canvas = um.processor.canvas(size, keep_ratio)
+    return canvas, nn.Module.to(um.model.image_tokenizer.eval(), place), place
 
 
 def _place(device: str, number: int) -> torch.device:
@@ -325,15 +336,16 @@ def write_shard(job: Job, number: int) -> int:
     source = _source(
         job.location, reading.pairs, tuple(reading.fields.items()), (reading.images, reading.split)
     )
-    side, tokenizer, device = _coder(job.model, job.device, number % max(torch.cuda.device_count(), 1))
+    place = number % max(torch.cuda.device_count(), 1)
+    canvas, tokenizer, device = _coder(job.model, job.device, place, job.size, job.keep_ratio)
     start = number * job.shard
     stop = min(start + job.shard, len(source))
     with torch.no_grad():
-        found = encode_range(source, start, stop, side, tokenizer, device)
+        found = encode_range(source, start, stop, canvas, tokenizer, device)
         if job.features is not None:
             found = [(record, codes) if isinstance(record, BadRecord) else (_readable(record) or record, codes)
                      for record, codes in found]  # fmt: skip
-            viewer = _viewer(job.model, job.device, number % max(torch.cuda.device_count(), 1))
+            viewer = _viewer(job.model, job.device, place)
             good = [record for record, _ in found if isinstance(record, Record)]
             seen = iter(feature_range(good, viewer, job.features))
     bad = []

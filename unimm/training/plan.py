@@ -114,7 +114,7 @@ def _stage(
     memory = {
         f"zero{zero}": state_bytes(zero, trained, frozen, largest, machines.gpus) / 2**30 for zero in range(4)
     }
-    tokens, operations = _work(model, stage, machines.words)
+    tokens, operations = _work(model, stage, machines.words, recipe.data.size)
     samples = stage.steps * stage.batch
     seconds = samples * operations / (machines.gpus * machines.peak * 1e12 * machines.utilisation)
     return {
@@ -129,22 +129,24 @@ def _stage(
     }
 
 
-def _work(model: UniMMModel, stage: Stage, words: int) -> tuple[float, float]:
-    """Return the mean tokens and floating-point operations of a sample, forward and backward."""
+def _work(model: UniMMModel, stage: Stage, words: int, size: int | None) -> tuple[float, float]:
+    """Return the mean tokens and floating-point operations of a sample, whose drawings are of `size` pixels a side."""
     operations = Operations(model, stage.lr)
     mixture = stage.mixture or {"understanding": 1.0, "generation": 1.0}
     total = sum(mixture.values())
-    samples = [(share / total, _sample(model, kind, words)) for kind, share in mixture.items()]
+    samples = [(share / total, _sample(model, kind, words, size)) for kind, share in mixture.items()]
     return (
         sum(share * counts.tokens for share, counts in samples),
         sum(share * operations.of(counts) for share, counts in samples),
     )
 
 
-def _sample(model: UniMMModel, kind: str, words: int) -> Counts:
+def _sample(model: UniMMModel, kind: str, words: int, size: int | None) -> Counts:
     """What a sample of one kind holds."""
-    layout = model.layout
+    layout, generation = model.layout, model.config.generation_config()
     rows, columns = layout.grid
+    if size is not None and generation is not None:
+        rows = columns = size // generation.stride
     codes = len(layout.drawing_steps(rows, columns)) if kind == "generation" else 0
     features = (layout.features or rows * (columns + 1)) if kind == "understanding" else 0
     length = words + codes + features

@@ -26,7 +26,7 @@ from unimm.data.sources import BadRecord, Reading, Record, Source, open_source
 from unimm.data.sources.rows import Pairs
 from unimm.data.stream import RowBuilder, grids_of
 from unimm.errors import UserError, UserNote
-from unimm.processing import CAPTION_REQUESTS, Grid, UniMMProcessor
+from unimm.processing import CAPTION_REQUESTS, Canvas, Grid, UniMMProcessor
 from unimm.sections import Section
 from unimm.training.kept import Kept, kept_codes
 
@@ -111,7 +111,7 @@ class StoredCodes:
     Args:
         path: the safetensors file; made again if it is of another tokenizer or of other data.
         source: whose pictures.
-        side: pixels a side that they are brought to.
+        canvas: what they are brought to.
         tokenizer: what encodes.
         device: where.
 
@@ -119,12 +119,14 @@ class StoredCodes:
         UserError: the file is no file of image codes, or cannot be written.
     """
 
-    def __init__(self, path: Path, source: Source, side: int, tokenizer: Any, device: torch.device) -> None:
-        mark = f"{fingerprint(tokenizer, side)} {source.signature()} {len(source)}"
-        stored, notes = kept_codes(path, mark, lambda: _compute(source, side, tokenizer, device))
+    def __init__(
+        self, path: Path, source: Source, canvas: Canvas, tokenizer: Any, device: torch.device
+    ) -> None:
+        mark = f"{fingerprint(tokenizer, canvas)} {source.signature()} {len(source)} by size"
+        stored, notes = kept_codes(path, mark, lambda: _compute(source, canvas, tokenizer, device))
         self.bad: dict[str, list[str]] = json.loads(notes["bad"])
-        self.codes = stored["codes"]
-        self.starts = torch.cat([torch.zeros(1, dtype=torch.int64), stored["counts"].cumsum(0)]).tolist()
+        self.codes, self.sizes = stored["codes"], stored["sizes"].tolist()
+        self.starts, self.places = _ends(stored["counts"]), _ends(stored["sizes"].prod(1))
 
     def get(self, index: int) -> list[Tensor]:
         """Codes int64 [h, w] of each picture to draw of a record.
@@ -135,11 +137,19 @@ class StoredCodes:
         if str(index) in self.bad:
             key, file, reason = self.bad[str(index)]
             raise BadRecord(key, file, reason)
-        return list(self.codes[self.starts[index] : self.starts[index + 1]].long())
+        return [
+            self.codes[self.places[one] : self.places[one + 1]].view(self.sizes[one]).long()
+            for one in range(self.starts[index], self.starts[index + 1])
+        ]
 
 
-def _compute(source: Source, side: int, tokenizer: Any, device: torch.device) -> Kept:
-    """Codes int32 [M, h, w] of all pictures, how many each record has [N], and why bad ones are, by index."""
+def _ends(counts: Tensor) -> list[int]:
+    """Where each of some stretches begins, and where the last ends."""
+    return [0, *counts.cumsum(0).tolist()]
+
+
+def _compute(source: Source, canvas: Canvas, tokenizer: Any, device: torch.device) -> Kept:
+    """Codes int32 of all M pictures in a row, their sizes [M, 2], counts for each record [N], and the bad by index."""
     from rich.progress import track
 
     torch.nn.Module.to(tokenizer, device)
@@ -149,15 +159,15 @@ def _compute(source: Source, side: int, tokenizer: Any, device: torch.device) ->
     for start in track(starts, f"image codes of {source.location}", disable=len(starts) == 1):
         stop = min(start + SHARD, len(source))
         with torch.no_grad():
-            found = encode_range(source, start, stop, side, tokenizer, device)
+            found = encode_range(source, start, stop, canvas, tokenizer, device)
         for index, (record, drawn) in enumerate(found, start):
             if isinstance(record, BadRecord):
                 bad[str(index)] = [record.key, record.file, record.reason]
             counts.append(len(drawn))
             codes += [torch.from_numpy(one) for one in drawn]
-    grid = codes[0].shape if codes else (1, 1)
-    stacked = torch.stack(codes) if codes else torch.zeros((0, *grid), dtype=torch.int32)
-    return {"codes": stacked, "counts": torch.tensor(counts)}, {"bad": json.dumps(bad)}
+    sizes = torch.tensor([one.shape for one in codes], dtype=torch.int64).view(-1, 2)
+    flat = torch.cat([torch.zeros(0, dtype=torch.int32), *(one.flatten() for one in codes)])
+    return {"codes": flat, "sizes": sizes, "counts": torch.tensor(counts)}, {"bad": json.dumps(bad)}
 
 
 def draws(source: Source) -> bool:
@@ -179,6 +189,7 @@ class RecordSamples:
         processor: words and pictures to tokens and pixels.
         codes: stored codes; None where the source has its own, or nothing to draw.
         tokenizer: encodes a picture to draw that none of these has.
+        canvas: what such a picture is brought to.
         bad: where bad items are noted.
         seed: of the order and of all choices.
         dropout: share of text-to-image prompts that are blanked.
@@ -192,6 +203,7 @@ class RecordSamples:
         processor: UniMMProcessor,
         codes: StoredCodes | None,
         tokenizer: Any,
+        canvas: Canvas,
         bad: BadItems,
         seed: int,
         dropout: float,
@@ -200,7 +212,7 @@ class RecordSamples:
         import grain
 
         self.name, self.source, self.processor, self.codes = name, source, processor, codes
-        self.tokenizer, self.bad, self.dropout = tokenizer, bad, dropout
+        self.tokenizer, self.canvas, self.bad, self.dropout = tokenizer, canvas, bad, dropout
         self.builder = RowBuilder(processor, section.requests)
         self.seeds = (seed, zlib.crc32(name.encode()))
         order_seed = int(np.random.SeedSequence(self.seeds).generate_state(1)[0])
@@ -292,10 +304,10 @@ class RecordSamples:
         return codes
 
     def _encode(self, record: Record) -> list[Tensor]:
-        pixels = self.processor.drawing_pixels([picture.image() for picture in record.pictures(draw=True)])
+        pictures = [self.canvas.pixels(picture.image()) for picture in record.pictures(draw=True)]
         with torch.no_grad():
             device = next(self.tokenizer.parameters()).device
-            return list(self.tokenizer.encode(pixels.to(device)).cpu())
+            return [self.tokenizer.encode(pixels[None].to(device))[0].cpu() for pixels in pictures]
 
 
 class Records:
@@ -307,6 +319,7 @@ class Records:
         limit: most bad items.
         processor: of the model.
         tokenizer: the model's image tokenizer.
+        canvas: what pictures to draw are brought to.
         device: where codes are made.
 
     Raises:
@@ -320,14 +333,13 @@ class Records:
         limit: int,
         processor: UniMMProcessor,
         tokenizer: Any,
+        canvas: Canvas,
         device: torch.device,
     ) -> None:
-        self.sections, self.processor, self.tokenizer = sections, processor, tokenizer
+        self.sections, self.processor, self.tokenizer, self.canvas = sections, processor, tokenizer, canvas
         self.bad = BadItems(Path(recipe.output) / "bad-items.jsonl", limit, recipe.source)
         self.sources: dict[str, Source] = {}
         self.codes: dict[str, StoredCodes | None] = {}
-        side = processor.drawing_size
-        assert side is not None
         for name, section in sections.items():
             try:
                 source = self.sources[name] = open_source(section.path, section.reading())
@@ -335,19 +347,21 @@ class Records:
                 raise recipe.error(f"data.sources.{name}", str(error)) from None
             if not len(source):
                 raise recipe.error(f"data.sources.{name}", f"{section.path}: has no records")
-            if source.mark is not None and source.mark != fingerprint(tokenizer, side):
-                message = "image codes of another image tokenizer than the model's; encode it anew"
+            if source.mark is not None and source.mark != fingerprint(tokenizer, canvas):
+                message = (
+                    "image codes of another image tokenizer, or of another size, than here; encode it anew"
+                )
                 raise recipe.error(f"data.sources.{name}", f"{section.path}: {message}")
         for name, source in self.sources.items():
             path = Path(recipe.output) / "codes" / f"{name}.safetensors"
-            self.codes[name] = StoredCodes(path, source, side, tokenizer, device) if draws(source) else None
+            self.codes[name] = StoredCodes(path, source, canvas, tokenizer, device) if draws(source) else None
 
     def samples(self, seed: int, dropout: float) -> dict[str, RecordSamples]:
         """Endless samples of each source; see `RecordSamples` for the arguments."""
         return {
             name: RecordSamples(
                 name, source, self.sections[name], self.processor, self.codes[name], self.tokenizer,
-                self.bad, seed, dropout,
+                self.canvas, self.bad, seed, dropout,
             )
             for name, source in self.sources.items()
         }  # fmt: skip

@@ -23,6 +23,7 @@ from unimm.attention import FLEX
 from unimm.data.emojiscenes import BACKGROUNDS, EmojiScenes, Kind
 from unimm.data.emojiscenes import KINDS as KIND_SHARES
 from unimm.data.encode import encoder_mark
+from unimm.errors import UserError
 from unimm.images import to_tensor
 from unimm.modeling import IGNORED, UniMMModel
 from unimm.processing import CAPTION_REQUESTS
@@ -65,6 +66,10 @@ class DataSection(Section):
     """Shares of the kinds of scene among them."""
     codes: str | None = None
     """Where the codes are kept; null: in the run's folder."""
+    size: Positive | None = None
+    """Pixels a side of pictures to draw, where a model draws any size, as Emu3 does; null: the model's own."""
+    keep_ratio: bool = False
+    """Whether those of sources keep their ratio, in an area of that side squared."""
     augmentation: Augmentation = Augmentation()
 
 
@@ -153,6 +158,10 @@ class UnifiedTask:
         self._assembly = Assembly(recipe)
         self.config, self.processor = self._assembly.config, self._assembly.processor
         self.image_tokenizer: Any = self._assembly.image_tokenizer
+        try:
+            self.canvas = self.processor.canvas(recipe.data.size, recipe.data.keep_ratio)
+        except UserError as error:
+            raise recipe.error("data", str(error)) from None
         self.codes: SceneCodes | None = None
         self.records: Records | None = None
         self.operations: Operations | None = None  # of the stage
@@ -218,15 +227,14 @@ class UnifiedTask:
         if any(name in mixture for name in self.recipe.data.sources):
             if self.records is None:
                 data = self.recipe.data
-                parts = (self.processor, self.image_tokenizer, pick_device(self.recipe))
+                parts = (self.processor, self.image_tokenizer, self.canvas, pick_device(self.recipe))
                 self.records = Records(self.recipe, data.sources, data.max_bad_items, *parts)
             sources |= self.records.samples(seed, self.options.prompt_dropout)
         return mix(sources, mixture, seed, shuffle=False)
 
     def _scenes(self, stage: Stage, mixture: Mapping[str, float], seed: int) -> dict[str, Samples]:
         """The kinds of EmojiScenes; their codes are made where the mixture asks for them."""
-        assert self.processor.drawing_size is not None
-        size, shared = self.processor.drawing_size, self.processor.layout.shared
+        size, shared = self.canvas.side, self.processor.layout.shared
         data, kinds = self.recipe.data, self.options.kinds
         for key, shares in (("data.kinds", data.kinds), (f"stages.{stage.name}.options.kinds", kinds)):
             if not any(shares.values()):
@@ -252,11 +260,12 @@ class UnifiedTask:
         asked = [(q.question, q.answer) for q in dict.fromkeys(questions)]
         request = CAPTION_REQUESTS[rng.integers(len(CAPTION_REQUESTS))]
         asked.append((request, captions[rng.integers(len(captions))]))
-        prefix = np.array(processor.ids(*processor.opening([processor.layout.grid])))
-        if processor.layout.shared:
-            assert self.codes is not None
+        codes = self.codes[index] if processor.layout.shared and self.codes is not None else None
+        grid = processor.layout.grid if codes is None else (codes.shape[0], codes.shape[1])
+        prefix = np.array(processor.ids(*processor.opening([grid])))
+        if codes is not None:
             places = prefix == processor.layout.feature
-            prefix[places] = processor.layout.tokens(self.codes[index]).numpy()
+            prefix[places] = processor.layout.tokens(codes).numpy()
         sample = Branches(prefix.tolist())
         closing = processor.marks(processor.conversation.assistant)
         for question, answer in asked:
@@ -405,9 +414,10 @@ class UnifiedTask:
         assert module.image_tokenizer is not None
         held_out = EmojiScenes("seen", 7, self.processor.image_size or 64, 64, ("single",))
         prompts = list(self.recipe.prompts) or [held_out[i].captions()[0] for i in range(PREVIEW_PROMPTS)]
-        rows, columns = module.layout.grid
-        uniforms = streams(0, len(prompts), rows * columns)
-        codes = sample_codes(module, self.processor, prompts, uniforms)
+        side = self.canvas.side // self.canvas.stride
+        codes = sample_codes(
+            module, self.processor, prompts, streams(0, len(prompts), side**2), grid=(side, side)
+        )
         folder.mkdir(parents=True, exist_ok=True)
         drawings = self.processor.to_images(module.image_tokenizer.decode(codes))
         cards = [Card([drawing], [Line(prompt)]) for drawing, prompt in zip(drawings, prompts, strict=True)]
