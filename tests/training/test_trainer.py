@@ -286,6 +286,13 @@ def test_a_loss_that_is_no_number_stops_before_it_is_saved(tmp_path: Path) -> No
     assert all(torch.isfinite(tensor).all() for tensor in model.values())
 
 
+def test_a_file_where_the_output_should_go_is_named(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(UserError, match=r"output: \S+/out: a file is in the way; name another folder"):
+        train(recipe(tmp_path, {"lr": ALL}), quiet=True)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 def test_two_runs_do_not_share_an_output(tmp_path: Path) -> None:
     made = recipe(tmp_path, {"lr": ALL})
     (tmp_path / "out").mkdir()

@@ -356,7 +356,10 @@ class Score:
 def _locked(recipe: BaseRecipe) -> Iterator[None]:
     """Hold the output folder, so that two runs never write into one; a dead process holds nothing."""
     output = Path(recipe.output)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise recipe.error("output", f"{output}: a file is in the way; name another folder") from None
     if int(os.environ.get("RANK", "0")):
         yield
         return
