@@ -110,7 +110,7 @@ def find_scorer(name: str) -> Callable[[UniMM, Path], Scorer]:
     module_name, _, attribute = name.replace(":", ".").rpartition(".")
     if not module_name:
         known = ", ".join(SCORERS)
-        raise UserError(f"scorer: {name!r}; give one of {known}{near(name, SCORERS)}, or a dotted path")
+        raise UserError(f"scorer: {name!r}; give a dotted path, or one of {known}{near(name, SCORERS)}")
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
