@@ -14,6 +14,7 @@ from unimm.data.emojiscenes import EmojiScenes
 from unimm.errors import UserError
 from unimm.pipeline import UniMM
 from unimm.preferences.candidates import (
+    Asked,
     DrawingPrompt,
     Drawn,
     draw_candidates,
@@ -66,6 +67,12 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(few: UniMM, tmp_path: Path) -> N
         draw_candidates(few, prompts(), cut, 4, 0, SETTINGS)
     with pytest.raises(UserError, match=r"jsonl:1: the prompt is not that of this run"):
         draw_candidates(few, prompts()[1:], cut, 3, 0, SETTINGS)
+    asked = [
+        prompt.model_copy(update={"questions": [Asked(question="is it?", answer="yes")]})
+        for prompt in prompts()
+    ]
+    with pytest.raises(UserError, match=r"jsonl:1: the questions are not those of this run"):
+        draw_candidates(few, asked, cut, 3, 0, SETTINGS)
 
 
 def drawn(few: UniMM, path: Path, wanted: list[DrawingPrompt], n: int = 3) -> list[Drawn]:
@@ -151,8 +158,18 @@ def test_scorers_are_found_by_dotted_path(
         make_scorer("rule", few, tmp_path)
 
 
+def test_emphasis_is_on_what_a_scene_is_for() -> None:
+    heavy = {"single": "what", "pair": "where count", "count": "count"}
+    scenes = EmojiScenes("train", 3)
+    for index, prompt in enumerate(scene_prompts("train", 3, 30, emphasis=4)):
+        kinds = {one.question: one.kind for one in scenes[index].questions()}
+        for asked in prompt.questions:
+            wanted = 4 if kinds[asked.question] in heavy[scenes[index].kind].split() else 1
+            assert asked.weight == wanted, asked
+
+
 def test_self_vqa_is_the_mean_probability_of_the_answers(few: UniMM, tmp_path: Path) -> None:
-    wanted = scene_prompts("train", 3, 2)
+    wanted = scene_prompts("train", 3, 2, emphasis=3)
     assert all(len(prompt.questions) == 6 for prompt in wanted)
     rows = drawn(few, tmp_path / "c.jsonl", wanted, n=2)
     candidates = [one for row in rows for one in candidates_of(few, row)]
@@ -168,7 +185,8 @@ def test_self_vqa_is_the_mean_probability_of_the_answers(few: UniMM, tmp_path: P
                 logits = model(input_ids=ids, pixel_values=processor.pixels([candidate.image])).logits
             predicted = logits[0, len(prompt) - 1 : -1].log_softmax(-1)
             each.append(predicted[torch.arange(len(answer)), answer].sum().exp().item())
-        assert score == pytest.approx(np.mean(each), rel=1e-4)
+        weights = [asked.weight for asked in candidate.prompt.questions]
+        assert score == pytest.approx(np.average(each, weights=weights), rel=1e-4)
     with pytest.raises(UserError, match="self-vqa: the prompt 'blue' has no questions"):
         make_scorer("self-vqa", few, tmp_path)(
             candidates_of(few, drawn(few, tmp_path / "d.jsonl", prompts())[1])

@@ -327,7 +327,7 @@ def test_rewards_are_told_by_kind_of_scene(recipe_file: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["scorer=rule"], "scorer: 'rule'; give one of self-vqa, rules, probe; did you mean"),
+        (["scorer=rule"], "scorer: 'rule'; give a dotted path, or one of self-vqa, rules, probe; did you mean"),
         (["scorer=tests.preferences.rewards.nothing"], "cannot be imported"),
         (["scorer=rules"], "names no scene of EmojiScenes"),
         (["scorer=tests.preferences.rewards.raises"], "raised RuntimeError: no idea"),

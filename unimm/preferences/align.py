@@ -28,7 +28,13 @@ from unimm.evaluation.judge import Judge
 from unimm.evaluation.recipe import JudgeSection
 from unimm.images import atomic_write, save_image
 from unimm.pipeline import UniMM, load
-from unimm.preferences.candidates import draw_candidates, read_candidates, read_prompts, scene_prompts
+from unimm.preferences.candidates import (
+    Emphasis,
+    draw_candidates,
+    read_candidates,
+    read_prompts,
+    scene_prompts,
+)
 from unimm.preferences.measure import Measure, compare, held_out, measure_drawings, measure_words
 from unimm.preferences.rank import Rules, rank_candidates
 from unimm.preferences.scorers import make_scorer
@@ -48,6 +54,8 @@ class Prompts(Section):
     """What candidates are drawn of: captions of training scenes, or a file of one's own."""
 
     scenes: Positive = 1500
+    emphasis: Emphasis = 1.0
+    """Weight of the questions about what a scene is for, against 1 of the others (`scene_prompts`)."""
     file: str | None = None
     """A prompt a line, or `.jsonl` with questions; null: captions of scenes."""
 
@@ -184,7 +192,7 @@ class Round:
         prompts = (
             read_prompts(recipe.prompts.file)
             if recipe.prompts.file
-            else scene_prompts("train", self.scene_seed, recipe.prompts.scenes)
+            else scene_prompts("train", self.scene_seed, recipe.prompts.scenes, recipe.prompts.emphasis)
         )
         drawn = recipe.candidates.model_dump()
         settings = {"model": self.source or "embedded", **{k: v for k, v in drawn.items() if k != "n"}}
@@ -203,7 +211,7 @@ class Round:
         told = [f"output={self.folder / 'training'}", f"model={self.source or 'null'}", f"seed={self.seed}"]
         if self.online:
             asked = self.recipe.prompts
-            scenes = f"{{scenes: {asked.scenes}, seed: {self.scene_seed}}}"
+            scenes = f"{{scenes: {asked.scenes}, seed: {self.scene_seed}, emphasis: {asked.emphasis}}}"
             told += [f"prompts={{file: {json.dumps(asked.file)}}}" if asked.file else f"prompts={scenes}"]
         else:
             told += [f"data.file={self.pairs}"]

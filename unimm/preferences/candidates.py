@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from pydantic import Field
 
-from unimm.data.emojiscenes import EmojiScenes, Split
+from unimm.data.emojiscenes import EmojiScenes, Kind, Split
 from unimm.errors import UserError
 from unimm.sections import NotNegative, Section, show, validate
 from unimm.training.preferences.data import Codes, read_lines
@@ -18,11 +18,16 @@ if TYPE_CHECKING:
     from unimm.pipeline import UniMM
 
 
+Emphasis: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 class Asked(Section):
     """A question about a drawing, and the answer if the drawing is what was asked for."""
 
     question: Annotated[str, Field(min_length=1)]
     answer: Annotated[str, Field(min_length=1)]
+    weight: Emphasis = 1.0
+    """What the answer counts among the prompt's."""
 
 
 class SceneKey(Section):
@@ -75,14 +80,32 @@ def read_prompts(path: str | Path) -> list[DrawingPrompt]:
     return prompts
 
 
-def scene_prompts(split: Split, seed: int, count: int) -> list[DrawingPrompt]:
-    """Return captions of scenes of EmojiScenes, with the scenes' own questions and answers."""
+ABOUT: dict[Kind, tuple[str, ...]] = {"single": ("what",), "pair": ("where", "count"), "count": ("count",)}
+"""Kind of scene -> kinds of question about what only such a scene shows."""
+
+
+def scene_prompts(split: Split, seed: int, count: int, emphasis: float = 1.0) -> list[DrawingPrompt]:
+    """Return captions of scenes of EmojiScenes, with the scenes' own questions and answers.
+
+    Args:
+        split: of the scenes.
+        seed: which scenes.
+        count: how many.
+        emphasis: weight of the questions `ABOUT` what such a scene is for; the others have 1.
+    """
     scenes = EmojiScenes(split, seed)
     prompts = []
     for index in range(count):
         scene = scenes[index]
         captions = scene.captions()
-        asked = [Asked(question=one.question, answer=one.answer) for one in scene.questions()]
+        asked = [
+            Asked(
+                question=one.question,
+                answer=one.answer,
+                weight=emphasis if one.kind in ABOUT[scene.kind] else 1.0,
+            )
+            for one in scene.questions()
+        ]
         key = SceneKey(split=split, seed=seed, index=index)
         prompt = captions[scene.key % len(captions)]
         prompts.append(DrawingPrompt(prompt=prompt, questions=asked, scene=key))
@@ -165,6 +188,10 @@ def _already(path: Path, prompts: Sequence[DrawingPrompt], settings: Mapping[str
         row = validate(Drawn, value, where)
         if count >= len(prompts) or row.prompt != prompts[count].prompt:
             raise UserError(f"{where}: the prompt is not that of this run; give another file, or remove it")
+        if row.questions != prompts[count].questions:
+            raise UserError(
+                f"{where}: the questions are not those of this run; give another file, or remove it"
+            )
         for key, wanted in settings.items():
             if row.settings.get(key) != wanted:
                 was = show(row.settings.get(key))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import getpass
+import math
 import shlex
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,13 @@ def draw_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split", default="train", choices=SCENE_SPLITS, help="of the scenes (default: train)"
     )
+    parser.add_argument(
+        "--emphasis",
+        type=float,
+        default=1.0,
+        metavar="W",
+        help="weight of the questions about what a scene is for: object, number or places (default: 1)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of scenes and of the first drawing (default: 0)")
     parser.add_argument("--guidance-scale", type=float, default=5.0, metavar="X", help="default: 5")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default: 1")
@@ -51,13 +59,15 @@ def draw(options: Options) -> Any:
     for name in ("n", "scenes"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UserError(f"preferences draw: {name}: {getattr(options, name)}; give 1 or more")
+    if not (options.emphasis > 0 and math.isfinite(options.emphasis)):
+        raise UserError(f"preferences draw: emphasis: {options.emphasis}; give a number above 0")
     if options.seed < 0:
         raise UserError(f"preferences draw: seed: {options.seed}; give 0 or more")
     check_options(options.guidance_scale, options.temperature, options.top_k, options.top_p)
     if options.prompts is not None:
         prompts = read_prompts(options.prompts)
     else:
-        prompts = scene_prompts(options.split, options.seed, options.scenes)
+        prompts = scene_prompts(options.split, options.seed, options.scenes, options.emphasis)
     names = ("guidance_scale", "temperature", "top_k", "top_p")
     settings = {"model": options.model or "embedded", **{name: getattr(options, name) for name in names}}
     um = load(options)

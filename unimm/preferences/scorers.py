@@ -126,8 +126,9 @@ def find_scorer(name: str) -> Callable[[UniMM, Path], Scorer]:
 def self_vqa(um: UniMM, folder: Path) -> Scorer:
     """Ask the model the prompt's questions about each drawing: the mean probability that it gives the right answers.
 
-    The idea of scoring a generator by questions about its output is TIFA's (Hu et al. 2023, arXiv:2303.11897); here
-    the model that draws answers too. The questions of a drawing are branches behind one reading of it.
+    Answers count by the weights of their questions. The idea of scoring a generator by questions about its output is
+    TIFA's (Hu et al. 2023, arXiv:2303.11897); here the model that draws answers too. The questions of a drawing are
+    branches behind one reading of it.
     """
 
     @torch.inference_mode()
@@ -135,8 +136,9 @@ def self_vqa(um: UniMM, folder: Path) -> Scorer:
         inputs, owners = _questions(um.processor, candidates)
         moved = {key: value.to(um.model.device) for key, value in inputs.items()}
         right = um.model.score(count=len(owners), **moved).log_probs.exp().cpu().numpy()
-        totals = np.bincount(owners, weights=right, minlength=len(candidates))
-        return list(totals / np.bincount(owners, minlength=len(candidates)))
+        weights = [asked.weight for candidate in candidates for asked in candidate.prompt.questions]
+        totals = np.bincount(owners, weights=right * weights, minlength=len(candidates))
+        return list(totals / np.bincount(owners, weights=weights, minlength=len(candidates)))
 
     return score
 

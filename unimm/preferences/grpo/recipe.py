@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from unimm.data.emojiscenes import Split
+from unimm.preferences.candidates import Emphasis
 from unimm.sections import NotNegative, Positive, Rate, Section
 from unimm.training.preferences.recipe import PolicyRecipe
 
@@ -26,6 +27,8 @@ class PromptSection(Section):
     """Of the scenes."""
     seed: NotNegative = 0
     """Of the scenes."""
+    emphasis: Emphasis = 1.0
+    """Weight of the questions about what a scene is for, against 1 of the others (`scene_prompts`)."""
 
     @model_validator(mode="after")
     def _one(self) -> PromptSection:

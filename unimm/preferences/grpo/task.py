@@ -93,7 +93,7 @@ class GrpoTask(PolicyTask):
         self.lockstep = recipe.zero_stage > 0  # see `Task.loss`
         section = recipe.prompts
         self.prompts = (
-            scene_prompts(section.split, section.seed, section.scenes)
+            scene_prompts(section.split, section.seed, section.scenes, section.emphasis)
             if section.scenes is not None
             else read_prompts(str(section.file))
         )
