@@ -20,7 +20,7 @@ from unimm.recipes import find_recipe
 from unimm.training.recipe import load_recipe
 
 TINY = [
-    "prompts.scenes=6", "candidates.n=3", "ranking.margin=0", "ranking.easy=null", "ranking.hard=null",
+    "rounds=1", "prompts.scenes=6", "candidates.n=3", "ranking.margin=0", "ranking.easy=null", "ranking.hard=null",
     "measure={prompts: 5, n: 2, words: 4, word_splits: [seen]}", "judge={renders: 60, side: 48}",
     "training.overrides=['stages[0].steps=2', 'stages[0].batch=2', 'stages[0].micro_batch=2', 'stages[0].warmup=0']",
 ]  # fmt: skip

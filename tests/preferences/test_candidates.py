@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from unimm.data.emojiscenes import EmojiScenes
+from unimm.data.emojiscenes import EmojiScenes, Kind
 from unimm.errors import UserError
 from unimm.pipeline import UniMM
 from unimm.preferences.candidates import (
@@ -166,6 +166,21 @@ def test_emphasis_is_on_what_a_scene_is_for() -> None:
         for asked in prompt.questions:
             wanted = 4 if kinds[asked.question] in heavy[scenes[index].kind].split() else 1
             assert asked.weight == wanted, asked
+
+
+def test_kinds_of_scenes_come_by_their_shares() -> None:
+    kinds: dict[Kind, float] = {"count": 3.0, "pair": 1.0, "single": 0.0}
+    prompts, scenes = scene_prompts("train", 3, 40, kinds=kinds), EmojiScenes("train", 3)
+    keys = [prompt.scene for prompt in prompts if prompt.scene is not None]
+    shown = [scenes[key.index] for key in keys]
+    for start in range(0, 40, 4):
+        kinds_here = sorted(scene.kind for scene in shown[start : start + 4])
+        assert kinds_here == ["count", "count", "count", "pair"]
+    assert all(prompt.prompt in scene.captions() for prompt, scene in zip(prompts, shown, strict=True))
+    assert len({key.index for key in keys}) == 40
+    assert scene_prompts("train", 3, 20, kinds=kinds) == prompts[:20]
+    with pytest.raises(UserError, match="kinds: expected a share above 0"):
+        scene_prompts("train", 3, 1, kinds={"count": 0.0})
 
 
 def test_self_vqa_is_the_mean_probability_of_the_answers(few: UniMM, tmp_path: Path) -> None:

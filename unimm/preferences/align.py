@@ -22,6 +22,7 @@ import torch
 from pydantic import Field
 
 from unimm.console import print_table, progress
+from unimm.data.emojiscenes import Kind
 from unimm.errors import UserError
 from unimm.evaluation.drawing import prompt_for
 from unimm.evaluation.judge import Judge
@@ -29,6 +30,7 @@ from unimm.evaluation.recipe import JudgeSection
 from unimm.images import atomic_write, save_image
 from unimm.pipeline import UniMM, load
 from unimm.preferences.candidates import (
+    DrawingPrompt,
     Emphasis,
     draw_candidates,
     read_candidates,
@@ -39,7 +41,7 @@ from unimm.preferences.measure import Measure, compare, held_out, measure_drawin
 from unimm.preferences.rank import Rules, rank_candidates
 from unimm.preferences.scorers import make_scorer
 from unimm.recipes import find_recipe
-from unimm.sections import NotNegative, Positive, Section, near, read_yaml, validate
+from unimm.sections import NotNegative, Positive, Rate, Section, near, read_yaml, validate
 from unimm.sheet import Card, Line, draw_sheet
 from unimm.sheet import Section as SheetSection
 from unimm.training.recipe import load_recipe
@@ -54,6 +56,8 @@ class Prompts(Section):
     """What candidates are drawn of: captions of training scenes, or a file of one's own."""
 
     scenes: Positive = 1500
+    kinds: dict[Kind, Rate] | None = None
+    """Shares of the kinds of scene; null: as the scenes come."""
     emphasis: Emphasis = 1.0
     """Weight of the questions about what a scene is for, against 1 of the others (`scene_prompts`)."""
     file: str | None = None
@@ -189,11 +193,7 @@ class Round:
         if (self.folder / "ranking.json").exists():
             return
         recipe, file, um = self.recipe, self.folder / "candidates.jsonl", load(self.source)
-        prompts = (
-            read_prompts(recipe.prompts.file)
-            if recipe.prompts.file
-            else scene_prompts("train", self.scene_seed, recipe.prompts.scenes, recipe.prompts.emphasis)
-        )
+        prompts = read_prompts(recipe.prompts.file) if recipe.prompts.file else self._scenes()
         drawn = recipe.candidates.model_dump()
         settings = {"model": self.source or "embedded", **{k: v for k, v in drawn.items() if k != "n"}}
         with _timed(self.folder, "draw"), progress("candidates") as told:
@@ -205,6 +205,10 @@ class Round:
             rows = read_candidates(file)
             counts = rank_candidates(um, rows, scorer, name, self.pairs, Rules(**asked), told)
         _write(self.folder / "ranking.json", counts)
+
+    def _scenes(self) -> list[DrawingPrompt]:
+        asked = self.recipe.prompts
+        return scene_prompts("train", self.scene_seed, asked.scenes, asked.emphasis, asked.kinds)
 
     def overrides(self) -> list[str]:
         """What the training recipe is told."""

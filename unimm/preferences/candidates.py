@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
@@ -84,7 +85,13 @@ ABOUT: dict[Kind, tuple[str, ...]] = {"single": ("what",), "pair": ("where", "co
 """Kind of scene -> kinds of question about what only such a scene shows."""
 
 
-def scene_prompts(split: Split, seed: int, count: int, emphasis: float = 1.0) -> list[DrawingPrompt]:
+def scene_prompts(
+    split: Split,
+    seed: int,
+    count: int,
+    emphasis: float = 1.0,
+    kinds: Mapping[Kind, float] | None = None,
+) -> list[DrawingPrompt]:
     """Return captions of scenes of EmojiScenes, with the scenes' own questions and answers.
 
     Args:
@@ -92,10 +99,14 @@ def scene_prompts(split: Split, seed: int, count: int, emphasis: float = 1.0) ->
         seed: which scenes.
         count: how many.
         emphasis: weight of the questions `ABOUT` what such a scene is for; the others have 1.
+        kinds: shares of the kinds of scene; None: as the scenes come.
+
+    Raises:
+        UserError: no share is above 0.
     """
     scenes = EmojiScenes(split, seed)
     prompts = []
-    for index in range(count):
+    for index in range(count) if kinds is None else _of_kinds(scenes, kinds, count):
         scene = scenes[index]
         captions = scene.captions()
         asked = [
@@ -110,6 +121,24 @@ def scene_prompts(split: Split, seed: int, count: int, emphasis: float = 1.0) ->
         prompt = captions[scene.key % len(captions)]
         prompts.append(DrawingPrompt(prompt=prompt, questions=asked, scene=key))
     return prompts
+
+
+def _of_kinds(scenes: EmojiScenes, kinds: Mapping[Kind, float], count: int) -> Iterator[int]:
+    """Indices of scenes by shares of their kinds, which hold in every stretch; each kind in the scenes' own order."""
+    total = sum(kinds.values())
+    if not total > 0:
+        raise UserError("kinds: expected a share above 0")
+
+    def indices(kind: Kind) -> Iterator[int]:
+        return (index for index in itertools.count() if scenes[index].kind == kind)
+
+    coming = {kind: indices(kind) for kind, share in kinds.items() if share}
+    taken = dict.fromkeys(kinds, 0)
+    for number in range(1, count + 1):
+        behind = {kind: kinds[kind] / total * number - taken[kind] for kind in coming}
+        kind = max(behind, key=lambda one: behind[one])
+        taken[kind] += 1
+        yield next(coming[kind])
 
 
 def draw_candidates(
