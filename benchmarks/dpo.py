@@ -3,7 +3,7 @@
     python benchmarks/dpo.py                     # drawings, captions, drawings with adapters
     python benchmarks/dpo.py drawings --rounds 9
 
-Both train the embedded model on the same pairs, 16 a step: pairs of 64 codes each behind their prompt, or a picture
+Both train the embedded model on the same pairs, in the recipes' batches: of 64 codes behind their prompt, or a picture
 with two captions; all weights of its decoder, or adapters (LoRA) in it. The one reads the reference's
 log-probabilities, taken once before the first step (its seconds are told apart: they are paid back over the passes
 through the data), the other runs a frozen copy in every step. That their losses agree is checked in every step.
@@ -76,6 +76,7 @@ class Side:
         recipe = load_recipe(find_recipe(path), [*told, *overrides, "device=cpu", "stages[0].steps=100000"])
         assert isinstance(recipe, PreferenceRecipe)
         stage, task = recipe.stages[0], recipe.build_task()
+        torch.manual_seed(recipe.seed)  # adapters start at random
         module = task.build()
         groups = task.groups(module)
         freeze(recipe, 0, groups, module)
