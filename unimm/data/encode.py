@@ -197,16 +197,7 @@ def encode_source(
         raise UserError(f"{location}: holds image codes already; train on it as it is")
     threads = max(1, (os.cpu_count() or 1) // processes)
     job = Job(location, reading, str(folder), model, shard, device, threads, features, size, keep_ratio)
-    canvas, tokenizer, _ = _coder(model, "cpu", 0, size, keep_ratio)
-    encoder = None
-    if features is not None:
-        processor, vision, _ = _viewer(model, "cpu", 0)
-        encoder = encoder_mark(vision, processor.image_size)
-    plan = Plan(
-        str(Path(location).resolve()), source.signature(), len(source), shard, reading.pairs,
-        dict(reading.fields), reading.images, reading.split, fingerprint(tokenizer, canvas), features, encoder,
-    )  # fmt: skip
-    _take_folder(folder, plan)
+    _take_folder(folder, _plan(job, source))
     count = -(-len(source) // shard)
     todo = [number for number in range(count) if not _tar(folder, number).exists()]
     report = on_progress or (lambda done, total: None)
@@ -216,6 +207,19 @@ def encode_source(
         done += 1
         report(min(done * shard, len(source)), len(source))
     return _summary(folder, count, len(source))
+
+
+def _plan(job: Job, source: Source) -> Plan:
+    """What the tars will be of."""
+    canvas, tokenizer, _ = _coder(job.model, "cpu", 0, job.size, job.keep_ratio)
+    reading, encoder = job.reading, None
+    if job.features is not None:
+        processor, vision, _ = _viewer(job.model, "cpu", 0)
+        encoder = encoder_mark(vision, processor.image_size)
+    return Plan(
+        str(Path(job.location).resolve()), source.signature(), len(source), job.shard, reading.pairs,
+        dict(reading.fields), reading.images, reading.split, fingerprint(tokenizer, canvas), job.features, encoder,
+    )  # fmt: skip
 
 
 def _run(job: Job, numbers: Sequence[int], processes: int) -> Iterator[int]:

@@ -57,7 +57,7 @@ class Prompts(Section):
 
     scenes: Positive = 1500
     kinds: dict[Kind, Rate] | None = None
-    """Shares of the kinds of scene; null: as the scenes come."""
+    """Shares of the kinds of scene; null: as the scenes come. A recipe of the task `grpo` has them in its mixture."""
     emphasis: Emphasis = 1.0
     """Weight of the questions about what a scene is for, against 1 of the others (`scene_prompts`)."""
     file: str | None = None

@@ -37,13 +37,15 @@ class Tracker:
             raise recipe.error("logging.trackers", message) from None
         output = Path(recipe.output)
         run = _run_id(output)
-        options: dict[str, Any] = {"project": recipe.logging.project, "resume": "allow"}
-        if name == "wandb":
-            options |= {"name": f"{output.name}-{run}", "id": run, "dir": str(output)}
-        else:
-            options |= {"name": f"{output.name}-{run}"}
+        own = {"id": run, "dir": str(output)} if name == "wandb" else {}  # trackio knows a run by its name
         try:
-            self._service.init(config=recipe.model_dump(mode="json"), **options)
+            self._service.init(
+                project=recipe.logging.project,
+                name=f"{output.name}-{run}",
+                config=recipe.model_dump(mode="json"),
+                resume="allow",
+                **own,
+            )
         except Exception as error:  # each has errors of its own: no key, no network, no such project
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise recipe.error("logging.trackers", f"{name} does not take the run ({reason})") from None

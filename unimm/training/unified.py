@@ -260,8 +260,11 @@ class UnifiedTask:
         asked = [(q.question, q.answer) for q in dict.fromkeys(questions)]
         request = CAPTION_REQUESTS[rng.integers(len(CAPTION_REQUESTS))]
         asked.append((request, captions[rng.integers(len(captions))]))
-        codes = self.codes[index] if processor.layout.shared and self.codes is not None else None
-        grid = processor.layout.grid if codes is None else (codes.shape[0], codes.shape[1])
+        codes, grid = None, processor.layout.grid
+        if processor.layout.shared:
+            assert self.codes is not None
+            codes = self.codes[index]
+            grid = (codes.shape[0], codes.shape[1])
         prefix = np.array(processor.ids(*processor.opening([grid])))
         if codes is not None:
             places = prefix == processor.layout.feature
