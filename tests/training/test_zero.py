@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from tests.training.test_trainer import ROOT, assert_same, lines, recipe, weights
 from tests.training.toy import ToyRecipe, ToyTask
+from unimm.training.engine import Engine, freeze, start_distributed
 from unimm.training.trainer import seed_everything, train
 
 STAGES = (
@@ -123,6 +125,32 @@ def test_one_process_killed_and_started_again_ends_with_the_same_bits(runs: Path
     assert_same(weights(runs / f"killed-{zero}"), weights(runs / f"two-{zero}"))
     for part in ("model", "optimizer", "ema"):
         assert_same(checkpoint(runs / f"killed-{zero}", 12, part), checkpoint(runs / f"two-{zero}", 12, part))
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_a_finished_stage_that_is_collected_late_takes_nothing_from_the_next(
+    tmp_path: Path, zero: int
+) -> None:
+    plan = made(tmp_path, zero)
+    task = ToyTask(plan.model)
+    module = task.build()
+    start_distributed(torch.device("cpu"))
+
+    def engine(stage: int) -> Engine:
+        freeze(plan, stage, task.groups(module), module)
+        return Engine(plan, stage, task, module, task.groups(module), torch.device("cpu"))
+
+    first = engine(0)
+    first.release()
+    first.close()
+    second = engine(1)
+    state = {name: torch.full_like(value, 0.5) for name, value in second.optimizer_tensors(True).items()}
+    second.load_optimizer_tensors(state)
+    del first
+    gc.collect()
+    assert_same(second.optimizer_tensors(True), state)
+    second.release()
+    second.close()
 
 
 def test_processes_and_stage_may_change_between_runs(runs: Path) -> None:

@@ -417,3 +417,6 @@ class Engine:
         """Let go of the engine; the module stays."""
         if self.zero != 3 or self.parameters:
             self._engine.destroy()
+        # Collected later, DeepSpeed's engine would destroy its optimizer again, and with it the links from the
+        # parameters to their moments that the next stage's engine has made by then.
+        self._engine.optimizer = None
