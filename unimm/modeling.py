@@ -423,8 +423,10 @@ class UniMMModel(PreTrainedModel):
         if self.code_head is not None or self.layout.shared:
             heads.append((self.code_logits, code, first))
         counts = [int(where.sum()) for _, where, _ in heads]
-        # In lockstep a head runs even where no process has use for it, so that its gradient is 0.
-        chunks = [max(1, count) for count in most_chunks(*counts)] if lockstep else counts
+        if lockstep:  # a head runs even where no process has use for it, so that its gradient is 0
+            chunks = [max(1, most) for most in most_chunks(*counts)]
+        else:
+            chunks = [min(1, count) for count in counts]
         for (head, where, offset), parts in zip(heads, chunks, strict=True):
             if not parts:
                 continue

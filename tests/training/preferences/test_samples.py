@@ -148,6 +148,21 @@ def test_chunks_change_nothing(
         torch.testing.assert_close(ours, theirs)
 
 
+def test_each_head_runs_once_over_all_that_fit_into_a_chunk(samples: PairSamples, exact: UniMMModel) -> None:
+    seen: list[int] = []
+    heads = (exact.code_head, exact.decoder.get_output_embeddings())
+    hooks = [
+        head.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+        for head in heads
+        if head is not None
+    ]
+    with torch.no_grad():
+        scores = score_batch(exact, batch_of(samples, range(8)))
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == 2 and sum(seen) == scores.length.sum()
+
+
 def test_a_gradient_reaches_only_the_head_that_answers(samples: PairSamples, exact: UniMMModel) -> None:
     exact.zero_grad()
     score_batch(exact, batch_of(samples, [1, 3])).log_probs.sum().backward()  # texts
