@@ -44,6 +44,7 @@ def test_a_batch_draws_what_each_prompt_draws_alone(tiny_model: UniMM) -> None:
 
 def test_small_batches_draw_the_same(tiny_model: UniMM) -> None:
     _, whole = tiny_model.draw(PROMPTS, n=2, seed=9, return_codes=True)
+    assert torch.equal(tiny_model.draw(PROMPTS, n=2, seed=9, output_type="codes"), whole)
     parts = UniMM(tiny_model.model, tiny_model.processor, batch_size=3)
     _, split = parts.draw(PROMPTS, n=2, seed=9, return_codes=True)
     assert torch.equal(whole, split)

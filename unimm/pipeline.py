@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeAlias, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from PIL import Image
@@ -142,6 +142,7 @@ class UniMM:
         return_codes: bool = False,
         on_progress: Progress | None = None,
         images: Pictures = None,
+        output_type: Literal["pil", "codes"] = "pil",
     ) -> Any:
         """Draw pictures.
 
@@ -161,15 +162,18 @@ class UniMM:
                 pictures, or None. They stand before the prompt's words, as `ask` puts them. Guidance steers away
                 from what it always does, and from the pictures too: from the prompt with all but its first and
                 last token blanked, features included (Janus), or from the negative prompt alone (Emu3).
+            output_type: `codes` leaves it at the codes, for when nobody looks.
 
         Returns:
-            A list of PIL images; with `return_codes` also their codes, int64 [B, h, w].
+            A list of PIL images; with `return_codes` also their codes, int64 [B, h, w]; of `codes` these alone.
 
         Raises:
             UserError: a prompt is empty or too long, a picture cannot be read, the model cannot look at pictures,
                 or an option makes no sense.
         """
         check_options(guidance_scale, temperature, top_k, top_p)
+        if output_type not in (known := ("pil", "codes")):
+            raise UserError(f"output_type: {output_type!r}; give one of {', '.join(known)}")
         if n < 1:
             raise UserError(f"n: {n}; give 1 or more")
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -204,6 +208,8 @@ class UniMM:
                 )
             )
         drawn = torch.cat(codes)
+        if output_type == "codes":
+            return drawn
         drawings = [
             image for part in drawn.split(self.batch_size) for image in self._pictures(tokenizer, part)
         ]

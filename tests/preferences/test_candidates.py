@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -166,6 +167,10 @@ def test_emphasis_is_on_what_a_scene_is_for() -> None:
         for asked in prompt.questions:
             wanted = 4 if kinds[asked.question] in heavy[scenes[index].kind].split() else 1
             assert asked.weight == wanted, asked
+    for index, prompt in enumerate(scene_prompts("train", 3, 30, emphasis=math.inf)):
+        kinds = {one.question: one.kind for one in scenes[index].questions()}
+        asked = {kinds[one.question]: one.weight for one in prompt.questions}
+        assert asked == dict.fromkeys(heavy[scenes[index].kind].split(), 1.0)
 
 
 def test_kinds_of_scenes_come_by_their_shares() -> None:

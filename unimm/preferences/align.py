@@ -9,6 +9,7 @@ training recipe is one of the task `grpo`, which draws and scores for itself, a 
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -215,7 +216,8 @@ class Round:
         told = [f"output={self.folder / 'training'}", f"model={self.source or 'null'}", f"seed={self.seed}"]
         if self.online:
             asked = self.recipe.prompts
-            scenes = f"{{scenes: {asked.scenes}, seed: {self.scene_seed}, emphasis: {asked.emphasis}}}"
+            emphasis = ".inf" if math.isinf(asked.emphasis) else asked.emphasis
+            scenes = f"{{scenes: {asked.scenes}, seed: {self.scene_seed}, emphasis: {emphasis}}}"
             told += [f"prompts={{file: {json.dumps(asked.file)}}}" if asked.file else f"prompts={scenes}"]
         else:
             told += [f"data.file={self.pairs}"]

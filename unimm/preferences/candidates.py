@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from unimm.pipeline import UniMM
 
 
-Emphasis: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Emphasis: TypeAlias = Annotated[float, Field(gt=0)]
+"""Weight of some questions against 1 of the others; infinity (`.inf` in YAML) leaves the others out."""
 
 
 class Asked(Section):
@@ -27,7 +29,7 @@ class Asked(Section):
 
     question: Annotated[str, Field(min_length=1)]
     answer: Annotated[str, Field(min_length=1)]
-    weight: Emphasis = 1.0
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """What the answer counts among the prompt's."""
 
 
@@ -98,24 +100,27 @@ def scene_prompts(
         split: of the scenes.
         seed: which scenes.
         count: how many.
-        emphasis: weight of the questions `ABOUT` what such a scene is for; the others have 1.
+        emphasis: weight of the questions `ABOUT` what such a scene is for; the others have 1, or are not asked where
+            it is infinite.
         kinds: shares of the kinds of scene; None: as the scenes come.
 
     Raises:
         UserError: no share is above 0.
     """
-    scenes = EmojiScenes(split, seed)
+    scenes, only = EmojiScenes(split, seed), math.isinf(emphasis)
     prompts = []
     for index in range(count) if kinds is None else _of_kinds(scenes, kinds, count):
         scene = scenes[index]
         captions = scene.captions()
+        about = ABOUT[scene.kind]
         asked = [
             Asked(
                 question=one.question,
                 answer=one.answer,
-                weight=emphasis if one.kind in ABOUT[scene.kind] else 1.0,
+                weight=emphasis if one.kind in about and not only else 1.0,
             )
             for one in scene.questions()
+            if one.kind in about or not only
         ]
         key = SceneKey(split=split, seed=seed, index=index)
         prompt = captions[scene.key % len(captions)]
@@ -181,7 +186,7 @@ def draw_candidates(
         for start in range(done, len(prompts), share):
             part = prompts[start : start + share]
             texts = [prompt.prompt for prompt in part]
-            _, codes = um.draw(texts, n=n, seed=seeds * len(part), return_codes=True, **options)
+            codes = um.draw(texts, n=n, seed=seeds * len(part), output_type="codes", **options)
             for prompt, drawn in zip(part, codes.view(len(part), n, *codes.shape[1:]).tolist(), strict=True):
                 candidates = [{"seed": s, "codes": one} for s, one in zip(seeds, drawn, strict=True)]
                 row = {**prompt.model_dump(), "candidates": candidates, "settings": written}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import getpass
-import math
 import shlex
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ def draw_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=1.0,
         metavar="W",
-        help="weight of the questions about what a scene is for: object, number or places (default: 1)",
+        help="weight of questions about what a scene is for: object, number, places (default: 1; inf: no others)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of scenes and of the first drawing (default: 0)")
     parser.add_argument("--guidance-scale", type=float, default=5.0, metavar="X", help="default: 5")
@@ -59,8 +58,8 @@ def draw(options: Options) -> Any:
     for name in ("n", "scenes"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UserError(f"preferences draw: {name}: {getattr(options, name)}; give 1 or more")
-    if not (options.emphasis > 0 and math.isfinite(options.emphasis)):
-        raise UserError(f"preferences draw: emphasis: {options.emphasis}; give a number above 0")
+    if not options.emphasis > 0:
+        raise UserError(f"preferences draw: emphasis: {options.emphasis}; give a number above 0, or inf")
     if options.seed < 0:
         raise UserError(f"preferences draw: seed: {options.seed}; give 0 or more")
     check_options(options.guidance_scale, options.temperature, options.top_k, options.top_p)
