@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from unimm.data.emojiscenes import EmojiScenes, Kind
 from unimm.errors import UserError
 from unimm.pipeline import UniMM
+from unimm.preferences.align import Prompts
 from unimm.preferences.candidates import (
     Asked,
     DrawingPrompt,
@@ -175,17 +178,15 @@ def test_emphasis_is_on_what_a_scene_is_for() -> None:
 
 def test_kinds_of_scenes_come_by_their_shares() -> None:
     kinds: dict[Kind, float] = {"count": 3.0, "pair": 1.0, "single": 0.0}
-    prompts, scenes = scene_prompts("train", 3, 40, kinds=kinds), EmojiScenes("train", 3)
-    keys = [prompt.scene for prompt in prompts if prompt.scene is not None]
-    shown = [scenes[key.index] for key in keys]
-    for start in range(0, 40, 4):
-        kinds_here = sorted(scene.kind for scene in shown[start : start + 4])
-        assert kinds_here == ["count", "count", "count", "pair"]
-    assert all(prompt.prompt in scene.captions() for prompt, scene in zip(prompts, shown, strict=True))
-    assert len({key.index for key in keys}) == 40
+    prompts = scene_prompts("train", 3, 400, kinds=kinds)
+    scenes = [prompt.scene.scene() for prompt in prompts if prompt.scene is not None]
+    shown = Counter(scene.kind for scene in scenes)
+    assert len(scenes) == 400 and not shown["single"]
+    assert shown["count"] == pytest.approx(300, abs=40)
+    assert all(prompt.prompt in scene.captions() for prompt, scene in zip(prompts, scenes, strict=True))
     assert scene_prompts("train", 3, 20, kinds=kinds) == prompts[:20]
-    with pytest.raises(UserError, match="kinds: expected a share above 0"):
-        scene_prompts("train", 3, 1, kinds={"count": 0.0})
+    with pytest.raises(ValidationError, match="expected a share above 0"):
+        Prompts(kinds={"count": 0.0})
 
 
 def test_self_vqa_is_the_mean_probability_of_the_answers(few: UniMM, tmp_path: Path) -> None:

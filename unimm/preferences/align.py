@@ -23,7 +23,6 @@ import torch
 from pydantic import Field
 
 from unimm.console import print_table, progress
-from unimm.data.emojiscenes import Kind
 from unimm.errors import UserError
 from unimm.evaluation.drawing import prompt_for
 from unimm.evaluation.judge import Judge
@@ -33,6 +32,7 @@ from unimm.pipeline import UniMM, load
 from unimm.preferences.candidates import (
     DrawingPrompt,
     Emphasis,
+    KindShares,
     draw_candidates,
     read_candidates,
     read_prompts,
@@ -42,7 +42,7 @@ from unimm.preferences.measure import Measure, compare, held_out, measure_drawin
 from unimm.preferences.rank import Rules, rank_candidates
 from unimm.preferences.scorers import make_scorer
 from unimm.recipes import find_recipe
-from unimm.sections import NotNegative, Positive, Rate, Section, near, read_yaml, validate
+from unimm.sections import NotNegative, Positive, Section, near, read_yaml, validate
 from unimm.sheet import Card, Line, draw_sheet
 from unimm.sheet import Section as SheetSection
 from unimm.training.recipe import load_recipe
@@ -57,8 +57,8 @@ class Prompts(Section):
     """What candidates are drawn of: captions of training scenes, or a file of one's own."""
 
     scenes: Positive = 1500
-    kinds: dict[Kind, Rate] | None = None
-    """Shares of the kinds of scene; null: as the scenes come. A recipe of the task `grpo` has them in its mixture."""
+    kinds: KindShares | None = None
+    """Shares of the kinds of scene; null: their usual ones. A recipe of the task `grpo` has them in its mixture."""
     emphasis: Emphasis = 1.0
     """Weight of the questions about what a scene is for, against 1 of the others (`scene_prompts`)."""
     file: str | None = None

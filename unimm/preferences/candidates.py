@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from unimm.data.emojiscenes import EmojiScenes, Kind, Split
+from unimm.data.emojiscenes import KINDS, EmojiScenes, Kind, Scene, Split
 from unimm.errors import UserError
-from unimm.sections import NotNegative, Section, show, validate
+from unimm.sections import NotNegative, Rate, Section, show, validate
 from unimm.training.preferences.data import Codes, read_lines
 
 if TYPE_CHECKING:
@@ -33,12 +32,28 @@ class Asked(Section):
     """What the answer counts among the prompt's."""
 
 
+def _some(kinds: dict[Kind, float]) -> dict[Kind, float]:
+    if not any(kinds.values()):
+        raise ValueError("expected a share above 0")
+    return kinds
+
+
+KindShares: TypeAlias = Annotated[dict[Kind, Rate], AfterValidator(_some)]
+"""Kind of scene -> its share among scenes."""
+
+
 class SceneKey(Section):
     """Which scene of EmojiScenes a prompt describes."""
 
     split: Split
     seed: NotNegative
     index: NotNegative
+    kinds: KindShares | None = None
+    """Of the scenes; null: their usual shares."""
+
+    def scene(self) -> Scene:
+        """The scene."""
+        return EmojiScenes(self.split, self.seed, kinds=self.kinds or KINDS)[self.index]
 
 
 class DrawingPrompt(Section):
@@ -92,7 +107,7 @@ def scene_prompts(
     seed: int,
     count: int,
     emphasis: float = 1.0,
-    kinds: Mapping[Kind, float] | None = None,
+    kinds: dict[Kind, float] | None = None,
 ) -> list[DrawingPrompt]:
     """Return captions of scenes of EmojiScenes, with the scenes' own questions and answers.
 
@@ -102,15 +117,13 @@ def scene_prompts(
         count: how many.
         emphasis: weight of the questions `ABOUT` what such a scene is for; the others have 1, or are not asked where
             it is infinite.
-        kinds: shares of the kinds of scene; None: as the scenes come.
-
-    Raises:
-        UserError: no share is above 0.
+        kinds: shares of the kinds of scene; None: their usual ones.
     """
-    scenes, only = EmojiScenes(split, seed), math.isinf(emphasis)
+    only = math.isinf(emphasis)
     prompts = []
-    for index in range(count) if kinds is None else _of_kinds(scenes, kinds, count):
-        scene = scenes[index]
+    for index in range(count):
+        key = SceneKey(split=split, seed=seed, index=index, kinds=kinds)
+        scene = key.scene()
         captions = scene.captions()
         about = ABOUT[scene.kind]
         asked = [
@@ -122,28 +135,9 @@ def scene_prompts(
             for one in scene.questions()
             if one.kind in about or not only
         ]
-        key = SceneKey(split=split, seed=seed, index=index)
         prompt = captions[scene.key % len(captions)]
         prompts.append(DrawingPrompt(prompt=prompt, questions=asked, scene=key))
     return prompts
-
-
-def _of_kinds(scenes: EmojiScenes, kinds: Mapping[Kind, float], count: int) -> Iterator[int]:
-    """Indices of scenes by shares of their kinds, which hold in every stretch; each kind in the scenes' own order."""
-    total = sum(kinds.values())
-    if not total > 0:
-        raise UserError("kinds: expected a share above 0")
-
-    def indices(kind: Kind) -> Iterator[int]:
-        return (index for index in itertools.count() if scenes[index].kind == kind)
-
-    coming = {kind: indices(kind) for kind, share in kinds.items() if share}
-    taken = dict.fromkeys(kinds, 0)
-    for number in range(1, count + 1):
-        behind = {kind: kinds[kind] / total * number - taken[kind] for kind in coming}
-        kind = max(behind, key=lambda one: behind[one])
-        taken[kind] += 1
-        yield next(coming[kind])
 
 
 def draw_candidates(

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unimm.data.emojiscenes import EmojiScenes, Scene
+from unimm.data.emojiscenes import Scene
 from unimm.errors import UserError
 from unimm.preferences.candidates import DrawingPrompt
 from unimm.sections import near
@@ -222,4 +222,4 @@ def _scene(candidate: Candidate, scorer: str) -> Scene:
     key = candidate.prompt.scene
     if key is None:
         raise UserError(f"{scorer}: the prompt {candidate.prompt.prompt!r} names no scene of EmojiScenes")
-    return EmojiScenes(key.split, key.seed)[key.index]
+    return key.scene()

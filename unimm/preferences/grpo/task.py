@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from unimm.data.emojiscenes import EmojiScenes
 from unimm.errors import UserError
 from unimm.modeling import IGNORED, AnswerScores, UniMMModel
 from unimm.pipeline import UniMM, load
@@ -334,4 +333,4 @@ class GrpoTask(PolicyTask):
 def _kind(prompt: DrawingPrompt) -> str:
     """The kind of the scene that a prompt describes."""
     key = prompt.scene
-    return PLAIN if key is None else EmojiScenes(key.split, key.seed)[key.index].kind
+    return PLAIN if key is None else key.scene().kind
