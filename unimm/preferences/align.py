@@ -285,28 +285,36 @@ class Loop:
         return total
 
     def measure(self, name: str, source: str | None) -> Any:
-        """Figures of the model before or after."""
-        file = self.folder / f"{name}.json"
+        """Figures of the model before or after.
+
+        Raises:
+            UserError: they were taken already, with other settings.
+        """
+        file, section = self.folder / f"{name}.json", self.recipe.measure
+        asked = section.model_dump(mode="json")
         if not file.exists():
-            section, um = self.recipe.measure, load(source)
+            um = load(source)
             judge = Judge(self.recipe.judge, self.output / "judge.safetensors", str(um.model.device))
             with _timed(self.folder, f"measure {name}"), progress(f"drawings {name}") as told:
                 drawings = measure_drawings(um, judge, section, self.seed, told)
                 words = self._words(um, name)
-            _write(file, {"drawings": drawings, "words": words})
-        return _read(file)
+            _write(file, {"measure": asked, "drawings": drawings, "words": words})
+        kept = _read(file)
+        if kept.get("measure") != asked:
+            raise UserError(f"{file}: measured with other settings; remove it, or put `measure` back")
+        return kept
 
     def _words(self, um: UniMM, name: str) -> Any:
         """Figures of words; before, they are the same for every seed."""
-        if not self.recipe.measure.words:
+        section = self.recipe.measure
+        if not section.words:
             return {}
-        file = self.output / "words.json" if name == "before" else None
-        if file is not None and file.exists():
-            return _read(file)
-        words = measure_words(um, self.recipe.measure)
-        if file is not None:
-            _write(file, words)
-        return words
+        if name != "before":
+            return measure_words(um, section)
+        file, asked = self.output / "words.json", section.model_dump(mode="json")
+        if not file.exists() or _read(file).get("measure") != asked:
+            _write(file, {"measure": asked, "words": measure_words(um, section)})
+        return _read(file)["words"]
 
     def show(self, source: str) -> None:
         """A sheet of held-out prompts drawn before and after from the same random streams."""
