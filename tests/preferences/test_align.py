@@ -83,7 +83,8 @@ def test_the_loop_runs_and_goes_on_where_it_was(tmp_path: Path) -> None:
     changed = {path.name for path, when in before.items() if path.stat().st_mtime_ns != when}
     assert changed == {"after.json", "seconds.json"}
     with pytest.raises(UserError, match=r"before.json: measured with other settings; remove it"):
-        align(recipe_with(f"output={tmp_path}/run", "training.processes=1", "measure.words=0"))
+        align(recipe_with(f"output={tmp_path}/run", "training.processes=1", "measure.words=0", "rounds=2"))
+    assert not (folder / "round-2").exists()  # it is said before anything is done
     assert json.loads((tmp_path / "run" / "report.json").read_text())["drawings"] == report["drawings"]
 
 

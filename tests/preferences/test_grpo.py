@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -22,7 +23,7 @@ import unimm
 from tests.training.test_trainer import ROOT
 from unimm.errors import UserError
 from unimm.modeling import UniMMModel
-from unimm.preferences.grpo.objective import advantages, position_terms
+from unimm.preferences.grpo.objective import advantages, most_varied, position_terms
 from unimm.preferences.grpo.task import DrawingPolicy, GrpoTask
 from unimm.sampling.choose import pick, probabilities, streams
 from unimm.training.batches import read_step
@@ -39,6 +40,18 @@ def test_advantages_by_hand() -> None:
     expected = torch.tensor([[-1 / 1.0001, 0, 1 / 1.0001], [0, 0, 0]], dtype=torch.float64)
     torch.testing.assert_close(advantages(rewards), expected)
     torch.testing.assert_close(advantages(rewards, False), torch.tensor([[-1.0, 0, 1], [0, 0, 0]]).double())
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 6])
+def test_what_is_learnt_from_varies_most(count: int) -> None:
+    """No other choice of so many varies more, whether rewards are any numbers, few values or all the same."""
+    generator = torch.Generator().manual_seed(count)
+    rewards = torch.rand(9, 6, generator=generator, dtype=torch.float64)
+    rewards = torch.cat([rewards, rewards.round(), torch.ones(1, 6).double()])
+    taken = most_varied(rewards, count)
+    assert (taken.diff(dim=1) > 0).all()
+    choices = torch.tensor(list(itertools.combinations(range(6), count)))
+    torch.testing.assert_close(rewards.gather(1, taken).var(1), rewards[:, choices].var(-1).amax(1))
 
 
 # ratio, advantage -> loss and its slope in the log-probability, at epsilons 0.2 and 0.3
@@ -167,6 +180,22 @@ def test_what_is_drawn_comes_from_the_distribution_that_learns(
             expected = pick(probabilities(logits, 0.7, None, None), uniform)
             assert torch.equal(codes[place, k].flatten(), expected)
     assert len({tuple(one.flatten().tolist()) for one in codes.flatten(0, 1)}) == 16
+
+
+@pytest.mark.parametrize("packed", ["true", "false"])
+def test_the_rest_of_a_group_is_compared_but_not_learnt_from(recipe_file: Path, packed: str) -> None:
+    everything = drawn(recipe_file)[2]
+    task, module, batch, totals = drawn(recipe_file, "sampling.learnt=2", f"packed={packed}")
+    assert torch.equal(batch["rewards"], everything["rewards"])
+    taken = most_varied(batch["rewards"], 2)
+    assert not torch.equal(taken, torch.arange(2).expand(4, 2))
+    codes = everything["image_codes"].view(4, 4, 4, 4)[torch.arange(4)[:, None], taken]
+    assert torch.equal(batch["image_codes"], codes.flatten(0, 1))
+    torch.testing.assert_close(batch["advantages"], advantages(batch["rewards"].gather(1, taken)))
+    assert totals == {"prompts": 4, "code_tokens": 4 * 2 * SIZE}
+    loss, metrics = task.loss(module, batch, 0, totals)
+    assert loss.item() == pytest.approx(0, abs=1e-6) and metrics["ratio"] == 1
+    assert metrics["reward"] == pytest.approx(everything["rewards"].mean().item())
 
 
 @pytest.mark.parametrize("packed", ["true", "false"])
@@ -335,6 +364,7 @@ def test_rewards_are_told_by_kind_of_scene(recipe_file: Path) -> None:
         (["prompts={file: a, scenes: 3}"], "prompts: expected either file or scenes"),
         (["prompts.file=nowhere.txt"], "nowhere.txt: not readable as text"),
         (["sampling.group=1"], "sampling.group: expected at least 2, got 1"),
+        (["sampling.learnt=5"], "sampling: learnt: expected at most group (4), got 5"),
         (["sampling.temperature=0.0"], "sampling.temperature: expected more than 0, got 0.0"),
         (["objective.updates=3"], "stages[0].steps: expected a multiple of objective.updates (3), got 4"),
         (["reference.mode=none"], "objective.beta: needs a reference; without one it is 0"),

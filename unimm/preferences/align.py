@@ -261,6 +261,8 @@ class Loop:
 
     def run(self) -> tuple[Any, Any]:
         """Go through the rounds; returns what was measured before and after."""
+        for name in ("before", "after"):  # a mistake is said before an hour of training
+            self.measured(name)
         source = self.recipe.model
         for number in range(self.recipe.rounds):
             self.rounds.append(Round(self.recipe, self.seed, number, source, self.folder))
@@ -285,22 +287,31 @@ class Loop:
         return total
 
     def measure(self, name: str, source: str | None) -> Any:
-        """Figures of the model before or after.
+        """Figures of the model before or after."""
+        kept = self.measured(name)
+        if kept is not None:
+            return kept
+        section, um = self.recipe.measure, load(source)
+        judge = Judge(self.recipe.judge, self.output / "judge.safetensors", str(um.model.device))
+        with _timed(self.folder, f"measure {name}"), progress(f"drawings {name}") as told:
+            drawings = measure_drawings(um, judge, section, self.seed, told)
+            words = self._words(um, name)
+        asked = section.model_dump(mode="json")
+        figures = {"measure": asked, "drawings": drawings, "words": words}
+        _write(self.folder / f"{name}.json", figures)
+        return figures
+
+    def measured(self, name: str) -> Any:
+        """Figures that were taken already, or None.
 
         Raises:
-            UserError: they were taken already, with other settings.
+            UserError: they were taken with other settings.
         """
-        file, section = self.folder / f"{name}.json", self.recipe.measure
-        asked = section.model_dump(mode="json")
+        file = self.folder / f"{name}.json"
         if not file.exists():
-            um = load(source)
-            judge = Judge(self.recipe.judge, self.output / "judge.safetensors", str(um.model.device))
-            with _timed(self.folder, f"measure {name}"), progress(f"drawings {name}") as told:
-                drawings = measure_drawings(um, judge, section, self.seed, told)
-                words = self._words(um, name)
-            _write(file, {"measure": asked, "drawings": drawings, "words": words})
+            return None
         kept = _read(file)
-        if kept.get("measure") != asked:
+        if kept.get("measure") != self.recipe.measure.model_dump(mode="json"):
             raise UserError(f"{file}: measured with other settings; remove it, or put `measure` back")
         return kept
 

@@ -43,6 +43,28 @@ def advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
     return centred / (rewards.std(1, keepdim=True) + SMALL) if divide_by_std else centred
 
 
+def most_varied(rewards: Tensor, count: int) -> Tensor:
+    """Return which `count` drawings of each group to learn from, so that their rewards vary most.
+
+    They are some of the best and some of the worst, as many of each as make the variance largest (max-variance
+    down-sampling of PODS, Xu et al. 2025, arXiv 2504.13818, section 3).
+
+    Args:
+        rewards: [P, G].
+        count: at most G, at least 2.
+
+    Returns:
+        Indices into each group [P, count], rising.
+    """
+    size = rewards.shape[1]
+    order = rewards.argsort(dim=1, stable=True)
+    best = torch.arange(count + 1)[:, None]  # how many of the best, beside count - best of the worst
+    places = torch.arange(count).expand(count + 1, count)
+    places = torch.where(places < count - best, places, places + size - count)  # [count + 1, count]
+    variances = rewards.gather(1, order)[:, places].var(-1)  # [P, count + 1]
+    return order.gather(1, places[variances.argmax(1)]).sort(1).values
+
+
 def position_terms(
     log_probs: Tensor,
     old: Tensor,

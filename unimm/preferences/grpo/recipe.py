@@ -42,6 +42,9 @@ class SamplingSection(Section):
 
     group: Annotated[int, Field(ge=2)] = 8
     """Drawings of each prompt, which are compared with each other."""
+    learnt: Annotated[int, Field(ge=2)] | None = None
+    """Of each group, so many are learnt from, those whose rewards vary most; null: all. Learning takes about as long
+    as drawing and scoring, and of a group of which all but one are equal most teach the same."""
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """The policy that learns is the one that draws: log-probabilities are taken at this temperature too."""
     guidance_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
@@ -49,6 +52,12 @@ class SamplingSection(Section):
     off-policy: ratios start at 1 as if the unguided policy had drawn them."""
     at_once: Positive = 64
     """Drawings that are sampled together."""
+
+    @model_validator(mode="after")
+    def _of_group(self) -> SamplingSection:
+        if self.learnt is not None and self.learnt > self.group:
+            raise ValueError(f"learnt: expected at most group ({self.group}), got {self.learnt}")
+        return self
 
 
 class GrpoObjective(Section):
@@ -86,7 +95,7 @@ class GrpoRecipe(PolicyRecipe):
         folder = Path(data["output"]) / "tiny"
         write_tiny_model(folder)
         data |= {"model": str(folder), "prompts": {"scenes": 16}, "scorer": "rules"}
-        data["sampling"] = {**data.get("sampling", {}), "group": 2}
+        data["sampling"] = {**data.get("sampling", {}), "group": 2, "learnt": None}
         data["preview"] = {**data.get("preview", {}), "prompts": ["a star"]}
 
     def build_task(self) -> GrpoTask:

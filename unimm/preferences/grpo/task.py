@@ -22,7 +22,7 @@ from unimm.errors import UserError
 from unimm.modeling import IGNORED, AnswerScores, UniMMModel
 from unimm.pipeline import UniMM, load
 from unimm.preferences.candidates import DrawingPrompt, read_prompts, scene_prompts
-from unimm.preferences.grpo.objective import advantages, position_terms
+from unimm.preferences.grpo.objective import advantages, most_varied, position_terms
 from unimm.preferences.grpo.recipe import GrpoRecipe
 from unimm.preferences.scorers import (
     Scorer,
@@ -97,6 +97,7 @@ class GrpoTask(PolicyTask):
             else read_prompts(str(section.file))
         )
         self.kinds = [_kind(prompt) for prompt in self.prompts]
+        self.learnt = recipe.sampling.learnt or recipe.sampling.group  # drawings of a prompt
         self.scorer: Scorer | None = None
         self._kept: tuple[list[int], list[Batch]] = ([], [])  # a batch of drawings and their seeds
 
@@ -139,9 +140,9 @@ class GrpoTask(PolicyTask):
         return {name: torch.tensor([sample[name] for sample in samples]) for name in ("prompt", "draw")}
 
     def targets(self, batch: Batch) -> dict[str, int | float]:
-        """Prompts, and the codes that will be drawn for them."""
+        """Prompts, and the codes that will be learnt from."""
         count = len(batch["prompt"])
-        return {"prompts": count, "code_tokens": count * self.recipe.sampling.group * self.codes}
+        return {"prompts": count, "code_tokens": count * self.learnt * self.codes}
 
     def before_step(self, module: nn.Module, step: int) -> None:
         """Move a reference that follows; give the weights that draw those of the policy, for a new batch."""
@@ -178,7 +179,9 @@ class GrpoTask(PolicyTask):
         )
         codes = codes.view(len(numbers), group, *self.grid)
         rewards = self._rewards(module, numbers, seeds, codes)
-        better = advantages(rewards, self.recipe.objective.divide_by_std)
+        taken = most_varied(rewards, self.learnt)
+        codes = codes[torch.arange(len(codes))[:, None], taken]
+        better = advantages(rewards.gather(1, taken), self.recipe.objective.divide_by_std)
         sizes = [len(batch["prompt"]) for batch in batches]
         parts = zip(batches, codes.split(sizes), rewards.split(sizes), better.split(sizes), strict=True)
         made = [
