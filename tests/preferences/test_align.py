@@ -106,7 +106,7 @@ def test_a_round_starts_from_the_model_of_the_one_before_on_other_prompts(tmp_pa
 def test_a_model_that_draws_while_it_learns_needs_no_pairs(tmp_path: Path) -> None:
     recipe = recipe_with(
         f"output={tmp_path}/run", "measure.words=0", "training.processes=1",
-        "training.recipe=training/grpo-embedded", "training.overrides=['sampling.group=2', 'scorer=self-vqa', "
+        "training.recipe=training/grpo-embedded", "training.overrides=['sampling.group=2', 'sampling.learnt=2', "
         "'stages[0].steps=1', 'stages[0].batch=3', 'stages[0].micro_batch=3', 'stages[0].warmup=0']",
     )  # fmt: skip
     report = align(recipe)
