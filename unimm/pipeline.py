@@ -179,41 +179,42 @@ class UniMM:
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         shown = _entries(images, len(texts))
         tokenizer, grid = self.image_tokenizer, self._grid(size)
-        steps = grid[0] * grid[1]
         for text, pictures in zip(texts, shown, strict=True):  # all are checked before the first is drawn
             self.processor.drawing_inputs(text, pictures, grid)
         if any(shown):
             warnings.warn(PICTURES_NOTE, UserNote, stacklevel=2)
         texts = [text for text in texts for _ in range(n)]
         shown = [pictures for pictures in shown for _ in range(n)]
-        uniforms = streams(seed, len(texts), steps)
-        codes = [torch.empty((0, *grid), dtype=torch.long, device=self.model.device)]
-        for start in range(0, len(texts), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            rows, report = (texts[part], uniforms[part]), None
-            if on_progress is not None:
-                report = _reporter(on_progress, start * steps, len(rows[0]), len(texts) * steps)
-            codes.append(
-                sample_codes(
-                    self.model,
-                    self.processor,
-                    *rows,
-                    guidance_scale=guidance_scale,
-                    temperature=temperature,
-                    top_k=top_k,
-                    top_p=top_p,
-                    grid=grid,
-                    on_step=report,
-                    images=shown[part],
-                )
-            )
-        drawn = torch.cat(codes)
+        options = (guidance_scale, temperature, top_k, top_p)
+        uniforms = streams(seed, len(texts), grid[0] * grid[1])
+        drawn = self._sample(texts, shown, uniforms, grid, options, on_progress)
         if output_type == "codes":
             return drawn
         drawings = [
             image for part in drawn.split(self.batch_size) for image in self._pictures(tokenizer, part)
         ]
         return (drawings, drawn) if return_codes else drawings
+
+    def _sample(
+        self,
+        texts: Sequence[str],
+        images: Sequence[Sequence[Picture]],
+        uniforms: Tensor,
+        grid: tuple[int, int],
+        options: tuple[float, float, int | None, float | None],
+        on_progress: Progress | None,
+    ) -> Tensor:
+        """Codes [B, h, w] of a drawing of each text with its pictures; options as `check_options` takes them."""
+        steps = grid[0] * grid[1]
+        codes = [torch.empty((0, *grid), dtype=torch.long, device=self.model.device)]
+        for start in range(0, len(texts), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            rows, report = texts[part], None
+            if on_progress is not None:
+                report = _reporter(on_progress, start * steps, len(rows), len(texts) * steps)
+            more: dict[str, Any] = {"grid": grid, "on_step": report, "images": images[part]}
+            codes.append(sample_codes(self.model, self.processor, rows, uniforms[part], *options, **more))
+        return torch.cat(codes)
 
     def _pictures(self, tokenizer: ImageTokenizer | MoVQTokenizer, codes: Tensor) -> list[Image.Image]:
         return self.processor.to_images(tokenizer.decode(codes)) if len(codes) else []
