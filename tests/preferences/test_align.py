@@ -119,9 +119,26 @@ def test_a_model_that_draws_while_it_learns_needs_no_pairs(tmp_path: Path) -> No
     assert (trained.prompts.scenes, trained.prompts.seed, trained.sampling.group) == (6, 1100, 2)
 
 
+def test_rounds_may_differ_in_what_they_draw_and_how_they_train(tmp_path: Path) -> None:
+    first = "{times: 2, prompts: {scenes: 9, kinds: {single: 1}}}"
+    then = "{training: {recipe: training/grpo-embedded, overrides: ['prompts.scenes=80']}}"
+    recipe = recipe_with(f"output={tmp_path}", "training.overrides=[]", f"rounds=[{first}, {then}]")
+    *dpo, grpo = [Round(own, 0, number, None, tmp_path) for number, own in enumerate(recipe.each_round())]
+    assert [(one.online, one.recipe.prompts.scenes, one.recipe.prompts.kinds) for one in dpo] == [
+        (False, 9, {"single": 1.0})
+    ] * 2
+    assert grpo.online and grpo.recipe.prompts.scenes == 6 and grpo.recipe.candidates == recipe.candidates
+    trained = load_recipe(grpo.training, grpo.overrides())
+    assert isinstance(trained, GrpoRecipe)
+    assert (trained.prompts.scenes, trained.prompts.seed) == (80, 1200)
+
+
 @pytest.mark.parametrize(
     ("override", "line"),
     [
+        ("rounds=0", r"rounds[0].times: expected more than 0, got 0$"),
+        ("rounds=[]", "rounds: expected a number of rounds, or a list of at least one"),
+        ("rounds=[{times: 1}, {training: {recipe: nowhere}}]", "nowhere: no such file or recipe"),
         ("measure.n=1", "measure.n"),
         ("training.recipe=nowhere", "nowhere"),
         ("training.overrides=['stages[0].step=3']", "stages"),

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from unimm.console import print_table, progress
 from unimm.errors import UserError
@@ -97,6 +97,23 @@ class Training(Section):
     processes: Positive = 1
 
 
+class RoundSection(Section):
+    """One round, or several alike: sections that differ from the recipe's own."""
+
+    times: Positive = 1
+    prompts: Prompts | None = None
+    candidates: Candidates | None = None
+    ranking: Ranking | None = None
+    training: Training | None = None
+
+
+def _rounds(given: Any) -> Any:
+    """A bare number stands for so many rounds of the recipe's own sections."""
+    if given == []:
+        raise ValueError("expected a number of rounds, or a list of at least one")
+    return [{"times": given}] if isinstance(given, int) else given
+
+
 class AlignmentRecipe(Section):
     """The whole loop."""
 
@@ -106,14 +123,25 @@ class AlignmentRecipe(Section):
     """Folder or hub id of the model to align; null: the embedded model."""
     seeds: Annotated[tuple[NotNegative, ...], Field(min_length=1, strict=False)] = (0,)
     """One loop for each: of prompts, candidates, training and the drawings that are judged."""
-    rounds: Positive = 1
-    """Times that the model is drawn from, ranked and trained; each with prompts of its own."""
+    rounds: Annotated[tuple[RoundSection, ...], Field(strict=False), BeforeValidator(_rounds)] = (
+        RoundSection(),
+    )
+    """Times that the model is drawn from, ranked and trained, each on prompts of its own: a number, or a list where
+    rounds differ."""
     prompts: Prompts = Prompts()
     candidates: Candidates = Candidates()
     ranking: Ranking = Ranking()
     training: Training = Training()
     measure: Measure = Measure()
     judge: JudgeSection = JudgeSection()
+
+    def each_round(self) -> list[AlignmentRecipe]:
+        """The recipe as each round has it."""
+        return [
+            self.model_copy(update={name: section for name, section in one if name != "times" and section})
+            for one in self.rounds
+            for _ in range(one.times)
+        ]
 
 
 def load_alignment(path: str | Path, overrides: Iterable[str] = ()) -> AlignmentRecipe:
@@ -129,8 +157,9 @@ def load_alignment(path: str | Path, overrides: Iterable[str] = ()) -> Alignment
         )
     recipe = validate(AlignmentRecipe, data, str(path))
     # What is wrong with the training recipe is said before hours of drawing.
-    first = Round(recipe, recipe.seeds[0], 0, recipe.model, Path(recipe.output))
-    load_recipe(first.training, first.overrides())
+    for number, own in enumerate(recipe.each_round()):
+        planned = Round(own, recipe.seeds[0], number, recipe.model, Path(recipe.output))
+        load_recipe(planned.training, planned.overrides())
     return recipe
 
 
@@ -162,7 +191,7 @@ class Round:
     """One round of one seed, from a model and prompts to a better model; what is made already is kept.
 
     Args:
-        recipe: of the loop.
+        recipe: of the loop, as this round has it.
         seed: of the loop.
         number: of the round, from 0.
         source: the model to start from; None: the embedded model.
@@ -264,8 +293,8 @@ class Loop:
         for name in ("before", "after"):  # a mistake is said before an hour of training
             self.measured(name)
         source = self.recipe.model
-        for number in range(self.recipe.rounds):
-            self.rounds.append(Round(self.recipe, self.seed, number, source, self.folder))
+        for number, recipe in enumerate(self.recipe.each_round()):
+            self.rounds.append(Round(recipe, self.seed, number, source, self.folder))
             source = self.rounds[-1].run()
         assert source is not None
         before = self.measure("before", self.recipe.model)
