@@ -13,6 +13,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from unimm.data.concepts import with_article
 from unimm.data.emojiscenes import EmojiScenes, Kind
 from unimm.errors import UserError
 from unimm.pipeline import UniMM
@@ -158,22 +159,36 @@ def test_scorers_are_found_by_dotted_path(
         make_scorer("my_scorers.blueness", few, tmp_path)
     with pytest.raises(UserError, match=r"scorer: 'my_scorers.__name__' is str"):
         make_scorer("my_scorers.__name__", few, tmp_path)
-    with pytest.raises(UserError, match='self-vqa, rules, probe; did you mean "rules"'):
+    with pytest.raises(UserError, match='self-vqa, rules, artwork, probe; did you mean "rules"'):
         make_scorer("rule", few, tmp_path)
 
 
 def test_emphasis_is_on_what_a_scene_is_for() -> None:
-    heavy = {"single": "what", "pair": "where count", "count": "count"}
     scenes = EmojiScenes("train", 3)
-    for index, prompt in enumerate(scene_prompts("train", 3, 30, emphasis=4)):
-        kinds = {one.question: one.kind for one in scenes[index].questions()}
-        for asked in prompt.questions:
-            wanted = 4 if kinds[asked.question] in heavy[scenes[index].kind].split() else 1
-            assert asked.weight == wanted, asked
-    for index, prompt in enumerate(scene_prompts("train", 3, 30, emphasis=math.inf)):
-        kinds = {one.question: one.kind for one in scenes[index].questions()}
-        asked = {kinds[one.question]: one.weight for one in prompt.questions}
-        assert asked == dict.fromkeys(heavy[scenes[index].kind].split(), 1.0)
+    heavy = scene_prompts("train", 3, 30, emphasis=4)
+    only = scene_prompts("train", 3, 30, emphasis=math.inf)
+    for index, (weighed, alone) in enumerate(zip(heavy, only, strict=True)):
+        scene = scenes[index]
+        kinds = {one.question: one.kind for one in scene.questions() + scene.placings()}
+        asked = [(kinds.get(one.question, "is there"), one.answer, one.weight) for one in alone.questions]
+        if scene.kind == "single":
+            there = f"is there {with_article(scene.concept)}?"
+            assert alone.questions == [Asked(question=there, answer="yes")]
+        elif scene.kind == "pair":
+            assert asked == [("count", "two", 0.5), ("yesno", "yes", 0.25), ("yesno", "no", 0.25)]
+            assert {(one.question, one.answer) for one in alone.questions[1:]} < {
+                (one.question, one.answer) for one in scene.placings()
+            }
+        else:
+            assert [one[::2] for one in asked] == [("count", 1.0)]
+        count = len(asked)
+        assert sum(one.weight for one in weighed.questions[:count]) == pytest.approx(4)
+        assert [one.question for one in weighed.questions[:count]] == [
+            one.question for one in alone.questions
+        ]
+        others = {one.question for one in scene.questions()} - {one.question for one in alone.questions}
+        assert {one.question for one in weighed.questions[count:]} == others
+        assert all(one.weight == 1 for one in weighed.questions[count:])
 
 
 def test_kinds_of_scenes_come_by_their_shares() -> None:
@@ -191,7 +206,7 @@ def test_kinds_of_scenes_come_by_their_shares() -> None:
 
 def test_self_vqa_is_the_mean_probability_of_the_answers(few: UniMM, tmp_path: Path) -> None:
     wanted = scene_prompts("train", 3, 2, emphasis=3)
-    assert all(len(prompt.questions) == 6 for prompt in wanted)
+    assert all(len(prompt.questions) >= 6 for prompt in wanted)
     rows = drawn(few, tmp_path / "c.jsonl", wanted, n=2)
     candidates = [one for row in rows for one in candidates_of(few, row)]
     scores = make_scorer("self-vqa", few, tmp_path)(candidates)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from pydantic import AfterValidator, Field
 
-from unimm.data.emojiscenes import KINDS, EmojiScenes, Kind, Scene, Split
+from unimm.data.concepts import with_article
+from unimm.data.emojiscenes import KINDS, EmojiScenes, Kind, Question, Scene, Split
 from unimm.errors import UserError
 from unimm.sections import NotNegative, Rate, Section, show, validate
 from unimm.training.preferences.data import Codes, read_lines
@@ -98,10 +99,6 @@ def read_prompts(path: str | Path) -> list[DrawingPrompt]:
     return prompts
 
 
-ABOUT: dict[Kind, tuple[str, ...]] = {"single": ("what",), "pair": ("where", "count"), "count": ("count",)}
-"""Kind of scene -> kinds of question about what only such a scene shows."""
-
-
 def scene_prompts(
     split: Split,
     seed: int,
@@ -115,7 +112,7 @@ def scene_prompts(
         split: of the scenes.
         seed: which scenes.
         count: how many.
-        emphasis: weight of the questions `ABOUT` what such a scene is for; the others have 1, or are not asked where
+        emphasis: weight of the questions `about` what such a scene is for; the others have 1, or are not asked where
             it is infinite.
         kinds: shares of the kinds of scene; None: their usual ones.
     """
@@ -125,19 +122,35 @@ def scene_prompts(
         key = SceneKey(split=split, seed=seed, index=index, kinds=kinds)
         scene = key.scene()
         captions = scene.captions()
-        about = ABOUT[scene.kind]
-        asked = [
-            Asked(
-                question=one.question,
-                answer=one.answer,
-                weight=emphasis if one.kind in about and not only else 1.0,
-            )
-            for one in scene.questions()
-            if one.kind in about or not only
-        ]
+        asked = about(scene, 1.0 if only else emphasis)
+        if not only:
+            known = {one.question for one in asked}
+            asked += [
+                Asked(question=one.question, answer=one.answer)
+                for one in scene.questions()
+                if one.question not in known
+            ]
         prompt = captions[scene.key % len(captions)]
         prompts.append(DrawingPrompt(prompt=prompt, questions=asked, scene=key))
     return prompts
+
+
+def about(scene: Scene, weight: float = 1.0) -> list[Asked]:
+    """Questions about what only a scene of its kind shows, their weights summing up to `weight`.
+
+    One object: whether it is there. Two: how many, and how they stand. A number of objects: how many. What is known is
+    asked by yes or no: where one of two stands would be answered with the name of the other, and the probability of
+    that answer would tell of the name.
+    """
+    count = next(one for one in scene.questions() if one.kind == "count")
+    if scene.kind == "single":
+        asked = [(Question("yesno", f"is there {with_article(scene.concept)}?", "yes"), 1.0)]
+    elif scene.kind == "pair":
+        yes, *_, no = (one for one in scene.placings() if one.kind == "yesno")
+        asked = [(count, 0.5), (yes, 0.25), (no, 0.25)]
+    else:
+        asked = [(count, 1.0)]
+    return [Asked(question=one.question, answer=one.answer, weight=weight * share) for one, share in asked]
 
 
 def draw_candidates(
