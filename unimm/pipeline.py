@@ -44,12 +44,22 @@ class UniMM:
         model: the `UniMMModel`, in eval mode.
         processor: words and pictures to inputs and back.
         batch_size: most prompts (for drawings) or questions that go through the model at once.
+
+    Args:
+        image_tokenizer: for a model that has none of its own, as a frozen copy of another.
     """
 
-    def __init__(self, model: UniMMModel, processor: UniMMProcessor, batch_size: int = 64) -> None:
+    def __init__(
+        self,
+        model: UniMMModel,
+        processor: UniMMProcessor,
+        batch_size: int = 64,
+        image_tokenizer: nn.Module | None = None,
+    ) -> None:
         self.model = model.eval()
         self.processor = processor
         self.batch_size = batch_size
+        self._tokenizer = image_tokenizer
 
     @property
     def image_tokenizer(self) -> ImageTokenizer | MoVQTokenizer:
@@ -58,7 +68,7 @@ class UniMM:
         Raises:
             ValueError: the model cannot draw.
         """
-        tokenizer = self.model.image_tokenizer
+        tokenizer = self._tokenizer if self._tokenizer is not None else self.model.image_tokenizer
         if tokenizer is None:
             raise ValueError("this model has no image tokenizer, so it cannot draw")
         assert isinstance(tokenizer, ImageTokenizer | MoVQTokenizer)

@@ -344,9 +344,15 @@ def test_in_16_bits_every_weight_is_reached(recipe_file: Path, tiny: Path) -> No
     assert rest == []
 
 
-def test_rewards_are_told_by_kind_of_scene(recipe_file: Path) -> None:
-    overrides = ["prompts={scenes: 16}", "scorer=rules", "stages[0].steps=2", "stages[0].batch=2",
-                 "stages[0].mixture={pair: 1, single: 1}"]  # fmt: skip
+@pytest.mark.parametrize("scorer", ["rules", "self-vqa*artwork"])
+@pytest.mark.parametrize("reference", ["copy", "none"])
+def test_rewards_are_told_by_kind_of_scene(
+    recipe_file: Path, scorer: str, reference: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unimm.preferences.artwork.SCENES", 64)
+    overrides = ["prompts={scenes: 16}", f"scorer={scorer}", "stages[0].steps=2", "stages[0].batch=2",
+                 "stages[0].mixture={pair: 1, single: 1}", f"reference.mode={reference}",
+                 "objective.beta=0"]  # fmt: skip
     folder = train(load_recipe(recipe_file, overrides), quiet=True)
     for line in lines(folder.parent):
         assert line["reward"] == pytest.approx((line["reward/pair"] + line["reward/single"]) / 2, abs=1e-6)
@@ -356,7 +362,7 @@ def test_rewards_are_told_by_kind_of_scene(recipe_file: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["scorer=rule"], "scorer: 'rule'; give a dotted path, or one of self-vqa, rules, probe; did you mean"),
+        (["scorer=rule"], "scorer: 'rule'; give a dotted path, or one of self-vqa, rules, artwork, probe; did"),
         (["scorer=tests.preferences.rewards.nothing"], "cannot be imported"),
         (["scorer=rules"], "names no scene of EmojiScenes"),
         (["scorer=tests.preferences.rewards.raises"], "raised RuntimeError: no idea"),

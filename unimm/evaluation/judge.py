@@ -7,8 +7,9 @@ tokenizer's reconstructions of them is reported beside: no drawing can be expect
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,22 +46,8 @@ class Judge:
     def __init__(self, section: JudgeSection, cache: Path | None = None, device: str = "cpu") -> None:
         self.section, self.device = section, device
         self.network = _features().to(device)
-        self.weight, self.bias = self._cached(cache)
-
-    def _cached(self, cache: Path | None) -> tuple[Tensor, Tensor]:
-        """The probe from the cache, or fitted and put there."""
-        settings = {**self.section.model_dump(), "softened": [SOFTEST, SHARPEST]}
-        key = json.dumps({**settings, "concepts": CONCEPTS, "families": FAMILIES})
-        if cache is not None and cache.exists():
-            with safe_open(cache, "pt") as file:
-                if (file.metadata() or {}).get("key") == key:
-                    return file.get_tensor("weight").to(self.device), file.get_tensor("bias").to(self.device)
-        weight, bias = self._fit()
-        if cache is not None:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(cache) as path:
-                save_file({"weight": weight.cpu(), "bias": bias.cpu()}, path, metadata={"key": key})
-        return weight, bias
+        settings = {**section.model_dump(), "softened": [SOFTEST, SHARPEST]}
+        self.weight, self.bias = (t.to(device) for t in kept_probe(cache, settings, self._fit))
 
     def _fit(self) -> tuple[Tensor, Tensor]:
         """Fit the probe on cut-outs of training scenes of one and of two objects.
@@ -98,6 +85,29 @@ class Judge:
         """Log-probabilities [N, concepts] of the object within a box of each picture."""
         crops = [cut_out(p, box, self.section.side) for p, box in zip(pictures, boxes, strict=True)]
         return F.log_softmax(self.features(crops) @ self.weight.T + self.bias, dim=1).cpu()
+
+
+def kept_probe(
+    cache: Path | None, settings: Mapping[str, Any], fit: Callable[[], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a probe on concepts, from a file or fitted and put there.
+
+    Args:
+        cache: the file; None keeps nothing. One of other settings, or other concepts, is fitted anew.
+        settings: what the fit follows from.
+        fit: fits it.
+    """
+    key = json.dumps({**settings, "concepts": CONCEPTS, "families": FAMILIES})
+    if cache is not None and cache.exists():
+        with safe_open(cache, "pt") as file:
+            if (file.metadata() or {}).get("key") == key:
+                return file.get_tensor("weight"), file.get_tensor("bias")
+    weight, bias = fit()
+    if cache is not None:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(cache) as path:
+            save_file({"weight": weight.cpu(), "bias": bias.cpu()}, path, metadata={"key": key})
+    return weight, bias
 
 
 def fit_probe(features: Tensor, labels: Tensor, classes: int, decay: float) -> tuple[Tensor, Tensor]:

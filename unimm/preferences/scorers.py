@@ -1,8 +1,8 @@
 """Scorers of candidates: any callable that takes a prompt's candidates and gives a number for each, higher is better.
 
-Three come with the package, each giving shares in [0, 1]: `self-vqa`, the model's own answers about its drawings;
-`rules`, pixel rules on scenes; `probe`, the judge of `unimm.evaluation` on scenes. Judge with another than you train
-on: what is optimised stops being a measure.
+Four come with the package, each giving shares in [0, 1]: `self-vqa`, the model's own answers about its drawings;
+`rules`, pixel rules on scenes; `artwork`, a classifier of pixels on scenes; `probe`, the judge of `unimm.evaluation` on
+scenes. Judge with another than you train on: what is optimised stops being a measure.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def score_candidates(scorer: Scorer, candidates: Sequence[Candidate]) -> list[fl
     """
     try:
         scores = [float(score) for score in scorer(candidates)]
-    except UserError:  # no candidate will have what is lacking
+    except (UserError, ScorerError):  # no candidate will have what is lacking; a part of a product has failed
         raise
     except Exception as error:  # it may be anyone's code
         raise ScorerError(f"raised {type(error).__name__}: {error}") from error
@@ -93,7 +93,8 @@ def make_scorer(name: str, um: UniMM, folder: Path) -> Scorer:
     """Return a scorer by its name or by the dotted path of a callable, as `mymodule.score` or `mymodule:score`.
 
     Args:
-        name: `self-vqa`, `rules`, `probe`, or a path; modules of the working directory are found too.
+        name: `self-vqa`, `rules`, `artwork`, `probe`, or a path; modules of the working directory are found too.
+            Several with `*` between them, as `self-vqa*artwork`: their product, high where each of them is.
         um: the model that drew.
         folder: where a scorer may keep what it fits.
 
@@ -105,6 +106,9 @@ def make_scorer(name: str, um: UniMM, folder: Path) -> Scorer:
 
 def find_scorer(name: str) -> Callable[[UniMM, Path], Scorer]:
     """Return what makes a scorer; the arguments and errors are those of `make_scorer`."""
+    if "*" in name:
+        makers = [find_scorer(part.strip()) for part in name.split("*")]
+        return lambda um, folder: _product([make(um, folder) for make in makers])
     if name in SCORERS:
         return SCORERS[name]
     module_name, _, attribute = name.replace(":", ".").rpartition(".")
@@ -121,6 +125,16 @@ def find_scorer(name: str) -> Callable[[UniMM, Path], Scorer]:
         raise UserError(f"scorer: {name!r} is {type(found).__name__}, which cannot be called")
     scorer: Scorer = found
     return lambda um, folder: scorer
+
+
+def _product(scorers: Sequence[Scorer]) -> Scorer:
+    """The product of what several scorers give a candidate; each is held to the contract."""
+
+    def score(candidates: Sequence[Candidate]) -> list[float]:
+        given = [score_candidates(scorer, candidates) for scorer in scorers]
+        return [math.prod(scores) for scores in zip(*given, strict=True)]
+
+    return score
 
 
 def self_vqa(um: UniMM, folder: Path) -> Scorer:
@@ -193,6 +207,19 @@ def rules(um: UniMM, folder: Path) -> Scorer:
     return score
 
 
+def artwork(um: UniMM, folder: Path) -> Scorer:
+    """The look of scenes: how surely the object is the right one, or two are the right way round; see `Artwork`."""
+    from unimm.preferences.artwork import Artwork
+
+    known = Artwork(um, folder / "artwork.safetensors")
+
+    def score(candidates: Sequence[Candidate]) -> list[float]:
+        scenes = [_scene(candidate, "artwork") for candidate in candidates]
+        return known.scores(scenes, [np.asarray(candidate.image) for candidate in candidates])
+
+    return score
+
+
 def probe(um: UniMM, folder: Path) -> Scorer:
     """The judge of drawings on scenes: the share of background, object, place and count that is right."""
     from unimm.evaluation.drawing import judge_pictures
@@ -214,7 +241,12 @@ def probe(um: UniMM, folder: Path) -> Scorer:
     return score
 
 
-SCORERS: dict[str, Callable[[UniMM, Path], Scorer]] = {"self-vqa": self_vqa, "rules": rules, "probe": probe}
+SCORERS: dict[str, Callable[[UniMM, Path], Scorer]] = {
+    "self-vqa": self_vqa,
+    "rules": rules,
+    "artwork": artwork,
+    "probe": probe,
+}
 """The scorers that come with the package."""
 
 

@@ -241,7 +241,8 @@ class GrpoTask(PolicyTask):
             else nullcontext(module.artist) as judge
         ):
             if self.scorer is None:
-                self.scorer = self._make_scorer(UniMM(judge, self.processor))
+                tokenizer = module.policy.image_tokenizer  # which a copy lacks
+                self.scorer = self._make_scorer(UniMM(judge, self.processor, image_tokenizer=tokenizer))
             yield self.scorer, UniMM(module.policy, self.processor)
 
     def _make_scorer(self, um: UniMM) -> Scorer:
