@@ -20,14 +20,14 @@ from unimm.recipes import find_recipe
 from unimm.training.recipe import load_recipe
 
 TINY = [
-    "rounds=1", "prompts.scenes=6", "candidates.n=3", "ranking.margin=0", "ranking.easy=null", "ranking.hard=null",
+    "rounds=1", "prompts.scenes=6", "candidates.n=3", "ranking={scorer: self-vqa, margin: 0, easy: null, hard: null}",
     "measure={prompts: 5, n: 2, words: 4, word_splits: [seen]}", "judge={renders: 60, side: 48}",
     "training.overrides=['stages[0].steps=2', 'stages[0].batch=2', 'stages[0].micro_batch=2', 'stages[0].warmup=0']",
 ]  # fmt: skip
 
 
-def recipe_with(*overrides: str):
-    return load_alignment(find_recipe("training/align-embedded"), [*TINY, *overrides])
+def recipe_with(*overrides: str, name: str = "align-embedded"):
+    return load_alignment(find_recipe(f"training/{name}"), [*TINY, *overrides])
 
 
 def test_change_is_of_pairs_and_leaves_out_what_no_prompt_asks() -> None:
@@ -106,8 +106,9 @@ def test_a_round_starts_from_the_model_of_the_one_before_on_other_prompts(tmp_pa
 def test_a_model_that_draws_while_it_learns_needs_no_pairs(tmp_path: Path) -> None:
     recipe = recipe_with(
         f"output={tmp_path}/run", "measure.words=0", "training.processes=1",
-        "training.recipe=training/grpo-embedded", "training.overrides=['sampling.group=2', 'sampling.learnt=2', "
-        "'stages[0].steps=1', 'stages[0].batch=3', 'stages[0].micro_batch=3', 'stages[0].warmup=0']",
+        "training.overrides=['scorer=self-vqa', 'sampling.group=2', 'sampling.learnt=2', 'stages[0].steps=1', "
+        "'stages[0].batch=3', 'stages[0].micro_batch=3', 'stages[0].warmup=0', 'stages[0].mixture={}']",
+        name="align-grpo-embedded",
     )  # fmt: skip
     report = align(recipe)
     folder = tmp_path / "run" / "seed-0" / "round-1"
