@@ -78,22 +78,16 @@ class Artwork:
 
 
 def halves(picture: Pixels, scene: Scene) -> tuple[Pixels, Pixels]:
-    """The half of a picture [H, W, 3] in which the first of two objects should stand, and the other.
+    """A picture [H, W, 3] with only the half in which the first of two objects should stand, and with only the other.
 
-    Each is filled up to the size of the picture with the colour of its background.
+    What is left out of each is of the colour of the background.
     """
+    low, high = picture.copy(), picture.copy()
     axis = 1 if scene.relation in ("left of", "right of") else 0
-    low, high = np.array_split(picture, 2, axis)
-    first, second = (low, high) if scene.relation in ("left of", "above") else (high, low)
-    canvases = []
-    for half in (first, second):
-        canvas = np.empty_like(picture)
-        canvas[:] = border_colour(picture)
-        height, width = half.shape[:2]
-        top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
-        canvas[top : top + height, left : left + width] = half
-        canvases.append(canvas)
-    return canvases[0], canvases[1]
+    colour = border_colour(picture)
+    np.array_split(low, 2, axis)[1][:] = colour
+    np.array_split(high, 2, axis)[0][:] = colour
+    return (low, high) if scene.relation in ("left of", "above") else (high, low)
 
 
 def look(picture: Pixels) -> NDArray[np.float32]:
