@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import unimm
@@ -94,7 +95,8 @@ def test_a_product_is_high_where_each_is(
     monkeypatch.setattr(artwork, "SCENES", FEW)
     prompts = scene_prompts("seen", 1, 12)
     candidates = [
-        Candidate(prompt, 0, None, Image.fromarray(prompt.scene.scene().render())) for prompt in prompts
+        Candidate(prompt, 0, torch.ones(2, 2), Image.fromarray(prompt.scene.scene().render()))
+        for prompt in prompts
     ]
     parts = [make_scorer(name, um, cache.parent)(candidates) for name in ("artwork", "rules")]
     for name in ("artwork*rules", "rules * artwork"):
@@ -107,3 +109,6 @@ def test_a_product_is_high_where_each_is(
     failing = make_scorer("rules*tests.preferences.rewards.too_few", um, cache.parent)
     with pytest.raises(ScorerError, match="gave 1 scores for 12 candidates"):
         score_candidates(failing, candidates)
+    below = make_scorer("tests.preferences.rewards.low*tests.preferences.rewards.low", um, cache.parent)
+    with pytest.raises(ScorerError, match="a factor gave -1; factors of a product"):
+        score_candidates(below, candidates)

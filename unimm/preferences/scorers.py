@@ -94,7 +94,8 @@ def make_scorer(name: str, um: UniMM, folder: Path) -> Scorer:
 
     Args:
         name: `self-vqa`, `rules`, `artwork`, `probe`, or a path; modules of the working directory are found too.
-            Several with `*` between them, as `self-vqa*artwork`: their product, high where each of them is.
+            Several with `*` between them, as `self-vqa*artwork`: their product, high where each of them is. Factors
+            are at least 0.
         um: the model that drew.
         folder: where a scorer may keep what it fits.
 
@@ -132,6 +133,9 @@ def _product(scorers: Sequence[Scorer]) -> Scorer:
 
     def score(candidates: Sequence[Candidate]) -> list[float]:
         given = [score_candidates(scorer, candidates) for scorer in scorers]
+        least = min(map(min, given))
+        if least < 0:  # two bad scores would make a good one
+            raise ScorerError(f"a factor gave {least:g}; factors of a product give numbers from 0 up")
         return [math.prod(scores) for scores in zip(*given, strict=True)]
 
     return score
