@@ -222,8 +222,17 @@ class UniMM:
             rows, report = texts[part], None
             if on_progress is not None:
                 report = _reporter(on_progress, start * steps, len(rows), len(texts) * steps)
-            more: dict[str, Any] = {"grid": grid, "on_step": report, "images": images[part]}
-            codes.append(sample_codes(self.model, self.processor, rows, uniforms[part], *options, **more))
+            drawn = sample_codes(
+                self.model,
+                self.processor,
+                rows,
+                uniforms[part],
+                *options,
+                grid=grid,
+                on_step=report,
+                images=images[part],
+            )
+            codes.append(drawn)
         return torch.cat(codes)
 
     def _pictures(self, tokenizer: ImageTokenizer | MoVQTokenizer, codes: Tensor) -> list[Image.Image]:
