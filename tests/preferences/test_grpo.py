@@ -1,38 +1,30 @@
-"""Task `grpo`: advantages and losses by hand, drawings of the policy's own, rewards that rise, exact resume."""
+"""Task `grpo`: advantages and losses by hand, rewards that rise, several updates on one batch of drawings."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import os
-import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
-from torch import Tensor
 
 import unimm
-from tests.training.test_trainer import ROOT
+from tests.preferences.online import (
+    LORA,
+    PROMPTS,
+    SIZE,
+    assert_same,
+    drawn,
+    lines,
+    logits_by_hand,
+    write_recipe,
+)
 from unimm.errors import UserError
-from unimm.modeling import UniMMModel
 from unimm.preferences.grpo.objective import advantages, most_varied, position_terms
-from unimm.preferences.grpo.task import DrawingPolicy, GrpoTask
-from unimm.sampling.choose import pick, probabilities, streams
-from unimm.training.batches import read_step
 from unimm.training.recipe import load_recipe
-from unimm.training.task import Batch
 from unimm.training.trainer import train
-
-PROMPTS = ("a red apple", "blue", "what is this? an apple on a blue background", "on a")
-SIZE = 16  # codes of a drawing
 
 
 def test_advantages_by_hand() -> None:
@@ -102,84 +94,7 @@ def test_k3_is_the_mean_divergence() -> None:
 
 @pytest.fixture
 def recipe_file(tiny: Path, tmp_path: Path) -> Path:
-    """A recipe on the tiny model, four prompts in every step."""
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    recipe = {
-        "task": "grpo",
-        "output": str(tmp_path / "run"),
-        "device": "cpu",
-        "model": str(tiny),
-        "prompts": {"file": str(tmp_path / "prompts.txt")},
-        "scorer": "tests.preferences.rewards.low",
-        "sampling": {"group": 4},
-        "stages": [
-            {"name": "grpo", "steps": 4, "batch": 4, "lr": {"decoder": 1e-3, "code_head": 1e-2}},
-        ],
-        "checkpoint": {"every": 1, "keep": 9},
-        "logging": {"every": 1, "tensorboard": False},
-    }
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    return path
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def newest(folder: Path, step: int = 4) -> dict[str, Tensor]:
-    return load_file(folder / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
-
-
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[key], other[key]) for key in one)
-
-
-def drawn(file: Path, *overrides: str) -> tuple[GrpoTask, DrawingPolicy, Batch, dict[str, float]]:
-    """A task, its module, and the first step's drawings."""
-    task = load_recipe(file, overrides).build_task()
-    assert isinstance(task, GrpoTask)
-    torch.manual_seed(0)
-    module = task.build()
-    assert isinstance(module, DrawingPolicy)
-    for name, weight in module.named_parameters():
-        if "lora_B" in name:  # they start at 0, where nothing could be told apart
-            torch.nn.init.normal_(weight, std=0.3)
-    stage = task.recipe.stages[0]
-    step = read_step(task, task.dataset(stage, 0), stage, 0)
-    task.before_step(module, 0)
-    return task, module, task.draw(module, step.micro_batches, 0)[0], step.totals
-
-
-def logits_by_hand(task: GrpoTask, model: UniMMModel, number: int, codes: Tensor) -> Tensor:
-    """Logits [16, K] of one drawing [h, w], alone in its row."""
-    prompt = task.rows[number]
-    steps = task.layout.drawing_steps(*codes.shape)
-    stream = model.embed(torch.tensor([prompt + steps]), None, codes[None])
-    hidden = model.decode(stream).last_hidden_state[0, len(prompt) - 1 : -1]
-    return model.code_logits(hidden)
-
-
-CLOCK = re.compile("per_second|data_wait")  # what is another in every run
-LORA = ("lora={r: 2, modules: [q_proj, v_proj, gate_proj, code_head.0]}", "stages[0].lr={lora: 0.01}")
-
-
-@pytest.mark.parametrize("lora", [(), LORA], ids=["full", "lora"])
-def test_what_is_drawn_comes_from_the_distribution_that_learns(
-    recipe_file: Path, lora: tuple[str, ...]
-) -> None:
-    task, module, batch, _ = drawn(recipe_file, "sampling.temperature=0.7", *lora)
-    codes = batch["image_codes"].view(4, 4, 4, 4)
-    for place, number in enumerate(batch["prompt"].tolist()):
-        seed = batch["draw"][place].item()
-        for k in range(4):
-            with torch.no_grad():
-                logits = logits_by_hand(task, module.policy, number, codes[place, k])
-            uniform = streams([seed + k], 1, SIZE)[0]
-            expected = pick(probabilities(logits, 0.7, None, None), uniform)
-            assert torch.equal(codes[place, k].flatten(), expected)
-    assert len({tuple(one.flatten().tolist()) for one in codes.flatten(0, 1)}) == 16
+    return write_recipe("grpo", tiny, tmp_path)
 
 
 @pytest.mark.parametrize("packed", ["true", "false"])
@@ -278,115 +193,15 @@ def test_several_updates_use_one_batch_of_drawings(recipe_file: Path) -> None:
     assert told[1]["reward"] != told[2]["reward"]
 
 
-@pytest.mark.parametrize("stopped", [2, 3])
 @pytest.mark.parametrize(
-    "overrides",
+    ("override", "line"),
     [
-        (),
-        ("objective.updates=2",),
-        ("objective.updates=2", "reference.mode=adapter", *LORA),
-        ("reference.sync_every=1",),
+        ("sampling.learnt=5", "sampling: learnt: expected at most group (4), got 5"),
+        ("objective.updates=3", "stages[0].steps: expected a multiple of objective.updates (3), got 4"),
+        ("reference.mode=none", "objective.beta: needs a reference; without one it is 0"),
     ],
-    ids=["on-policy", "two-updates", "lora", "following"],
 )
-def test_a_run_that_was_killed_ends_with_the_same_bits(
-    recipe_file: Path, tmp_path: Path, overrides: tuple[str, ...], stopped: int
-) -> None:
-    common = [*overrides, "stages[0].batch=2", "stages[0].micro_batch=1"]
-    train(load_recipe(recipe_file, [*common, f"output={tmp_path}/whole"]), quiet=True)
-    for step in range(1, stopped + 1):  # what a run that died after this step had left
-        name = f"checkpoints/step-{step:08d}"
-        shutil.copytree(tmp_path / "whole" / name, tmp_path / "cut" / name)
-    shutil.copy(tmp_path / "whole" / "metrics.jsonl", tmp_path / "cut")
-    train(load_recipe(recipe_file, [*common, f"output={tmp_path}/cut"]), quiet=True)
-    assert_same(newest(tmp_path / "whole"), newest(tmp_path / "cut"))
-    for one, other in zip(lines(tmp_path / "whole"), lines(tmp_path / "cut"), strict=True):
-        timeless = [
-            {k: v for k, v in line.items() if "per_second" not in k and k != "data_wait"}
-            for line in (one, other)
-        ]
-        assert timeless[0] == timeless[1]
-
-
-def test_micro_batches_rows_shards_and_processes_change_nothing(recipe_file: Path, tmp_path: Path) -> None:
-    common = ["stages[0].steps=2", "checkpoint.every=9", "objective.updates=2"]
-    ways = {
-        "whole": (), "micro": ("stages[0].micro_batch=1",), "rows": ("packed=false",),
-        "zero-3": ("deepspeed.zero_optimization={stage: 3, stage3_param_persistence_threshold: 0}",),
-    }  # fmt: skip
-    for name, overrides in ways.items():
-        train(load_recipe(recipe_file, [*common, *overrides, f"output={tmp_path}/{name}"]), quiet=True)
-    files = []
-    for zero in (0, 3):
-        recipe = yaml.safe_load(recipe_file.read_text()) | {"output": f"{tmp_path}/two-{zero}"}
-        recipe |= {"objective": {"updates": 2}, "checkpoint": {"every": 9}}
-        recipe["deepspeed"] = {"zero_optimization": {"stage": zero}}
-        recipe["stages"][0] |= {"steps": 2, "micro_batch": 1}
-        files.append(tmp_path / f"two-{zero}.yaml")
-        files[-1].write_text(yaml.safe_dump(recipe))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    program = [*launcher, str(ROOT / "tests" / "training" / "run_recipes.py"), *map(str, files)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
-    for name in (*list(ways)[1:], "two-0", "two-3"):
-        for mine, first in zip(lines(tmp_path / name), lines(tmp_path / "whole"), strict=True):
-            for key in ("loss", "reward", "reward/plain", "kl", "ratio"):
-                assert mine[key] == pytest.approx(first[key], abs=2e-6), (name, key)
-            assert mine["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-3), name
-
-
-def test_in_16_bits_every_weight_is_reached(recipe_file: Path, tiny: Path) -> None:
-    """Drawing casts the same weights as the loss, without a gradient; the loss must cast its own."""
-    folder = train(load_recipe(recipe_file, ["dtype=bfloat16", "stages[0].steps=1"]), quiet=True)
-    start, end = load_file(tiny / "model.safetensors"), load_file(folder / "model.safetensors")
-    rest = [key for key in start if key.endswith("_proj.weight") and torch.equal(start[key], end[key])]
-    assert rest == []
-
-
-@pytest.mark.parametrize("scorer", ["rules", "self-vqa*artwork"])
-@pytest.mark.parametrize("reference", ["copy", "none"])
-def test_rewards_are_told_by_kind_of_scene(
-    recipe_file: Path, scorer: str, reference: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("unimm.preferences.artwork.SCENES", 64)
-    overrides = ["prompts={scenes: 16}", f"scorer={scorer}", "stages[0].steps=2", "stages[0].batch=2",
-                 "stages[0].mixture={pair: 1, single: 1}", f"reference.mode={reference}",
-                 "objective.beta=0"]  # fmt: skip
-    folder = train(load_recipe(recipe_file, overrides), quiet=True)
-    for line in lines(folder.parent):
-        assert line["reward"] == pytest.approx((line["reward/pair"] + line["reward/single"]) / 2, abs=1e-6)
-        assert "reward/count" not in line
-
-
-@pytest.mark.parametrize(
-    ("overrides", "line"),
-    [
-        (["scorer=rule"], "scorer: 'rule'; give a dotted path, or one of self-vqa, rules, artwork, probe; did"),
-        (["scorer=tests.preferences.rewards.nothing"], "cannot be imported"),
-        (["scorer=rules"], "names no scene of EmojiScenes"),
-        (["scorer=tests.preferences.rewards.raises"], "raised RuntimeError: no idea"),
-        (["scorer=tests.preferences.rewards.too_few"], "gave 1 scores for 4 candidates"),
-        (["prompts={file: a, scenes: 3}"], "prompts: expected either file or scenes"),
-        (["prompts.file=nowhere.txt"], "nowhere.txt: not readable as text"),
-        (["sampling.group=1"], "sampling.group: expected at least 2, got 1"),
-        (["sampling.learnt=5"], "sampling: learnt: expected at most group (4), got 5"),
-        (["sampling.temperature=0.0"], "sampling.temperature: expected more than 0, got 0.0"),
-        (["objective.updates=3"], "stages[0].steps: expected a multiple of objective.updates (3), got 4"),
-        (["reference.mode=none"], "objective.beta: needs a reference; without one it is 0"),
-        (["reference.mode=precomputed"], "reference.mode: drawings are new in every step"),
-        (["reference.mode=adapter"], "reference.mode: adapter switches adapters off"),
-        (["stages[0].mixture={pair: 1}"], "stages.grpo.mixture.pair: expected one of plain"),
-        (["stages[0].options={a: 1}"], "stages[0].options: this task has none"),
-    ],
-)  # fmt: skip
-def test_mistakes_are_named(recipe_file: Path, overrides: list[str], line: str) -> None:
+def test_mistakes_are_named(recipe_file: Path, override: str, line: str) -> None:
     with pytest.raises(UserError) as error:
-        train(load_recipe(recipe_file, overrides), quiet=True)
+        train(load_recipe(recipe_file, [override]), quiet=True)
     assert line in str(error.value) and "\n" not in str(error.value)
-
-
-def test_prompts_that_are_too_long_are_named(recipe_file: Path, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("a red apple\n" + "apple " * 200)
-    with pytest.raises(UserError, match=r"prompts: 'apple apple .*tokens, a drawing leaves room for"):
-        train(load_recipe(recipe_file), quiet=True)

@@ -68,7 +68,7 @@ MISTAKES = [
     (
         "task: toy",
         "task: tokeniser",
-        'task: expected one of tokenizer, siglip, unified, dpo, grpo, toy, got "tokeniser"',
+        'task: expected one of tokenizer, siglip, unified, dpo, grpo, online_dpo, toy, got "tokeniser"',
     ),
     ("task: toy", "task: tokeniser", 'did you mean "tokenizer"?'),
     ("task: toy", "", "task: missing; one of"),

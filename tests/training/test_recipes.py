@@ -23,5 +23,5 @@ def test_recipe_runs_when_made_tiny(name: str, tmp_path: Path) -> None:
     assert [stage.lr for stage in recipe.stages] == [stage.lr for stage in whole.stages]
     folder = train(recipe, quiet=True)
     assert folder == tmp_path / "run-smoke" / "export"
-    if whole.task in ("unified", "dpo", "grpo"):
+    if whole.task in ("unified", "dpo", "grpo", "online_dpo"):
         assert unimm.load(folder).draw("a star", seed=0)[0].size == (64, 64)

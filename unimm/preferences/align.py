@@ -3,7 +3,7 @@
 Every step leaves a file or a folder and goes on where it was stopped; what is there already is not made again.
 `folder/seed-K` holds `before.json`, `after.json` and, for each round, `round-R` with `candidates.jsonl`,
 `pairs.jsonl` and `training/export`. A round starts from the model of the one before, on new prompts. Where the
-training recipe is one of the task `grpo`, which draws and scores for itself, a round is that training alone.
+training recipe is one of the tasks that draw and score for themselves (`ONLINE`), a round is that training alone.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from unimm.sheet import Section as SheetSection
 from unimm.training.recipe import load_recipe
 
 TASK = "alignment"
+ONLINE = ("grpo", "online_dpo")  # tasks that draw and score for themselves
 SECONDS = "seconds.json"
 SHOWN = 32  # prompts on the sheet of drawings before and after
 Guidance = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -58,7 +59,7 @@ class Prompts(Section):
 
     scenes: Positive = 1500
     kinds: KindShares | None = None
-    """Shares of the kinds of scene; null: their usual ones. A recipe of the task `grpo` has them in its mixture."""
+    """Shares of the kinds of scene; null: their usual ones. A recipe of `ONLINE` has them in its mixture."""
     emphasis: Emphasis = 1.0
     """Weight of the questions about what a scene is for, against 1 of the others (`scene_prompts`)."""
     file: str | None = None
@@ -91,8 +92,8 @@ class Training(Section):
     """What trains on the pairs."""
 
     recipe: str = "training/dpo-embedded"
-    """A recipe of the task `dpo` or `grpo`: a file, or the name of a shipped one; its model, data or prompts, seed
-    and output are set."""
+    """A recipe of the task `dpo`, or of one of `ONLINE`: a file, or the name of a shipped one; its model, data or
+    prompts, seed and output are set."""
     overrides: tuple[str, ...] = Field(default=(), strict=False)
     processes: Positive = 1
 
@@ -207,7 +208,7 @@ class Round:
         self.folder = folder / f"round-{number + 1}"
         self.pairs, self.export = self.folder / "pairs.jsonl", self.folder / "training" / "export"
         self.training = find_recipe(recipe.training.recipe)
-        self.online = read_yaml(self.training).get("task") == "grpo"
+        self.online = read_yaml(self.training).get("task") in ONLINE
 
     def run(self) -> str:
         """Go through the steps; returns the folder of the model."""

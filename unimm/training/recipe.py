@@ -25,6 +25,7 @@ TASKS: dict[str, str] = {
     "unified": "unimm.training.unified:UnifiedRecipe",
     "dpo": "unimm.training.preferences.recipe:PreferenceRecipe",
     "grpo": "unimm.preferences.grpo.recipe:GrpoRecipe",
+    "online_dpo": "unimm.preferences.online_dpo.recipe:OnlineDpoRecipe",
 }
 """Task name -> "module:RecipeClass"; imported only when a recipe asks for it."""
 

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from unimm.training.preferences.losses import k3
+
 SMALL = 1e-4  # added to a deviation, so that a group of near equals is not blown up
 
 
@@ -81,8 +83,7 @@ def position_terms(
         reference: the same under the reference; None: there is none.
         advantage: of the drawing that a code belongs to.
         epsilon: how far below and above 1 a ratio is rewarded (DAPO has two, arXiv 2503.14476; PPO one).
-        beta: weight of the divergence from the reference, estimated by k3, which is unbiased and never below 0
-            (Schulman 2020, "Approximating KL Divergence").
+        beta: weight of the divergence from the reference, estimated by `k3`.
     """
     low, high = epsilon
     ratio = (log_probs - old).exp()
@@ -90,7 +91,6 @@ def position_terms(
     loss = -torch.minimum(free, bounded)
     kl = torch.zeros_like(log_probs)
     if reference is not None:
-        behind = reference - log_probs
-        kl = behind.exp() - behind - 1
+        kl = k3(log_probs, reference)
         loss = loss + beta * kl
     return Terms(loss, kl.detach(), ratio.detach(), (bounded < free).detach())

@@ -1,285 +1,34 @@
-"""Task `grpo`: draw, be scored, and make likelier what beat its group (DeepSeekMath, arXiv 2402.03300).
-
-It differs from other training in its data, which the model draws before each step. A drawing follows from the
-weights that drew it, its prompt and a stream of its own, which follows from the seed and the prompt's place in the
-data; so a run that goes on draws again what it would have drawn. With one update for each batch of drawings these
-are the policy's own weights. With more, a frozen copy that is renewed with each batch draws, and travels in the
-checkpoint.
-"""
+"""Task `grpo`: make likelier what beat its group, and less likely what did not (DeepSeekMath, arXiv 2402.03300)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
-from unimm.errors import UserError
-from unimm.modeling import IGNORED, AnswerScores, UniMMModel
-from unimm.pipeline import UniMM, load
-from unimm.preferences.candidates import DrawingPrompt, read_prompts, scene_prompts
 from unimm.preferences.grpo.objective import advantages, most_varied, position_terms
 from unimm.preferences.grpo.recipe import GrpoRecipe
-from unimm.preferences.scorers import (
-    Scorer,
-    ScorerError,
-    make_scorer,
-    picture_candidates,
-    score_candidates,
-)
-from unimm.sampling.choose import streams
-from unimm.sampling.images import sample_codes
-from unimm.sections import near
-from unimm.training import shards
-from unimm.training.batches import derive_seed, mix
-from unimm.training.branches import Branches, stack_answers
-from unimm.training.engine import first_process_first, in_bfloat16, pick_device
-from unimm.training.preferences.policy import PolicyModel, PolicyTask, frozen_copy
-from unimm.training.preferences.preview import PREVIEW_PROMPTS, before_and_after, draw_fixed, kept_before
-from unimm.training.preferences.samples import INPUTS, drawing_answer
+from unimm.preferences.online.task import DrawingPolicy, OnlineTask
 
 if TYPE_CHECKING:
-    from unimm.training.recipe import Stage
-    from unimm.training.task import Batch, Metrics, Sample
-
-PLAIN = "plain"  # the kind of prompts that are no scene's
+    from unimm.training.task import Batch, Metrics
 
 
-class DrawingPolicy(PolicyModel):
-    """A policy, its reference and, where a batch of drawings is used more than once, the weights that drew it."""
-
-    def __init__(self, policy: UniMMModel, recipe: GrpoRecipe) -> None:
-        super().__init__(policy, recipe.reference.mode == "copy", recipe.lora)
-        self.behaviour: UniMMModel | None = frozen_copy(policy) if recipe.objective.updates > 1 else None
-
-    @property
-    def artist(self) -> UniMMModel:
-        """What draws."""
-        return self.policy if self.behaviour is None else self.behaviour
-
-
-class Drawn:
-    """A stage's prompts, each with the seed of its drawings; the same for every update on one batch of drawings.
-
-    Args:
-        source: endless samples with the number of a prompt.
-        batch: prompts in a step.
-        updates: steps on one batch of drawings.
-        seed: of the stage.
-    """
-
-    def __init__(self, source: Any, batch: int, updates: int, seed: int) -> None:
-        self.source, self.batch, self.updates, self.seed = source, batch, updates, seed
-
-    def __getitem__(self, index: int) -> Sample:
-        """The prompt at `index`, and the seed of its group of drawings."""
-        step, place = divmod(int(index), self.batch)
-        drawn = step // self.updates * self.batch + place
-        return {"prompt": self.source[drawn], "draw": derive_seed(self.seed, drawn)}
-
-
-class GrpoTask(PolicyTask):
-    """Trains and exports a `UniMMModel` on its own drawings; see the module's docstring and `Task`."""
+class GrpoTask(OnlineTask):
+    """Learns from each drawing's advantage over its group; see `Task`."""
 
     recipe: GrpoRecipe
 
     def __init__(self, recipe: GrpoRecipe) -> None:
-        self.recipe = recipe
-        self.lockstep = recipe.zero_stage > 0  # see `Task.loss`
-        section = recipe.prompts
-        self.prompts = (
-            scene_prompts(section.split, section.seed, section.scenes, section.emphasis)
-            if section.scenes is not None
-            else read_prompts(str(section.file))
-        )
-        self.kinds = [_kind(prompt) for prompt in self.prompts]
-        self.learnt = recipe.sampling.learnt or recipe.sampling.group  # drawings of a prompt
-        self.scorer: Scorer | None = None
-        self._kept: tuple[list[int], list[Batch]] = ([], [])  # a batch of drawings and their seeds
+        super().__init__(recipe)
+        self.learnt = recipe.sampling.learnt or recipe.sampling.group
 
-    def build(self) -> nn.Module:
-        """The model to start from, as float32 on the CPU, with what the recipe keeps beside it."""
-        um = load(self.recipe.model, device="cpu", dtype="float32")
-        self.processor, policy = um.processor, um.model
-        if policy.config.generation_config() is None or policy.image_tokenizer is None:
-            raise self.recipe.error("model", "this model cannot draw")
-        self.layout = self.processor.layout
-        self.grid = (self.layout.grid[0], self.layout.grid[1])
-        self.codes = self.grid[0] * self.grid[1]
-        return DrawingPolicy(policy, self.recipe)
-
-    def dataset(self, stage: Stage, seed: int) -> Drawn:
-        """The prompts, shuffled anew in each pass; kinds of scenes by the stage's mixture, or as many as there are."""
-        self.rows = [self._prompt_ids(prompt) for prompt in self.prompts]
-        sources = {
-            kind: [i for i, one in enumerate(self.kinds) if one == kind] for kind in dict.fromkeys(self.kinds)
-        }
-        for kind in stage.mixture:
-            if kind not in sources:
-                expected = f"expected one of {', '.join(sources)}{near(kind, sources)}"
-                raise self.recipe.error(f"stages.{stage.name}.mixture.{kind}", expected)
-        shares = stage.mixture or {kind: float(len(rows)) for kind, rows in sources.items()}
-        return Drawn(mix(sources, shares, seed), stage.batch, self.recipe.objective.updates, seed)
-
-    def _prompt_ids(self, prompt: DrawingPrompt) -> list[int]:
-        try:
-            return self.processor.drawing_ids(prompt.prompt, self.grid)
-        except UserError as error:
-            raise self.recipe.error("prompts", f"{prompt.prompt[:60]!r}: {error}") from None
-
-    def length(self, sample: Sample) -> int:
-        """Tokens of the prompt."""
-        return len(self.rows[sample["prompt"]])
-
-    def collate(self, samples: list[Sample]) -> Batch:
-        """Numbers of prompts and seeds of their drawings [P]; `draw` makes rows of them."""
-        return {name: torch.tensor([sample[name] for sample in samples]) for name in ("prompt", "draw")}
-
-    def targets(self, batch: Batch) -> dict[str, int | float]:
-        """Prompts, and the codes that will be learnt from."""
-        count = len(batch["prompt"])
-        return {"prompts": count, "code_tokens": count * self.learnt * self.codes}
-
-    def before_step(self, module: nn.Module, step: int) -> None:
-        """Move a reference that follows; give the weights that draw those of the policy, for a new batch."""
-        super().before_step(module, step)
-        assert isinstance(module, DrawingPolicy)
-        if module.behaviour is not None and step % self.recipe.objective.updates == 0:
-            shards.blend(module.behaviour, module.policy, 1.0)
-
-    @torch.no_grad()
-    def draw(self, module: nn.Module, batches: Sequence[Batch], step: int) -> list[Batch]:
-        """Draw and score a group for each prompt, or give those of the step before once more; rows for `loss`."""
-        assert isinstance(module, DrawingPolicy)
-        module.eval()  # no dropout
-        seeds = [seed for batch in batches for seed in batch["draw"].tolist()]
-        if seeds != self._kept[0]:
-            # A context of its own, lest weights that are cast without a gradient be kept for the loss.
-            with self._autocast():
-                self._kept = (seeds, self._draw(module, batches))
-        return self._kept[1]
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        """The number format in which losses are computed."""
-        device = pick_device(self.recipe)
-        if not in_bfloat16(self.recipe, device):
-            return nullcontext()
-        return torch.autocast(device.type, torch.bfloat16)
-
-    def _draw(self, module: DrawingPolicy, batches: Sequence[Batch]) -> list[Batch]:
-        group = self.recipe.sampling.group
-        numbers = [number for batch in batches for number in batch["prompt"].tolist()]
-        seeds = [seed + k for batch in batches for seed in batch["draw"].tolist() for k in range(group)]
-        codes = self._sample(
-            module.artist, [self.prompts[n].prompt for n in numbers for _ in range(group)], seeds
-        )
-        codes = codes.view(len(numbers), group, *self.grid)
-        rewards = self._rewards(module, numbers, seeds, codes)
+    def choose(self, rewards: Tensor) -> tuple[Tensor, Batch]:
+        """Those whose rewards vary most, and the `advantages` [P, L] of each."""
         taken = most_varied(rewards, self.learnt)
-        codes = codes[torch.arange(len(codes))[:, None], taken]
         better = advantages(rewards.gather(1, taken), self.recipe.objective.divide_by_std)
-        sizes = [len(batch["prompt"]) for batch in batches]
-        parts = zip(batches, codes.split(sizes), rewards.split(sizes), better.split(sizes), strict=True)
-        made = [
-            {
-                **batch,
-                **self._rows(batch["prompt"].tolist(), drawn),
-                "rewards": reward,
-                "advantages": advantage,
-            }
-            for batch, drawn, reward, advantage in parts
-        ]
-        if module.behaviour is not None:
-            device = module.behaviour.device
-            for batch in made:
-                moved = {name: tensor.to(device) for name, tensor in batch.items()}
-                batch["old"] = self._score(module.behaviour, moved).log_probs.cpu()
-        return made
-
-    def _sample(self, model: UniMMModel, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        """Codes [N, h, w] on the CPU of a drawing of each prompt."""
-        section, parts = self.recipe.sampling, []
-        for start in range(0, len(prompts), section.at_once):
-            end = start + section.at_once
-            uniforms = streams(seeds[start:end], len(prompts[start:end]), self.codes)
-            options = (section.guidance_scale, section.temperature)
-            drawn = sample_codes(
-                model, self.processor, prompts[start:end], uniforms, *options, grid=self.grid
-            )
-            parts.append(drawn.cpu().clone())  # no longer a tensor of inference
-        return torch.cat(parts)
-
-    def _rewards(
-        self, module: DrawingPolicy, numbers: Sequence[int], seeds: Sequence[int], codes: Tensor
-    ) -> Tensor:
-        """The scorer's numbers [P, G] for drawings [P, G, h, w]."""
-        group, name = codes.shape[1], self.recipe.scorer
-        with self._judging(module) as (scorer, um):
-            rewards = []
-            for place, (number, drawn) in enumerate(zip(numbers, codes, strict=True)):
-                prompt, own = self.prompts[number], seeds[place * group : (place + 1) * group]
-                try:
-                    rewards.append(score_candidates(scorer, picture_candidates(um, prompt, own, drawn)))
-                except ScorerError as error:
-                    raise UserError(f"scorer {name}: prompt {prompt.prompt!r}: {error}") from error
-        return torch.tensor(rewards, dtype=torch.float64)
-
-    @contextmanager
-    def _judging(self, module: DrawingPolicy) -> Iterator[tuple[Scorer, UniMM]]:
-        """The scorer and what decodes drawings.
-
-        A scorer that asks a model asks the reference, so that rewards do not drift with what learns; where there is
-        none, what drew.
-        """
-        with (
-            module.as_reference()
-            if self.recipe.reference.mode != "none"
-            else nullcontext(module.artist) as judge
-        ):
-            if self.scorer is None:
-                tokenizer = module.policy.image_tokenizer  # which a copy lacks
-                self.scorer = self._make_scorer(UniMM(judge, self.processor, image_tokenizer=tokenizer))
-            yield self.scorer, UniMM(module.policy, self.processor)
-
-    def _make_scorer(self, um: UniMM) -> Scorer:
-        """The recipe's scorer; the first process makes it, since it may keep what it fits."""
-        with first_process_first():
-            return make_scorer(self.recipe.scorer, um, Path(self.recipe.output))
-
-    def _rows(self, numbers: Sequence[int], codes: Tensor) -> Batch:
-        """Prompts with their drawings [P, G, h, w] as rows, every code position numbered: [P, G, h * w] in order."""
-        rows: list[dict[str, Any]] = []
-        count = 0
-        for number, drawings in zip(numbers, codes, strict=True):
-            *prefix, last = self.rows[number]
-            for shared in drawings.split(len(drawings) if self.recipe.packed else 1):
-                row = Branches(prefix)
-                for drawing in shared:
-                    row.add([last], *drawing_answer(self.layout, drawing))
-                arrays = row.arrays()
-                learnt = arrays["labels"] != IGNORED
-                answers = np.zeros_like(arrays["labels"])
-                answers[learnt] = np.arange(count, count + learnt.sum())
-                count += int(learnt.sum())
-                rows.append({**arrays, "answers": answers})
-        batch: Batch = stack_answers(rows, self.processor.pad)
-        if not self.layout.shared:
-            batch["image_codes"] = codes.flatten(0, 1)
-        return batch
-
-    def _score(self, model: UniMMModel, batch: Batch) -> AnswerScores:
-        """Scores [P G h w] of every code, at the temperature at which it was drawn."""
-        inputs: dict[str, Any] = {name: batch[name] for name in INPUTS if name in batch}
-        return model.score(
-            count=batch["advantages"].numel() * self.codes,
-            temperature=self.recipe.sampling.temperature,
-            lockstep=self.lockstep,
-            **inputs,
-        )
+        return taken, {"advantages": better}
 
     def loss(
         self, module: nn.Module, batch: Batch, step: int, totals: Mapping[str, float]
@@ -288,53 +37,12 @@ class GrpoTask(PolicyTask):
         assert isinstance(module, DrawingPolicy)
         module.eval()  # no dropout
         settings = self.recipe.objective
-        reference: Tensor | None = None
-        if self.recipe.reference.mode != "none":
-            with torch.no_grad(), module.as_reference() as compared:
-                reference = self._score(compared, batch).log_probs
-        scores = self._score(module.policy, batch)
+        reference = self.reference_log_probs(module, batch)
+        scores = self.score(module.policy, batch)
         old = batch.get("old", scores.log_probs.detach())
         advantage = batch["advantages"].flatten().repeat_interleave(self.codes)
         epsilon = (settings.epsilon_low, settings.epsilon_high)
         terms = position_terms(scores.log_probs, old, reference, advantage, epsilon, settings.beta)
         metrics = {"kl": terms.kl, "ratio": terms.ratio, "clipped": terms.clipped, "entropy": scores.entropy}
         told = {name: value.double().sum() / totals["code_tokens"] for name, value in metrics.items()}
-        return (terms.loss.sum() / totals["code_tokens"]).float(), {**told, **self._told(batch, totals)}
-
-    def _told(self, batch: Batch, totals: Mapping[str, float]) -> dict[str, Tensor]:
-        """What is logged of rewards [P, G]; of each kind of prompt as sum and count, since a step may have none."""
-        rewards, prompts = batch["rewards"], totals["prompts"]
-        spread, means = rewards.std(1), rewards.mean(1)
-        told = {
-            "reward": means.sum() / prompts,
-            "reward_std": spread.sum() / prompts,
-            "no_spread": (rewards == rewards[:, :1]).all(1).double().sum() / prompts,
-        }
-        kinds = [self.kinds[number] for number in batch["prompt"].tolist()]
-        for kind in dict.fromkeys(self.kinds):
-            where = torch.tensor([one == kind for one in kinds], device=means.device)
-            told[f"reward/{kind}"] = torch.stack([means[where].sum(), where.double().sum()])
-        return told
-
-    @torch.no_grad()
-    def preview(self, module: nn.Module, folder: Path, step: int) -> None:
-        """Draw fixed prompts, beside what the model drew before the first step."""
-        assert isinstance(module, DrawingPolicy)
-        section = self.recipe.preview
-        words = dict.fromkeys(prompt.prompt for prompt in self.prompts)
-        prompts = list(section.prompts) or list(words)[:PREVIEW_PROMPTS]
-        um, device = UniMM(module.policy, self.processor), str(module.policy.device)
-
-        def first() -> dict[str, Any]:
-            return {"codes": draw_fixed(load(self.recipe.model, device, "float32"), prompts, section)}
-
-        before = kept_before(folder, first)["codes"]
-        before_and_after(um, prompts, before, draw_fixed(um, prompts, section)).save(
-            folder / f"{step:06d}.png"
-        )
-
-
-def _kind(prompt: DrawingPrompt) -> str:
-    """The kind of the scene that a prompt describes."""
-    key = prompt.scene
-    return PLAIN if key is None else key.scene().kind
+        return (terms.loss.sum() / totals["code_tokens"]).float(), {**told, **self.told(batch, totals)}

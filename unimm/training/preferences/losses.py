@@ -181,3 +181,16 @@ def objective(pairs: Pairs, weights: Mapping[str, float], options: Options) -> T
     """Return the weighted sum [N] of losses by name."""
     terms = [weight * LOSSES[name](pairs, options) for name, weight in weights.items()]
     return torch.stack(terms).sum(0)
+
+
+def k3(log_probs: Tensor, reference: Tensor) -> Tensor:
+    """Return at each position an estimate of the divergence of the policy from the reference, of the same shape.
+
+    It is unbiased where the policy drew, and never below 0 (Schulman 2020, "Approximating KL Divergence").
+
+    Args:
+        log_probs: of what was drawn, under the policy.
+        reference: the same under the reference.
+    """
+    behind = reference - log_probs
+    return behind.exp() - behind - 1

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Objective(Section):
-    """What is minimised on pairs of one modality."""
+    """What is minimised on pairs."""
 
     losses: dict[str, Rate] = Field(default={"sigmoid": 1.0}, min_length=1)
     """Weights of the losses, by name (`unimm.training.preferences.losses`)."""
@@ -26,8 +26,6 @@ class Objective(Section):
     """How strongly the policy is held to the reference."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Share of pairs that may be the wrong way round; `robust` and `exo` read it."""
-    weight: Rate = 1.0
-    """What a pair of this modality counts."""
     per_position: bool = False
     """Whether log-probabilities are means over an answer's positions rather than sums."""
 
@@ -52,6 +50,13 @@ class Objective(Section):
     def options(self) -> Options:
         """What the losses are set to."""
         return Options(self.beta, self.label_smoothing)
+
+
+class ModalityObjective(Objective):
+    """What is minimised on pairs of one modality, of several."""
+
+    weight: Rate = 1.0
+    """What a pair of this modality counts."""
 
 
 class PreferenceData(Section):
@@ -133,6 +138,19 @@ class PolicyRecipe(BaseRecipe):
                     message = "would move the reference, which is the weights under the adapters; train lora alone, "
                     raise self.error(f"stages[{index}].lr.{group}", message + "or take reference.mode copy")
 
+    def check_losses(self, key: str, objective: Objective) -> None:
+        """Refuse losses that mean nothing without a reference where there is none.
+
+        Raises:
+            UserError: naming the loss under `key`, where the objective stands.
+        """
+        if self.reference.mode != "none":
+            return
+        for name in objective.losses:
+            if name not in REFERENCE_FREE:
+                message = f"needs a reference; without one: {', '.join(REFERENCE_FREE)}"
+                raise self.error(f"{key}.losses.{name}", message)
+
 
 class PreviewSection(DrawingPreview):
     """What is drawn and said at every preview, before and after."""
@@ -146,8 +164,8 @@ class PreferenceRecipe(PolicyRecipe):
 
     task: Literal["dpo"]
     data: PreferenceData
-    text: Objective = Objective()
-    image: Objective = Objective()
+    text: ModalityObjective = ModalityObjective()
+    image: ModalityObjective = ModalityObjective()
     preview: PreviewSection = PreviewSection()
 
     @classmethod
@@ -162,7 +180,7 @@ class PreferenceRecipe(PolicyRecipe):
         data["preview"] = {**data.get("preview", {}), "texts": 2}
         write_tiny_pairs(folder / "pairs.jsonl", write_tiny_model(folder / "model"))
 
-    def objective(self, modality: str) -> Objective:
+    def objective(self, modality: str) -> ModalityObjective:
         """The section of a modality."""
         return self.text if modality == "text" else self.image
 
@@ -175,11 +193,7 @@ class PreferenceRecipe(PolicyRecipe):
                 if kind not in MODALITIES:
                     expected = f"expected one of {', '.join(MODALITIES)}{near(kind, MODALITIES)}"
                     raise self.error(f"stages[{index}].mixture.{kind}", expected)
-        if self.reference.mode == "none":
-            for modality in MODALITIES:
-                for name in self.objective(modality).losses:
-                    if name not in REFERENCE_FREE:
-                        message = f"needs a reference; without one: {', '.join(REFERENCE_FREE)}"
-                        raise self.error(f"{modality}.losses.{name}", message)
+        for modality in MODALITIES:
+            self.check_losses(modality, self.objective(modality))
         self.check_policy()
         return PreferenceTask(self)

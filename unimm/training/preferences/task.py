@@ -154,7 +154,7 @@ class PreferenceTask(PolicyTask):
             losses = objective(used, section.losses, section.options)
             loss = loss + section.weight * losses.sum() / count
             entropy = (scores.entropy / scores.length).view(2, -1).mean(0)[where]
-            told = {"loss": losses, "entropy": entropy, **_told(chosen, used, section.beta)}
+            told = {"loss": losses, "entropy": entropy, **told_of_pairs(chosen, used, section.beta)}
             share = max(totals[f"{name}_pairs"], 1)
             metrics |= {f"{name}/{key}": value.detach().sum() / share for key, value in told.items()}
         return loss.float(), metrics
@@ -226,7 +226,7 @@ class _Subset(Sequence["Sample"]):
         return self.pairs[self.indices[index]]
 
 
-def _told(pairs: Pairs, used: Pairs, beta: float) -> dict[str, Tensor]:
+def told_of_pairs(pairs: Pairs, used: Pairs, beta: float) -> dict[str, Tensor]:
     """What is logged of N pairs, each [N]: `pairs` as sums over positions, `used` as the losses see them.
 
     `kl` estimates the divergence of the policy from the reference, a position, as if the reference had given these

@@ -1,0 +1,154 @@
+"""Task `online_dpo`: which drawings make pairs, the loss by hand, rewards that rise."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import unimm
+from tests.preferences.online import (
+    LORA,
+    PROMPTS,
+    SIZE,
+    assert_same,
+    drawn,
+    lines,
+    logits_by_hand,
+    write_recipe,
+)
+from unimm.errors import UserError
+from unimm.preferences.online_dpo.task import best_and_worst
+from unimm.training.recipe import load_recipe
+from unimm.training.trainer import train
+
+
+@pytest.fixture
+def recipe_file(tiny: Path, tmp_path: Path) -> Path:
+    return write_recipe("online_dpo", tiny, tmp_path)
+
+
+def test_the_best_meets_the_worst() -> None:
+    rewards = torch.tensor([[0.3, 0.9, 0.1, 0.5, 0.2], [0.5, 0.5, 0.5, 0.5, 0.5]])
+    assert best_and_worst(rewards, 2).tolist() == [[1, 3, 2, 4], [4, 3, 0, 1]]
+
+
+def test_pairs_that_differ_too_little_do_not_count(recipe_file: Path) -> None:
+    _, _, everything, totals = drawn(recipe_file, "pairs.each=2")
+    ranked = everything["rewards"].sort(1, descending=True).values
+    margins = ranked[:, :2] - ranked[:, 2:].flip(1)
+    middle = float(margins.median())
+    assert totals["pairs"] == 8 and everything["counted"].all()
+    task, module, batch, totals = drawn(recipe_file, "pairs.each=2", f"pairs.margin={middle}")
+    assert torch.equal(batch["counted"], margins >= middle) and batch["counted"].sum() == 5
+    loss, metrics = task.loss(module, batch, 0, totals)
+    assert loss.item() == pytest.approx(5 / 8 * math.log(2), abs=1e-6)
+    assert metrics["counted"] == pytest.approx(5 / 8)
+    assert metrics["pairs/margin"].tolist() == [0, 5]
+
+
+def test_ties_do_not_count(recipe_file: Path, tiny: Path) -> None:
+    overrides = ["scorer=tests.preferences.rewards.same", "stages[0].steps=1"]
+    folder = train(load_recipe(recipe_file, overrides), quiet=True)
+    (told,) = lines(folder.parent)
+    assert (told["counted"], told["loss"], told["grad_norm"]) == (0, 0, 0)
+    assert "pairs/margin" not in told
+    assert_same(load_file(folder / "model.safetensors"), load_file(tiny / "model.safetensors"))
+
+
+@pytest.mark.parametrize("packed", ["true", "false"])
+@pytest.mark.parametrize("per_position", [False, True])
+def test_loss_and_gradient_by_hand(recipe_file: Path, packed: str, per_position: bool) -> None:
+    beta = 3.0 if per_position else 0.2
+    overrides = [f"objective.beta={beta}", "objective.losses={sigmoid: 1, cross_entropy: 0.5}",
+                 f"objective.per_position={str(per_position).lower()}",
+                 "pairs.each=2", "sampling={group: 5, temperature: 0.7}", f"packed={packed}"]  # fmt: skip
+    task, module, batch, totals = drawn(recipe_file, *overrides)
+    assert totals == {"prompts": 4, "code_tokens": 4 * 4 * SIZE, "pairs": 8}
+    with torch.no_grad():  # else every reward is 0
+        module.policy.code_head[2].bias += torch.linspace(-1, 1, 32)
+    codes = batch["image_codes"].view(4, 4, 4, 4)
+    means = -codes.double().mean((2, 3))  # the scorer's: best, second best, worst, second worst
+    assert (means[:, 0] >= means[:, 1]).all() and (means[:, 1] >= means[:, 3]).all()
+    assert (means[:, 3] >= means[:, 2]).all()
+    assert module.reference is not None
+    expected, margins, kl = torch.zeros((), dtype=torch.float64), [], 0.0
+    for place, number in enumerate(batch["prompt"].tolist()):
+        ratios, sums = [], []
+        for k in range(4):
+            pair = []
+            for model in (module.policy, module.reference):
+                logits = logits_by_hand(task, model, number, codes[place, k]) / 0.7
+                pair.append(logits.log_softmax(-1)[torch.arange(SIZE), codes[place, k].flatten()].double())
+            ours, theirs = pair[0], pair[1].detach()
+            kl += ((theirs - ours).exp() - (theirs - ours) - 1).sum().item()
+            ratios.append((ours - theirs).sum() / (SIZE if per_position else 1))
+            sums.append(ours.sum())
+        for k in range(2):
+            margins.append(beta * (ratios[k] - ratios[2 + k]))
+            expected = expected + ((1 + (-margins[-1]).exp()).log() - 0.5 * sums[k] / SIZE) / 8
+    loss, metrics = task.loss(module, batch, 0, totals)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    assert metrics["kl"].item() == pytest.approx(kl / totals["code_tokens"], rel=1e-4)
+    assert metrics["pairs/margin"].tolist() == pytest.approx(
+        [sum(margin.item() for margin in margins), 8], rel=1e-4
+    )
+    weights = [weight for name, weight in module.policy.named_parameters() if "image_tokenizer" not in name]
+    pairs = [torch.autograd.grad(one, weights, allow_unused=True) for one in (loss, expected)]
+    reached = [(ours, theirs) for ours, theirs in zip(*pairs, strict=True) if theirs is not None]
+    assert len(reached) > 20
+    for ours, theirs in reached:
+        torch.testing.assert_close(ours, theirs.float(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("reference", ["copy", "adapter", "none"])
+def test_at_the_start_the_loss_is_ln_2(recipe_file: Path, reference: str) -> None:
+    overrides = [f"reference.mode={reference}", *(LORA if reference == "adapter" else ())]
+    folder = train(load_recipe(recipe_file, [*overrides, "stages[0].steps=2"]), quiet=True)
+    first, second = lines(folder.parent)
+    assert first["counted"] == 1
+    if reference == "none":  # then the pairs' own likelihoods are compared
+        assert first["loss"] != pytest.approx(math.log(2), abs=1e-3) and "kl" not in first
+        return
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert (first["kl"], first["pairs/reward_chosen"], first["pairs/reward_rejected"]) == (0, 0, 0)
+    assert second["kl"] > 0 and second["pairs/margin"] != 0
+    assert 0 < first["entropy"] <= math.log(32)
+
+
+def test_the_reward_rises(recipe_file: Path) -> None:
+    overrides = ["scorer=tests.preferences.rewards.zeros", "sampling.group=8", "pairs.each=4",
+                 "stages[0].steps=12", "stages[0].lr={code_head: 0.02}", "checkpoint.every=99",
+                 "logging.samples_every=12"]  # fmt: skip
+    folder = train(load_recipe(recipe_file, overrides), quiet=True)
+    rewards = [line["reward"] for line in lines(folder.parent)]
+    assert sum(rewards[:3]) / 3 < 0.1  # 1 of 32 codes
+    assert sum(rewards[-3:]) / 3 > 0.8
+    codes = unimm.load(folder).draw(list(PROMPTS), n=4, seed=5, guidance_scale=1, return_codes=True)[1]
+    assert (codes == 0).double().mean() > 0.8
+    assert (folder.parent / "samples" / "000012.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["pairs.each=3"], "pairs.each: expected at most 2 of 4 drawings (sampling.group), got 3"),
+        (["pairs.margin=-1"], "pairs.margin: expected at least 0"),
+        (["objective.beta=0"], "objective.beta: expected more than 0"),
+        (["objective.losses={sigmoids: 1}"], 'objective.losses: unknown loss "sigmoids"'),
+        (["objective.weight=2"], "objective.weight: unknown key"),
+        (["sampling.learnt=2"], "sampling.learnt: unknown key"),
+        (
+            ["reference.mode=none", "objective.losses={ipo: 1}"],
+            "objective.losses.ipo: needs a reference; without",
+        ),
+        (["reference.mode=precomputed"], "reference.mode: drawings are new in every step"),
+    ],
+)
+def test_mistakes_are_named(recipe_file: Path, overrides: list[str], line: str) -> None:
+    with pytest.raises(UserError) as error:
+        train(load_recipe(recipe_file, overrides), quiet=True)
+    assert line in str(error.value) and "\n" not in str(error.value)

@@ -1,0 +1,100 @@
+"""Task `online_dpo`: DPO on the best and the worst of what the policy draws now.
+
+Guo et al. 2024 ("Direct Language Model Alignment from Online AI Feedback", arXiv 2402.04792): pairs are never those of
+an older model, since each step makes its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from unimm.preferences.online.task import DrawingPolicy, OnlineTask
+from unimm.preferences.online_dpo.recipe import OnlineDpoRecipe
+from unimm.training.preferences.losses import Pairs, k3, objective
+from unimm.training.preferences.task import told_of_pairs
+
+if TYPE_CHECKING:
+    from unimm.training.task import Batch, Metrics
+
+
+def best_and_worst(rewards: Tensor, count: int) -> Tensor:
+    """Return which drawings of each group make pairs.
+
+    Args:
+        rewards: [P, G].
+        count: of pairs K, at most G / 2.
+
+    Returns:
+        Indices into each group [P, 2 K]: the best K from the best down, then the worst K from the worst up.
+    """
+    order = rewards.argsort(dim=1, stable=True)
+    return torch.cat([order[:, -count:].flip(1), order[:, :count]], 1)
+
+
+class OnlineDpoTask(OnlineTask):
+    """Learns from pairs of its own drawings; see `Task`."""
+
+    recipe: OnlineDpoRecipe
+
+    def __init__(self, recipe: OnlineDpoRecipe) -> None:
+        super().__init__(recipe)
+        self.learnt = 2 * recipe.pairs.each
+
+    def choose(self, rewards: Tensor) -> tuple[Tensor, Batch]:
+        """The best and the worst, and whether each pair of them differs enough: `counted` [P, K]."""
+        section = self.recipe.pairs
+        taken = best_and_worst(rewards, section.each)
+        better, worse = rewards.gather(1, taken).chunk(2, 1)
+        margin = better - worse
+        return taken, {"counted": (margin > 0) & (margin >= section.margin)}
+
+    def targets(self, batch: Batch) -> dict[str, int | float]:
+        """Prompts, the codes that will be learnt from, and the most pairs that there can be."""
+        return {**super().targets(batch), "pairs": len(batch["prompt"]) * self.recipe.pairs.each}
+
+    def loss(
+        self, module: nn.Module, batch: Batch, step: int, totals: Mapping[str, float]
+    ) -> tuple[Tensor, Metrics]:
+        """Mean over possible pairs of the weighted losses; of those that differ too little it is 0."""
+        assert isinstance(module, DrawingPolicy)
+        module.eval()  # no dropout
+        reference = self.reference_log_probs(module, batch)
+        scores = self.score(module.policy, batch)
+        pairs = self._pairs(scores.log_probs, reference)
+        section, counted = self.recipe.objective, batch["counted"].flatten()
+        used = pairs.per_position() if section.per_position else pairs
+        losses = objective(used, section.losses, section.options) * counted
+        told = {
+            "entropy": scores.entropy.double().sum() / totals["code_tokens"],
+            "counted": counted.double().sum() / totals["pairs"],
+            **_told_of_counted(told_of_pairs(pairs, used, section.beta), counted),
+        }
+        if reference is not None:
+            kl = k3(scores.log_probs.detach(), reference)
+            told["kl"] = kl.sum() / totals["code_tokens"]
+        return (losses.sum() / totals["pairs"]).float(), {**told, **self.told(batch, totals)}
+
+    def _pairs(self, log_probs: Tensor, reference: Tensor | None) -> Pairs:
+        """Pairs [P K] from log-probabilities of every code [P L h w]."""
+        if reference is None:
+            reference = torch.zeros_like(log_probs)
+        sums = (one.view(-1, 2, self.recipe.pairs.each, self.codes).sum(-1) for one in (log_probs, reference))
+        (chosen, rejected), (better, worse) = (one.transpose(0, 1).flatten(1) for one in sums)
+        length = torch.full_like(chosen, self.codes)
+        return Pairs(chosen, rejected, better, worse, length, length)
+
+
+def _told_of_counted(told: Mapping[str, Tensor], counted: Tensor) -> dict[str, Tensor]:
+    """Sum and count [2] over the pairs that count, since a step may have none, of what is known of each pair [N].
+
+    Their `kl` is not among them: it takes answers for the reference's, and these are the policy's.
+    """
+    return {
+        f"pairs/{name}": torch.stack([(value.detach() * counted).sum(), counted.double().sum()])
+        for name, value in told.items()
+        if name != "kl"
+    }
