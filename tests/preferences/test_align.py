@@ -16,6 +16,7 @@ from unimm.evaluation.recipe import JudgeSection
 from unimm.preferences.align import Loop, Round, align, load_alignment
 from unimm.preferences.grpo.recipe import GrpoRecipe
 from unimm.preferences.measure import Change, Measure, compare, measure_drawings
+from unimm.preferences.online_dpo.recipe import OnlineDpoRecipe
 from unimm.recipes import find_recipe
 from unimm.training.recipe import load_recipe
 
@@ -118,6 +119,14 @@ def test_a_model_that_draws_while_it_learns_needs_no_pairs(tmp_path: Path) -> No
     trained = load_recipe(one.training, one.overrides())
     assert isinstance(trained, GrpoRecipe)
     assert (trained.prompts.scenes, trained.prompts.seed, trained.sampling.group) == (6, 1100, 2)
+
+
+def test_online_dpo_is_a_round_of_its_own_too(tmp_path: Path) -> None:
+    recipe = recipe_with(f"output={tmp_path}/run", "training.overrides=[]", name="align-online-dpo-embedded")
+    one = Round(recipe, 3, 0, None, tmp_path)
+    trained = load_recipe(one.training, one.overrides())
+    assert one.online and isinstance(trained, OnlineDpoRecipe)
+    assert (trained.prompts.scenes, trained.prompts.seed, trained.seed) == (6, 1003, 3)
 
 
 def test_rounds_may_differ_in_what_they_draw_and_how_they_train(tmp_path: Path) -> None:

@@ -41,17 +41,28 @@ def test_pairs_that_differ_too_little_do_not_count(recipe_file: Path) -> None:
     ranked = everything["rewards"].sort(1, descending=True).values
     margins = ranked[:, :2] - ranked[:, 2:].flip(1)
     middle = float(margins.median())
-    assert totals["pairs"] == 8 and everything["counted"].all()
+    assert totals["pairs"] == 8 and (everything["weights"] == 1).all()
     task, module, batch, totals = drawn(recipe_file, "pairs.each=2", f"pairs.margin={middle}")
-    assert torch.equal(batch["counted"], margins >= middle) and batch["counted"].sum() == 5
+    assert torch.equal(batch["weights"], (margins >= middle).double()) and batch["weights"].sum() == 5
     loss, metrics = task.loss(module, batch, 0, totals)
     assert loss.item() == pytest.approx(5 / 8 * math.log(2), abs=1e-6)
     assert metrics["counted"] == pytest.approx(5 / 8)
     assert metrics["pairs/margin"].tolist() == [0, 5]
 
 
-def test_ties_do_not_count(recipe_file: Path, tiny: Path) -> None:
-    overrides = ["scorer=tests.preferences.rewards.same", "stages[0].steps=1"]
+def test_pairs_may_count_as_much_as_their_scores_differ(recipe_file: Path) -> None:
+    task, module, batch, totals = drawn(recipe_file, "pairs={each: 2, weighted: true}")
+    ranked = batch["rewards"].sort(1, descending=True).values
+    margins = ranked[:, :2] - ranked[:, 2:].flip(1)
+    torch.testing.assert_close(batch["weights"], margins)
+    loss, metrics = task.loss(module, batch, 0, totals)
+    assert loss.item() == pytest.approx(math.log(2) * margins.mean().item(), abs=1e-6)
+    assert metrics["counted"] == 1 and metrics["pairs/accuracy"].tolist() == [0, 8]
+
+
+@pytest.mark.parametrize("weighted", ["false", "true"])
+def test_ties_do_not_count(recipe_file: Path, tiny: Path, weighted: str) -> None:
+    overrides = ["scorer=tests.preferences.rewards.same", f"pairs.weighted={weighted}", "stages[0].steps=1"]
     folder = train(load_recipe(recipe_file, overrides), quiet=True)
     (told,) = lines(folder.parent)
     assert (told["counted"], told["loss"], told["grad_norm"]) == (0, 0, 0)
@@ -65,7 +76,8 @@ def test_loss_and_gradient_by_hand(recipe_file: Path, packed: str, per_position:
     beta = 3.0 if per_position else 0.2
     overrides = [f"objective.beta={beta}", "objective.losses={sigmoid: 1, cross_entropy: 0.5}",
                  f"objective.per_position={str(per_position).lower()}",
-                 "pairs.each=2", "sampling={group: 5, temperature: 0.7}", f"packed={packed}"]  # fmt: skip
+                 "pairs={each: 2, weighted: true}", "sampling={group: 5, temperature: 0.7}",
+                 f"packed={packed}"]  # fmt: skip
     task, module, batch, totals = drawn(recipe_file, *overrides)
     assert totals == {"prompts": 4, "code_tokens": 4 * 4 * SIZE, "pairs": 8}
     with torch.no_grad():  # else every reward is 0
@@ -89,7 +101,8 @@ def test_loss_and_gradient_by_hand(recipe_file: Path, packed: str, per_position:
             sums.append(ours.sum())
         for k in range(2):
             margins.append(beta * (ratios[k] - ratios[2 + k]))
-            expected = expected + ((1 + (-margins[-1]).exp()).log() - 0.5 * sums[k] / SIZE) / 8
+            losses = (1 + (-margins[-1]).exp()).log() - 0.5 * sums[k] / SIZE
+            expected = expected + losses * (means[place, k] - means[place, 2 + k]) / 8
     loss, metrics = task.loss(module, batch, 0, totals)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
     assert metrics["kl"].item() == pytest.approx(kl / totals["code_tokens"], rel=1e-4)

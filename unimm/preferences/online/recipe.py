@@ -43,7 +43,7 @@ class SamplingSection(Section):
     """The policy that learns is the one that draws: log-probabilities are taken at this temperature too."""
     guidance_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """1 draws without guidance, from the very distribution that learns; with any other the drawings are better and
-    off-policy: ratios start at 1 as if the unguided policy had drawn them."""
+    off-policy, and learnt from as if the unguided policy had drawn them."""
     at_once: Positive = 64
     """Drawings that are sampled together."""
 

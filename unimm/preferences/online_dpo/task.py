@@ -45,12 +45,13 @@ class OnlineDpoTask(OnlineTask):
         self.learnt = 2 * recipe.pairs.each
 
     def choose(self, rewards: Tensor) -> tuple[Tensor, Batch]:
-        """The best and the worst, and whether each pair of them differs enough: `counted` [P, K]."""
+        """The best and the worst, and what each pair of them counts: `weights` [P, K]."""
         section = self.recipe.pairs
         taken = best_and_worst(rewards, section.each)
         better, worse = rewards.gather(1, taken).chunk(2, 1)
         margin = better - worse
-        return taken, {"counted": (margin > 0) & (margin >= section.margin)}
+        counted = (margin > 0) & (margin >= section.margin)
+        return taken, {"weights": margin * counted if section.weighted else counted.double()}
 
     def targets(self, batch: Batch) -> dict[str, int | float]:
         """Prompts, the codes that will be learnt from, and the most pairs that there can be."""
@@ -59,15 +60,16 @@ class OnlineDpoTask(OnlineTask):
     def loss(
         self, module: nn.Module, batch: Batch, step: int, totals: Mapping[str, float]
     ) -> tuple[Tensor, Metrics]:
-        """Mean over possible pairs of the weighted losses; of those that differ too little it is 0."""
+        """Mean over possible pairs of their losses times what each counts; of those that differ too little it is 0."""
         assert isinstance(module, DrawingPolicy)
         module.eval()  # no dropout
         reference = self.reference_log_probs(module, batch)
         scores = self.score(module.policy, batch)
         pairs = self._pairs(scores.log_probs, reference)
-        section, counted = self.recipe.objective, batch["counted"].flatten()
+        section, weights = self.recipe.objective, batch["weights"].flatten()
+        counted = weights > 0
         used = pairs.per_position() if section.per_position else pairs
-        losses = objective(used, section.losses, section.options) * counted
+        losses = objective(used, section.losses, section.options) * weights
         told = {
             "entropy": scores.entropy.double().sum() / totals["code_tokens"],
             "counted": counted.double().sum() / totals["pairs"],
