@@ -80,3 +80,21 @@ def logits_by_hand(task: OnlineTask, model: UniMMModel, number: int, codes: Tens
     stream = model.embed(torch.tensor([prompt + steps]), None, codes[None])
     hidden = model.decode(stream).last_hidden_state[0, len(prompt) - 1 : -1]
     return model.code_logits(hidden)
+
+
+def log_probs_by_hand(
+    task: OnlineTask, model: UniMMModel, number: int, codes: Tensor, temperature: float
+) -> Tensor:
+    """Log-probability, float64 [16], of each code of one drawing [h, w], alone in its row."""
+    logits = logits_by_hand(task, model, number, codes) / temperature
+    return logits.log_softmax(-1)[torch.arange(SIZE), codes.flatten()].double()
+
+
+def assert_same_gradient(module: DrawingPolicy, loss: Tensor, expected: Tensor) -> None:
+    """Two losses have the same gradient in every weight that the second reaches."""
+    weights = [weight for name, weight in module.policy.named_parameters() if "image_tokenizer" not in name]
+    pairs = [torch.autograd.grad(one, weights, allow_unused=True) for one in (loss, expected)]
+    reached = [(ours, theirs) for ours, theirs in zip(*pairs, strict=True) if theirs is not None]
+    assert len(reached) > 20
+    for ours, theirs in reached:
+        torch.testing.assert_close(ours, theirs.float(), rtol=1e-3, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Task `grpo`: advantages and losses by hand, rewards that rise, several updates on one batch of drawings."""
+"""Task `grpo`: advantages and losses by hand, several updates on one batch of drawings."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import unimm
 from tests.preferences.online import (
     LORA,
-    PROMPTS,
     SIZE,
     assert_same,
+    assert_same_gradient,
     drawn,
     lines,
-    logits_by_hand,
+    log_probs_by_hand,
     write_recipe,
 )
 from unimm.errors import UserError
@@ -126,23 +125,18 @@ def test_loss_and_gradient_by_hand(recipe_file: Path, packed: str) -> None:
     expected = torch.zeros((), dtype=torch.float64)
     for place, number in enumerate(batch["prompt"].tolist()):
         for k in range(4):
-            pair = []
-            for model in (module.policy, module.reference):
-                logits = logits_by_hand(task, model, number, codes[place, k]) / 0.7
-                pair.append(logits.log_softmax(-1)[torch.arange(SIZE), codes[place, k].flatten()].double())
-            ours, theirs = pair[0], pair[1].detach()
+            ours, theirs = (
+                log_probs_by_hand(task, model, number, codes[place, k], 0.7)
+                for model in (module.policy, module.reference)
+            )
+            theirs = theirs.detach()
             ratio = (ours - ours.detach()).exp()
             k3 = (theirs - ours).exp() - (theirs - ours) - 1
             expected = expected + (-ratio * better[place, k] + 0.5 * k3).sum() / totals["code_tokens"]
     loss, metrics = task.loss(module, batch, 0, totals)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
     assert metrics["kl"] > 0.01 and metrics["ratio"] == 1 and metrics["clipped"] == 0
-    weights = [weight for name, weight in module.policy.named_parameters() if "image_tokenizer" not in name]
-    pairs = [torch.autograd.grad(one, weights, allow_unused=True) for one in (loss, expected)]
-    reached = [(ours, theirs) for ours, theirs in zip(*pairs, strict=True) if theirs is not None]
-    assert len(reached) > 20
-    for ours, theirs in reached:
-        torch.testing.assert_close(ours, theirs.float(), rtol=1e-3, atol=1e-6)
+    assert_same_gradient(module, loss, expected)
 
 
 @pytest.mark.parametrize("reference", ["copy", "adapter"])
@@ -155,19 +149,6 @@ def test_at_the_start_there_is_no_divergence_and_every_ratio_is_1(recipe_file: P
     assert second["kl"] > 0
     assert first["reward_std"] > 0 and first["reward/plain"] == pytest.approx(first["reward"])
     assert 0 < first["entropy"] <= math.log(32)
-
-
-def test_the_reward_rises(recipe_file: Path) -> None:
-    overrides = ["scorer=tests.preferences.rewards.zeros", "sampling.group=8", "objective.beta=0.001",
-                 "stages[0].steps=12", "stages[0].lr={code_head: 0.02}", "checkpoint.every=99",
-                 "logging.samples_every=12"]  # fmt: skip
-    folder = train(load_recipe(recipe_file, overrides), quiet=True)
-    rewards = [line["reward"] for line in lines(folder.parent)]
-    assert sum(rewards[:3]) / 3 < 0.1  # 1 of 32 codes
-    assert sum(rewards[-3:]) / 3 > 0.8
-    codes = unimm.load(folder).draw(list(PROMPTS), n=4, seed=5, guidance_scale=1, return_codes=True)[1]
-    assert (codes == 0).double().mean() > 0.8
-    assert (folder.parent / "samples" / "000012.png").exists()
 
 
 def test_groups_without_spread_teach_nothing(recipe_file: Path, tiny: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the tasks `grpo` and `online_dpo` share: drawings of the policy's own, exact resume, mistakes that are named."""
+"""What the tasks `grpo` and `online_dpo` share: drawings of their own, rewards that rise, exact resume, bad input."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import unimm
 from tests.preferences.online import (
     LORA,
+    PROMPTS,
     SIZE,
     assert_same,
     drawn,
@@ -53,6 +55,22 @@ def test_what_is_drawn_comes_from_the_distribution_that_learns(
             expected = pick(probabilities(logits, 0.7, None, None), uniform)
             assert torch.equal(codes[place, k].flatten(), expected)
     assert len({tuple(one.flatten().tolist()) for one in codes.flatten(0, 1)}) == 16
+
+
+@pytest.mark.parametrize(
+    ("task", "overrides"), [("grpo", ["objective.beta=0.001"]), ("online_dpo", ["pairs.each=4"])]
+)
+def test_the_reward_rises(tiny: Path, tmp_path: Path, task: str, overrides: list[str]) -> None:
+    told = ["scorer=tests.preferences.rewards.zeros", "sampling.group=8", "stages[0].steps=12",
+            "stages[0].lr={code_head: 0.02}", "checkpoint.every=99", "logging.samples_every=12",
+            *overrides]  # fmt: skip
+    folder = train(load_recipe(write_recipe(task, tiny, tmp_path), told), quiet=True)
+    rewards = [line["reward"] for line in lines(folder.parent)]
+    assert sum(rewards[:3]) / 3 < 0.1  # 1 of 32 codes
+    assert sum(rewards[-3:]) / 3 > 0.8
+    codes = unimm.load(folder).draw(list(PROMPTS), n=4, seed=5, guidance_scale=1, return_codes=True)[1]
+    assert (codes == 0).double().mean() > 0.8
+    assert (folder.parent / "samples" / "000012.png").exists()
 
 
 @pytest.mark.parametrize("stopped", [2, 3])

@@ -1,4 +1,4 @@
-"""Task `online_dpo`: which drawings make pairs, the loss by hand, rewards that rise."""
+"""Task `online_dpo`: which drawings make pairs, the loss by hand."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import unimm
 from tests.preferences.online import (
     LORA,
-    PROMPTS,
     SIZE,
     assert_same,
+    assert_same_gradient,
     drawn,
     lines,
-    logits_by_hand,
+    log_probs_by_hand,
     write_recipe,
 )
 from unimm.errors import UserError
@@ -91,11 +90,11 @@ def test_loss_and_gradient_by_hand(recipe_file: Path, packed: str, per_position:
     for place, number in enumerate(batch["prompt"].tolist()):
         ratios, sums = [], []
         for k in range(4):
-            pair = []
-            for model in (module.policy, module.reference):
-                logits = logits_by_hand(task, model, number, codes[place, k]) / 0.7
-                pair.append(logits.log_softmax(-1)[torch.arange(SIZE), codes[place, k].flatten()].double())
-            ours, theirs = pair[0], pair[1].detach()
+            ours, theirs = (
+                log_probs_by_hand(task, model, number, codes[place, k], 0.7)
+                for model in (module.policy, module.reference)
+            )
+            theirs = theirs.detach()
             kl += ((theirs - ours).exp() - (theirs - ours) - 1).sum().item()
             ratios.append((ours - theirs).sum() / (SIZE if per_position else 1))
             sums.append(ours.sum())
@@ -109,12 +108,7 @@ def test_loss_and_gradient_by_hand(recipe_file: Path, packed: str, per_position:
     assert metrics["pairs/margin"].tolist() == pytest.approx(
         [sum(margin.item() for margin in margins), 8], rel=1e-4
     )
-    weights = [weight for name, weight in module.policy.named_parameters() if "image_tokenizer" not in name]
-    pairs = [torch.autograd.grad(one, weights, allow_unused=True) for one in (loss, expected)]
-    reached = [(ours, theirs) for ours, theirs in zip(*pairs, strict=True) if theirs is not None]
-    assert len(reached) > 20
-    for ours, theirs in reached:
-        torch.testing.assert_close(ours, theirs.float(), rtol=1e-3, atol=1e-6)
+    assert_same_gradient(module, loss, expected)
 
 
 @pytest.mark.parametrize("reference", ["copy", "adapter", "none"])
@@ -130,19 +124,6 @@ def test_at_the_start_the_loss_is_ln_2(recipe_file: Path, reference: str) -> Non
     assert (first["kl"], first["pairs/reward_chosen"], first["pairs/reward_rejected"]) == (0, 0, 0)
     assert second["kl"] > 0 and second["pairs/margin"] != 0
     assert 0 < first["entropy"] <= math.log(32)
-
-
-def test_the_reward_rises(recipe_file: Path) -> None:
-    overrides = ["scorer=tests.preferences.rewards.zeros", "sampling.group=8", "pairs.each=4",
-                 "stages[0].steps=12", "stages[0].lr={code_head: 0.02}", "checkpoint.every=99",
-                 "logging.samples_every=12"]  # fmt: skip
-    folder = train(load_recipe(recipe_file, overrides), quiet=True)
-    rewards = [line["reward"] for line in lines(folder.parent)]
-    assert sum(rewards[:3]) / 3 < 0.1  # 1 of 32 codes
-    assert sum(rewards[-3:]) / 3 > 0.8
-    codes = unimm.load(folder).draw(list(PROMPTS), n=4, seed=5, guidance_scale=1, return_codes=True)[1]
-    assert (codes == 0).double().mean() > 0.8
-    assert (folder.parent / "samples" / "000012.png").exists()
 
 
 @pytest.mark.parametrize(
