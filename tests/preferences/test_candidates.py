@@ -27,7 +27,7 @@ from unimm.preferences.candidates import (
     read_prompts,
     scene_prompts,
 )
-from unimm.preferences.rank import Rules, candidates_of, rank_candidates
+from unimm.preferences.rank import Rules, best_and_worst, candidates_of, rank_candidates
 from unimm.preferences.scorers import Candidate, make_scorer
 from unimm.training.preferences.data import read_preferences
 
@@ -83,6 +83,11 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(few: UniMM, tmp_path: Path) -> N
 def drawn(few: UniMM, path: Path, wanted: list[DrawingPrompt], n: int = 3) -> list[Drawn]:
     draw_candidates(few, wanted, path, n, 0, SETTINGS)
     return read_candidates(path)
+
+
+def test_the_best_meets_the_worst_and_of_equals_the_first_is_taken() -> None:
+    scores = torch.tensor([[0.3, 0.9, 0.1, 0.5, 0.2], [0.5, 0.9, 0.9, 0.1, 0.1], [0.5, 0.5, 0.5, 0.5, 0.5]])
+    assert best_and_worst(scores, 2).tolist() == [[1, 3, 2, 4], [1, 2, 3, 4], [0, 1, 0, 1]]
 
 
 def test_best_and_worst_become_pairs_and_the_rest_is_counted(few: UniMM, tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ from tests.preferences.online import (
     write_recipe,
 )
 from unimm.errors import UserError
-from unimm.preferences.online_dpo.task import best_and_worst
 from unimm.training.recipe import load_recipe
 from unimm.training.trainer import train
 
@@ -28,11 +27,6 @@ from unimm.training.trainer import train
 @pytest.fixture
 def recipe_file(tiny: Path, tmp_path: Path) -> Path:
     return write_recipe("online_dpo", tiny, tmp_path)
-
-
-def test_the_best_meets_the_worst() -> None:
-    rewards = torch.tensor([[0.3, 0.9, 0.1, 0.5, 0.2], [0.5, 0.5, 0.5, 0.5, 0.5]])
-    assert best_and_worst(rewards, 2).tolist() == [[1, 3, 2, 4], [4, 3, 0, 1]]
 
 
 def test_pairs_that_differ_too_little_do_not_count(recipe_file: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
 from unimm.errors import UserError
 from unimm.preferences.candidates import Drawn
@@ -100,6 +101,21 @@ def rank_candidates(
     return {"preferences": str(path), "prompts": len(rows), **counts, "mean_score": round(mean, 4)}
 
 
+def best_and_worst(scores: Tensor, count: int) -> Tensor:
+    """Return which candidates of each prompt make pairs.
+
+    Args:
+        scores: [P, G].
+        count: of pairs K, at most G / 2.
+
+    Returns:
+        Indices into each prompt's candidates [P, 2 K]: the best K from the best down, then the worst K from the worst
+        up; of equals the first.
+    """
+    best, worst = (scores.argsort(dim=1, descending=down, stable=True)[:, :count] for down in (True, False))
+    return torch.cat([best, worst], 1)
+
+
 def candidates_of(um: UniMM, row: Drawn) -> list[Candidate]:
     """A prompt's candidates with their pictures."""
     codes = torch.tensor([drawing.codes for drawing in row.candidates])
@@ -119,11 +135,10 @@ def _outcome(scores: Sequence[float], rules: Rules) -> str:
 
 
 def _pairs(row: Drawn, scores: Sequence[float], scorer: str, rules: Rules) -> Iterator[dict[str, Any]]:
-    """Good and bad candidates as preferences, from the outer ranks inwards; of equals the first."""
-    best_first = sorted(range(len(scores)), key=lambda index: -scores[index])
-    worst_first = sorted(range(len(scores)), key=lambda index: scores[index])
+    """Good and bad candidates as preferences, from the outer ranks inwards."""
     count = min(rules.each, len(scores) // 2)
-    for better, worse in zip(best_first[:count], worst_first[:count], strict=True):
+    best, worst = best_and_worst(torch.tensor([scores], dtype=torch.float64), count)[0].chunk(2)
+    for better, worse in zip(best.tolist(), worst.tolist(), strict=True):
         margin = scores[better] - scores[worse]
         if margin <= 0 or margin < rules.margin:
             return

@@ -9,7 +9,7 @@ checkpoint.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -82,7 +82,7 @@ class Drawn:
         return {"prompt": self.source[drawn], "draw": derive_seed(self.seed, drawn)}
 
 
-class OnlineTask(PolicyTask, ABC):
+class OnlineTask(PolicyTask):
     """Trains and exports a `UniMMModel` on its own drawings; see the module's docstring and `Task`.
 
     Attributes:
@@ -291,13 +291,6 @@ class OnlineTask(PolicyTask, ABC):
             lockstep=self.lockstep,
             **inputs,
         )
-
-    def reference_log_probs(self, module: DrawingPolicy, batch: Batch) -> Tensor | None:
-        """The reference's log-probability of every code [P L h w]; None where there is no reference."""
-        if self.recipe.reference.mode == "none":
-            return None
-        with torch.no_grad(), module.as_reference() as reference:
-            return self.score(reference, batch).log_probs
 
     def told(self, batch: Batch, totals: Mapping[str, float]) -> dict[str, Tensor]:
         """What is logged of rewards [P, G]; of each kind of prompt as sum and count, since a step may have none."""

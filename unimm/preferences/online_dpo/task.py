@@ -14,25 +14,12 @@ from torch import Tensor, nn
 
 from unimm.preferences.online.task import DrawingPolicy, OnlineTask
 from unimm.preferences.online_dpo.recipe import OnlineDpoRecipe
+from unimm.preferences.rank import best_and_worst
 from unimm.training.preferences.losses import Pairs, k3, objective
 from unimm.training.preferences.task import told_of_pairs
 
 if TYPE_CHECKING:
     from unimm.training.task import Batch, Metrics
-
-
-def best_and_worst(rewards: Tensor, count: int) -> Tensor:
-    """Return which drawings of each group make pairs.
-
-    Args:
-        rewards: [P, G].
-        count: of pairs K, at most G / 2.
-
-    Returns:
-        Indices into each group [P, 2 K]: the best K from the best down, then the worst K from the worst up.
-    """
-    order = rewards.argsort(dim=1, stable=True)
-    return torch.cat([order[:, -count:].flip(1), order[:, :count]], 1)
 
 
 class OnlineDpoTask(OnlineTask):

@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from unimm.modeling import UniMMModel
+from unimm.modeling import AnswerScores, UniMMModel
 from unimm.processing import UniMMProcessor
 from unimm.training import shards
 from unimm.training.lora import LoraSection, adapters_off, add_adapters, save_model
@@ -22,6 +23,7 @@ from unimm.training.parts import EMBEDDED, model_groups
 
 if TYPE_CHECKING:
     from unimm.training.preferences.recipe import PolicyRecipe
+    from unimm.training.task import Batch
 
 
 class PolicyModel(nn.Module):
@@ -60,11 +62,23 @@ def frozen_copy(model: UniMMModel) -> UniMMModel:
     return copied
 
 
-class PolicyTask:
+class PolicyTask(ABC):
     """Groups, reference and export of a task that trains a `PolicyModel`; see `unimm.training.task.Task`."""
 
     recipe: PolicyRecipe
     processor: UniMMProcessor
+
+    @abstractmethod
+    def score(self, model: UniMMModel, batch: Batch) -> AnswerScores:
+        """Scores of a batch's answers by a policy or its reference."""
+
+    def reference_log_probs(self, module: nn.Module, batch: Batch) -> Tensor | None:
+        """The reference's log-probabilities, as `score` has them; None where there is no reference."""
+        assert isinstance(module, PolicyModel)
+        if self.recipe.reference.mode == "none":
+            return None
+        with torch.no_grad(), module.as_reference() as reference:
+            return self.score(reference, batch).log_probs
 
     def groups(self, module: nn.Module) -> dict[str, list[nn.Parameter]]:
         """One group for each part of the policy, and one for all adapters where it has some."""

@@ -140,8 +140,8 @@ class PreferenceTask(PolicyTask):
         """Mean over pairs of the weighted losses of their modality."""
         assert isinstance(module, PolicyModel)
         module.eval()  # no dropout
-        reference = self._reference_log_probs(module, batch)
-        scores = score_batch(module.policy, batch, self.lockstep)
+        reference = self.reference_log_probs(module, batch)
+        scores = self.score(module.policy, batch)
         pairs = self._pairs(scores, torch.zeros_like(scores.log_probs) if reference is None else reference)
         count = max(sum(totals[f"{name}_pairs"] for name in MODALITIES), 1)
         loss = scores.log_probs.new_zeros(())
@@ -159,14 +159,15 @@ class PreferenceTask(PolicyTask):
             metrics |= {f"{name}/{key}": value.detach().sum() / share for key, value in told.items()}
         return loss.float(), metrics
 
-    def _reference_log_probs(self, module: PolicyModel, batch: Batch) -> Tensor | None:
-        """The reference's log-probabilities [2 N] of a batch's answers; None where there is no reference."""
-        if self.recipe.reference.mode == "none":
-            return None
+    def score(self, model: UniMMModel, batch: Batch) -> AnswerScores:
+        """Scores [2 N] of the chosen answers, then the rejected ones."""
+        return score_batch(model, batch, self.lockstep)
+
+    def reference_log_probs(self, module: nn.Module, batch: Batch) -> Tensor | None:
+        """The reference's log-probabilities [2 N] of the answers, from the batch where they are precomputed."""
         if self.recipe.reference.mode == "precomputed":
             return batch["reference"].T.flatten()
-        with torch.no_grad(), module.as_reference() as reference:
-            return score_batch(reference, batch, self.lockstep).log_probs
+        return super().reference_log_probs(module, batch)
 
     def _pairs(self, scores: AnswerScores, reference: Tensor) -> Pairs:
         sums = (scores.log_probs, reference, scores.length)
