@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from unimm.preferences.grpo.objective import advantages, most_varied, position_terms
@@ -22,13 +23,18 @@ class GrpoTask(OnlineTask):
 
     def __init__(self, recipe: GrpoRecipe) -> None:
         super().__init__(recipe)
-        self.learnt = recipe.sampling.learnt or recipe.sampling.group
+        self.together = recipe.sampling.learnt or recipe.sampling.group
 
-    def choose(self, rewards: Tensor) -> tuple[Tensor, Batch]:
-        """Those whose rewards vary most, and the `advantages` [P, L] of each."""
-        taken = most_varied(rewards, self.learnt)
+    def targets(self, batch: Batch) -> dict[str, int | float]:
+        """Prompts, and the codes that will be learnt from."""
+        count = len(batch["prompt"])
+        return {"prompts": count, "code_tokens": count * self.together * self.codes}
+
+    def choose(self, rewards: Tensor) -> Batch:
+        """Those of each prompt whose rewards vary most, and the `advantages` [P, K] of each."""
+        taken = most_varied(rewards, self.together)
         better = advantages(rewards.gather(1, taken), self.recipe.objective.divide_by_std)
-        return taken, {"advantages": better}
+        return {"owners": torch.arange(len(rewards)), "taken": taken, "advantages": better}
 
     def loss(
         self, module: nn.Module, batch: Batch, step: int, totals: Mapping[str, float]

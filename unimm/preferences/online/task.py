@@ -86,11 +86,11 @@ class OnlineTask(PolicyTask):
     """Trains and exports a `UniMMModel` on its own drawings; see the module's docstring and `Task`.
 
     Attributes:
-        learnt: drawings of a prompt that are learnt from.
+        together: drawings of one prompt that are learnt from side by side.
     """
 
     recipe: OnlineRecipe
-    learnt: int
+    together: int
 
     def __init__(self, recipe: OnlineRecipe) -> None:
         self.recipe = recipe
@@ -144,9 +144,8 @@ class OnlineTask(PolicyTask):
         return {name: torch.tensor([sample[name] for sample in samples]) for name in ("prompt", "draw")}
 
     def targets(self, batch: Batch) -> dict[str, int | float]:
-        """Prompts, and the codes that will be learnt from."""
-        count = len(batch["prompt"])
-        return {"prompts": count, "code_tokens": count * self.learnt * self.codes}
+        """Prompts; which of their drawings are learnt from is not known before `draw`."""
+        return {"prompts": len(batch["prompt"])}
 
     def before_step(self, module: nn.Module, step: int) -> None:
         """Move a reference that follows; give the weights that draw those of the policy, for a new batch."""
@@ -183,16 +182,13 @@ class OnlineTask(PolicyTask):
         )
         codes = codes.view(len(numbers), group, *self.grid)
         rewards = self._rewards(module, numbers, seeds, codes)
-        taken, known = self.choose(rewards)
-        codes = codes[torch.arange(len(codes))[:, None], taken]
+        sizes = [len(batch["prompt"]) for batch in batches]
         made: list[Batch] = []
-        start = 0
-        for batch in batches:
-            here = slice(start, start + len(batch["prompt"]))
-            start = here.stop
-            rows = self._rows(batch["prompt"].tolist(), codes[here])
-            own = {name: tensor[here] for name, tensor in known.items()}
-            made.append({**batch, **rows, "rewards": rewards[here], **own})
+        for batch, own, drawn in zip(batches, rewards.split(sizes), codes.split(sizes), strict=True):
+            learnt = self.choose(own)
+            owners = learnt["owners"]
+            rows = self._rows(batch["prompt"][owners].tolist(), drawn[owners[:, None], learnt["taken"]])
+            made.append({**batch, **rows, "rewards": own, **learnt})
         if module.behaviour is not None:
             device = module.behaviour.device
             for batch in made:
@@ -201,14 +197,15 @@ class OnlineTask(PolicyTask):
         return made
 
     @abstractmethod
-    def choose(self, rewards: Tensor) -> tuple[Tensor, Batch]:
+    def choose(self, rewards: Tensor) -> Batch:
         """Which drawings are learnt from, and how.
 
         Args:
             rewards: float64 [P, G] of each prompt's group.
 
         Returns:
-            Indices into each group [P, learnt], and tensors [P, ...] that the loss finds in its batch.
+            What the loss finds in its batch: `owners`, a prompt's place [R], R > 0; `taken`, indices of some of its
+            drawings, which are learnt from side by side [R, together]; and what the task adds to them [R, ...].
         """
 
     def _sample(self, model: UniMMModel, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
@@ -262,7 +259,7 @@ class OnlineTask(PolicyTask):
             return make_scorer(self.recipe.scorer, um, Path(self.recipe.output))
 
     def _rows(self, numbers: Sequence[int], codes: Tensor) -> Batch:
-        """Prompts with their drawings [P, G, h, w] as rows, every code position numbered: [P, G, h * w] in order."""
+        """Prompts with drawings [R, K, h, w] as rows, every code position numbered: [R, K, h * w] in order."""
         rows: list[dict[str, Any]] = []
         count = 0
         for number, drawings in zip(numbers, codes, strict=True):
@@ -283,10 +280,10 @@ class OnlineTask(PolicyTask):
         return batch
 
     def score(self, model: UniMMModel, batch: Batch) -> AnswerScores:
-        """Scores [P L h w] of every code, at the temperature at which it was drawn."""
+        """Scores [R K h w] of every code, at the temperature at which it was drawn."""
         inputs: dict[str, Any] = {name: batch[name] for name in INPUTS if name in batch}
         return model.score(
-            count=len(batch["prompt"]) * self.learnt * self.codes,
+            count=batch["taken"].numel() * self.codes,
             temperature=self.recipe.sampling.temperature,
             lockstep=self.lockstep,
             **inputs,

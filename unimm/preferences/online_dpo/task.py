@@ -26,22 +26,25 @@ class OnlineDpoTask(OnlineTask):
     """Learns from pairs of its own drawings; see `Task`."""
 
     recipe: OnlineDpoRecipe
+    together = 2
 
-    def __init__(self, recipe: OnlineDpoRecipe) -> None:
-        super().__init__(recipe)
-        self.learnt = 2 * recipe.pairs.each
+    def choose(self, rewards: Tensor) -> Batch:
+        """Pairs of the best and the worst that differ enough, and what each counts: `weights` [R].
 
-    def choose(self, rewards: Tensor) -> tuple[Tensor, Batch]:
-        """The best and the worst, and what each pair of them counts: `weights` [P, K]."""
+        Where no pair does, one that counts nothing keeps the batch from being empty.
+        """
         section = self.recipe.pairs
-        taken = best_and_worst(rewards, section.each)
-        better, worse = rewards.gather(1, taken).chunk(2, 1)
+        pairs = best_and_worst(rewards, section.each).unflatten(1, (2, -1)).transpose(1, 2)  # [P, each, 2]
+        better, worse = rewards.gather(1, pairs.flatten(1)).view_as(pairs).unbind(-1)
         margin = better - worse
         counted = (margin > 0) & (margin >= section.margin)
-        return taken, {"weights": margin * counted if section.weighted else counted.double()}
+        weights = margin * counted if section.weighted else counted.double()
+        if not counted.any():
+            counted[0, 0] = True
+        return {"owners": counted.nonzero()[:, 0], "taken": pairs[counted], "weights": weights[counted]}
 
     def targets(self, batch: Batch) -> dict[str, int | float]:
-        """Prompts, the codes that will be learnt from, and the most pairs that there can be."""
+        """Prompts, and the most pairs that there can be."""
         return {**super().targets(batch), "pairs": len(batch["prompt"]) * self.recipe.pairs.each}
 
     def loss(
@@ -53,28 +56,32 @@ class OnlineDpoTask(OnlineTask):
         reference = self.reference_log_probs(module, batch)
         scores = self.score(module.policy, batch)
         pairs = self._pairs(scores.log_probs, reference)
-        section, weights = self.recipe.objective, batch["weights"].flatten()
+        section, weights = self.recipe.objective, batch["weights"]
         counted = weights > 0
         used = pairs.per_position() if section.per_position else pairs
         losses = objective(used, section.losses, section.options) * weights
         told = {
-            "entropy": scores.entropy.double().sum() / totals["code_tokens"],
+            "entropy": _sum_and_count(scores.entropy),
             "counted": counted.double().sum() / totals["pairs"],
             **_told_of_counted(told_of_pairs(pairs, used, section.beta), counted),
         }
         if reference is not None:
-            kl = k3(scores.log_probs.detach(), reference)
-            told["kl"] = kl.sum() / totals["code_tokens"]
+            told["kl"] = _sum_and_count(k3(scores.log_probs.detach(), reference))
         return (losses.sum() / totals["pairs"]).float(), {**told, **self.told(batch, totals)}
 
     def _pairs(self, log_probs: Tensor, reference: Tensor | None) -> Pairs:
-        """Pairs [P K] from log-probabilities of every code [P L h w]."""
+        """Pairs [R] from log-probabilities of every code [R 2 h w]."""
         if reference is None:
             reference = torch.zeros_like(log_probs)
-        sums = (one.view(-1, 2, self.recipe.pairs.each, self.codes).sum(-1) for one in (log_probs, reference))
-        (chosen, rejected), (better, worse) = (one.transpose(0, 1).flatten(1) for one in sums)
+        sums = (one.view(-1, 2, self.codes).sum(-1) for one in (log_probs, reference))
+        (chosen, rejected), (better, worse) = (one.unbind(1) for one in sums)
         length = torch.full_like(chosen, self.codes)
         return Pairs(chosen, rejected, better, worse, length, length)
+
+
+def _sum_and_count(values: Tensor) -> Tensor:
+    """Sum and count [2], since what a step learns from is not known before it has drawn."""
+    return torch.stack([values.double().sum(), values.new_tensor(values.numel(), dtype=torch.float64)])
 
 
 def _told_of_counted(told: Mapping[str, Tensor], counted: Tensor) -> dict[str, Tensor]:
