@@ -56,7 +56,8 @@ class OnlineRecipe(PolicyRecipe):
     """Judges drawings: a name of `unimm.preferences.scorers`, or the dotted path of a callable."""
     sampling: SamplingSection = SamplingSection()
     packed: bool = True
-    """All drawings of a prompt in one row, after a prompt that is read once; else a row for each."""
+    """Drawings that are learnt from side by side (a prompt's, or a pair's) in one row, after a prompt that is read
+    once; else a row for each."""
 
     @property
     def updates(self) -> int:

@@ -20,7 +20,7 @@ class PairSection(Section):
     each: Positive = 1
     """Pairs of a prompt: the best drawing and the worst, the second best and the second worst, and so on."""
     margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    """Pairs whose scores differ by less teach nothing; nor do ties."""
+    """Pairs whose scores differ by less teach nothing and cost nothing; nor do ties."""
     weighted: bool = False
     """Whether a pair counts as much as its scores differ, as GRPO's advantages do; else all count 1."""
 
