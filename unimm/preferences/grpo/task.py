@@ -23,16 +23,16 @@ class GrpoTask(OnlineTask):
 
     def __init__(self, recipe: GrpoRecipe) -> None:
         super().__init__(recipe)
-        self.together = recipe.sampling.learnt or recipe.sampling.group
+        self.learnt = recipe.sampling.learnt or recipe.sampling.group
 
     def targets(self, batch: Batch) -> dict[str, int | float]:
         """Prompts, and the codes that will be learnt from."""
         count = len(batch["prompt"])
-        return {"prompts": count, "code_tokens": count * self.together * self.codes}
+        return {"prompts": count, "code_tokens": count * self.learnt * self.codes}
 
     def choose(self, rewards: Tensor) -> Batch:
         """Those of each prompt whose rewards vary most, and the `advantages` [P, K] of each."""
-        taken = most_varied(rewards, self.together)
+        taken = most_varied(rewards, self.learnt)
         better = advantages(rewards.gather(1, taken), self.recipe.objective.divide_by_std)
         return {"owners": torch.arange(len(rewards)), "taken": taken, "advantages": better}
 

@@ -83,14 +83,9 @@ class Drawn:
 
 
 class OnlineTask(PolicyTask):
-    """Trains and exports a `UniMMModel` on its own drawings; see the module's docstring and `Task`.
-
-    Attributes:
-        together: drawings of one prompt that are learnt from side by side.
-    """
+    """Trains and exports a `UniMMModel` on its own drawings; see the module's docstring and `Task`."""
 
     recipe: OnlineRecipe
-    together: int
 
     def __init__(self, recipe: OnlineRecipe) -> None:
         self.recipe = recipe
@@ -205,7 +200,7 @@ class OnlineTask(PolicyTask):
 
         Returns:
             What the loss finds in its batch: `owners`, a prompt's place [R], R > 0; `taken`, indices of some of its
-            drawings, which are learnt from side by side [R, together]; and what the task adds to them [R, ...].
+            drawings, which are learnt from side by side [R, K]; and what the task adds to them [R, ...].
         """
 
     def _sample(self, model: UniMMModel, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:

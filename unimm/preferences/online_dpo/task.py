@@ -26,7 +26,6 @@ class OnlineDpoTask(OnlineTask):
     """Learns from pairs of its own drawings; see `Task`."""
 
     recipe: OnlineDpoRecipe
-    together = 2
 
     def choose(self, rewards: Tensor) -> Batch:
         """Pairs of the best and the worst that differ enough, and what each counts: `weights` [R].
