@@ -83,9 +83,15 @@ def test_two_processes_take_the_steps_of_one(runs: Path, kind: str) -> None:
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-2)
     assert one[0]["grad_norm"] == pytest.approx(two[0]["grad_norm"], rel=1e-4)
     ours, theirs_ = (load_file(runs / f"{n}-{kind}/out/export/model.safetensors") for n in ("two", "one"))
-    for name in ("latent_norm.running_mean", "latent_norm.running_var", "quantize._codebook.cluster_size"):
-        if kind == "average":
-            torch.testing.assert_close(ours[name], theirs_[name], rtol=1e-2, atol=2e-3, msg=name)
+    if kind == "average":
+        # No loss sees the biases before the normalisation; Adam makes steps of their roundings, and means go along.
+        tolerances = {
+            "latent_norm.running_mean": 2e-2,
+            "latent_norm.running_var": 2e-3,
+            "quantize._codebook.cluster_size": 2e-3,
+        }  # unshared they differ by 0.16, 0.24 and 0.35
+        for name, atol in tolerances.items():
+            torch.testing.assert_close(ours[name], theirs_[name], rtol=1e-2, atol=atol, msg=name)
 
 
 def test_a_resumed_run_of_two_processes_ends_with_the_same_bits(runs: Path) -> None:
