@@ -43,6 +43,13 @@ def test_pairs_that_differ_too_little_do_not_count(recipe_file: Path) -> None:
     assert loss.item() == pytest.approx(5 / 8 * math.log(2), abs=1e-6)
     assert metrics["counted"] == pytest.approx(5 / 8)
     assert metrics["pairs/margin"].tolist() == [0, 5]
+    assert metrics["entropy"][1] == metrics["kl"][1] == 10 * SIZE
+    task, module, batch, totals = drawn(
+        recipe_file, "pairs.margin=1000"
+    )  # one pair is kept, and told of nowhere
+    loss, metrics = task.loss(module, batch, 0, totals)
+    assert len(batch["image_codes"]) == 2 and loss == 0
+    assert all(metrics[name].tolist() == [0, 0] for name in ("entropy", "kl", "pairs/margin"))
 
 
 def test_pairs_may_count_as_much_as_their_scores_differ(recipe_file: Path) -> None:

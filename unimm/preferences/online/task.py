@@ -296,7 +296,7 @@ class OnlineTask(PolicyTask):
         kinds = [self.kinds[number] for number in batch["prompt"].tolist()]
         for kind in dict.fromkeys(self.kinds):
             where = torch.tensor([one == kind for one in kinds], device=means.device)
-            told[f"reward/{kind}"] = torch.stack([means[where].sum(), where.double().sum()])
+            told[f"reward/{kind}"] = sum_and_count(means, where)
         return told
 
     @torch.no_grad()
@@ -315,6 +315,11 @@ class OnlineTask(PolicyTask):
         before_and_after(um, prompts, before, draw_fixed(um, prompts, section)).save(
             folder / f"{step:06d}.png"
         )
+
+
+def sum_and_count(values: Tensor, where: Tensor) -> Tensor:
+    """Sum and count [2] of the values [N] that a mask [N] picks: a step may have none, and then no mean is logged."""
+    return torch.stack([values.detach()[where].double().sum(), where.double().sum()])
 
 
 def _kind(prompt: DrawingPrompt) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from unimm.preferences.online.task import DrawingPolicy, OnlineTask
+from unimm.preferences.online.task import DrawingPolicy, OnlineTask, sum_and_count
 from unimm.preferences.online_dpo.recipe import OnlineDpoRecipe
 from unimm.preferences.rank import best_and_worst
 from unimm.training.preferences.losses import Pairs, k3, objective
@@ -59,13 +59,16 @@ class OnlineDpoTask(OnlineTask):
         counted = weights > 0
         used = pairs.per_position() if section.per_position else pairs
         losses = objective(used, section.losses, section.options) * weights
+        codes = counted.repeat_interleave(2 * self.codes)
         told = {
-            "entropy": _sum_and_count(scores.entropy),
+            "entropy": sum_and_count(scores.entropy, codes),
             "counted": counted.double().sum() / totals["pairs"],
-            **_told_of_counted(told_of_pairs(pairs, used, section.beta), counted),
         }
         if reference is not None:
-            told["kl"] = _sum_and_count(k3(scores.log_probs.detach(), reference))
+            told["kl"] = sum_and_count(k3(scores.log_probs.detach(), reference), codes)
+        for name, value in told_of_pairs(pairs, used, section.beta).items():
+            if name != "kl":  # which takes answers for the reference's, and these are the policy's
+                told[f"pairs/{name}"] = sum_and_count(value, counted)
         return (losses.sum() / totals["pairs"]).float(), {**told, **self.told(batch, totals)}
 
     def _pairs(self, log_probs: Tensor, reference: Tensor | None) -> Pairs:
@@ -76,20 +79,3 @@ class OnlineDpoTask(OnlineTask):
         (chosen, rejected), (better, worse) = (one.unbind(1) for one in sums)
         length = torch.full_like(chosen, self.codes)
         return Pairs(chosen, rejected, better, worse, length, length)
-
-
-def _sum_and_count(values: Tensor) -> Tensor:
-    """Sum and count [2], since what a step learns from is not known before it has drawn."""
-    return torch.stack([values.double().sum(), values.new_tensor(values.numel(), dtype=torch.float64)])
-
-
-def _told_of_counted(told: Mapping[str, Tensor], counted: Tensor) -> dict[str, Tensor]:
-    """Sum and count [2] over the pairs that count, since a step may have none, of what is known of each pair [N].
-
-    Their `kl` is not among them: it takes answers for the reference's, and these are the policy's.
-    """
-    return {
-        f"pairs/{name}": torch.stack([(value.detach() * counted).sum(), counted.double().sum()])
-        for name, value in told.items()
-        if name != "kl"
-    }
