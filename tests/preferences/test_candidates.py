@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pydantic import ValidationError
 
 from unimm.data.concepts import with_article
@@ -164,7 +165,7 @@ def test_scorers_are_found_by_dotted_path(
         make_scorer("my_scorers.blueness", few, tmp_path)
     with pytest.raises(UserError, match=r"scorer: 'my_scorers.__name__' is str"):
         make_scorer("my_scorers.__name__", few, tmp_path)
-    with pytest.raises(UserError, match='self-vqa, rules, artwork, probe; did you mean "rules"'):
+    with pytest.raises(UserError, match='self-vqa, rules, artwork, variety, probe; did you mean "rules"'):
         make_scorer("rule", few, tmp_path)
 
 
@@ -234,14 +235,36 @@ def test_self_vqa_is_the_mean_probability_of_the_answers(few: UniMM, tmp_path: P
         )
 
 
+def test_variety_is_the_distance_to_the_other_drawings(few: UniMM, tmp_path: Path) -> None:
+    """Against a loop over drawings; the most unlike gets 1, and equals get all the same."""
+    shown = EmojiScenes("train", 0)
+    pictures = [Image.fromarray(shown[index].render()) for index in (0, 1, 1, 1)]
+    prompt = DrawingPrompt(prompt="a star")
+    candidates = [Candidate(prompt, seed, torch.zeros(4, 4), one) for seed, one in enumerate(pictures)]
+    assert few.model.vision is not None
+    with torch.no_grad():
+        features = [few.model.vision(few.processor.pixels([one]))[0].mean(0) for one in pictures]
+    units = [one / one.square().sum().sqrt() for one in features]
+    distances = [sum((one - other).square().sum().sqrt().item() for other in units) for one in units]
+    score = make_scorer("variety", few, tmp_path)
+    scores = score(candidates)
+    assert scores == pytest.approx([distance / distances[0] for distance in distances], abs=1e-3)
+    assert scores[0] == 1 and scores[1] == pytest.approx(1 / 3, abs=1e-3)
+    assert score(candidates[1:]) == [1, 1, 1] and score(candidates[:1]) == [1]
+
+
+def test_variety_needs_an_encoder(few: UniMM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(few.model, "vision", None)
+    with pytest.raises(UserError, match="variety: this model has no encoder of pictures"):
+        make_scorer("variety", few, tmp_path)
+
+
 def test_rules_know_a_real_render_from_a_wrong_one(few: UniMM, tmp_path: Path) -> None:
     wanted = scene_prompts("train", 0, 40)
     scenes = EmojiScenes("train", 0)
     score = make_scorer("rules", few, tmp_path)
 
     def candidate(index: int, shown: int) -> Candidate:
-        from PIL import Image
-
         return Candidate(wanted[index], 0, torch.zeros(4, 4), Image.fromarray(scenes[shown].render()))
 
     right = [score([candidate(index, index)])[0] for index in range(40)]

@@ -186,7 +186,7 @@ def test_rewards_are_told_by_kind_of_scene(
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["scorer=rule"], "scorer: 'rule'; give a dotted path, or one of self-vqa, rules, artwork, probe; did"),
+        (["scorer=rule"], "scorer: 'rule'; give a dotted path, or one of self-vqa, rules, artwork, variety, probe"),
         (["scorer=tests.preferences.rewards.nothing"], "cannot be imported"),
         (["scorer=rules"], "names no scene of EmojiScenes"),
         (["scorer=tests.preferences.rewards.raises"], "raised RuntimeError: no idea"),

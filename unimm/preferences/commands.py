@@ -78,7 +78,9 @@ def rank_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `rank`."""
     parser.add_argument("candidates", metavar="FILE", help="what `unimm preferences draw` wrote")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="preferences, as JSON lines")
-    known = "self-vqa, rules, artwork, probe, or a callable as module.name; their product as NAME*NAME"
+    known = (
+        "self-vqa, rules, artwork, variety, probe, or a callable as module.name; their product as NAME*NAME"
+    )
     parser.add_argument("--scorer", default="self-vqa", metavar="NAME", help=f"{known} (default: self-vqa)")
     parser.add_argument(
         "--margin", type=float, default=0.1, metavar="X", help="least difference (default: 0.1)"

@@ -1,8 +1,9 @@
 """Scorers of candidates: any callable that takes a prompt's candidates and gives a number for each, higher is better.
 
-Four come with the package, each giving shares in [0, 1]: `self-vqa`, the model's own answers about its drawings;
-`rules`, pixel rules on scenes; `artwork`, a classifier of pixels on scenes; `probe`, the judge of `unimm.evaluation` on
-scenes. Judge with another than you train on: what is optimised stops being a measure.
+Five come with the package, each giving shares in [0, 1]: `self-vqa`, the model's own answers about its drawings;
+`rules`, pixel rules on scenes; `artwork`, a classifier of pixels on scenes; `variety`, how unlike the others a drawing
+is; `probe`, the judge of `unimm.evaluation` on scenes. Judge with another than you train on: what is optimised stops
+being a measure.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from unimm.data.emojiscenes import Scene
 from unimm.errors import UserError
@@ -93,9 +95,9 @@ def make_scorer(name: str, um: UniMM, folder: Path) -> Scorer:
     """Return a scorer by its name or by the dotted path of a callable, as `mymodule.score` or `mymodule:score`.
 
     Args:
-        name: `self-vqa`, `rules`, `artwork`, `probe`, or a path; modules of the working directory are found too.
-            Several with `*` between them, as `self-vqa*artwork`: their product, high where each of them is. Factors
-            are at least 0.
+        name: `self-vqa`, `rules`, `artwork`, `variety`, `probe`, or a path; modules of the working directory are found
+            too. Several with `*` between them, as `self-vqa*artwork`: their product, high where each of them is.
+            Factors are at least 0.
         um: the model that drew.
         folder: where a scorer may keep what it fits.
 
@@ -224,6 +226,28 @@ def artwork(um: UniMM, folder: Path) -> Scorer:
     return score
 
 
+def variety(um: UniMM, folder: Path) -> Scorer:
+    """How unlike a prompt's other drawings each is, as a share of the most unlike: to be multiplied with other scores.
+
+    The mean distance of unit features, which are means of the model's own encoder's; 1 for all where they are equal.
+    To multiply quality by diversity is DARLING's way (Li et al. 2025, arXiv:2509.02534), lest what grows likelier grow
+    alike.
+    """
+    if um.model.vision is None:
+        raise UserError("variety: this model has no encoder of pictures to tell drawings apart by")
+    encoder = um.model.vision
+
+    @torch.inference_mode()
+    def score(candidates: Sequence[Candidate]) -> list[float]:
+        pixels = um.processor.pixels([candidate.image for candidate in candidates])
+        features = F.normalize(encoder(pixels.to(um.model.device, um.model.dtype)).float().mean(1), dim=1)
+        distances = torch.cdist(features, features).sum(1)
+        most = distances.max()
+        return list((distances / most if most > 0 else torch.ones_like(distances)).tolist())
+
+    return score
+
+
 def probe(um: UniMM, folder: Path) -> Scorer:
     """The judge of drawings on scenes: the share of background, object, place and count that is right."""
     from unimm.evaluation.drawing import judge_pictures
@@ -249,6 +273,7 @@ SCORERS: dict[str, Callable[[UniMM, Path], Scorer]] = {
     "self-vqa": self_vqa,
     "rules": rules,
     "artwork": artwork,
+    "variety": variety,
     "probe": probe,
 }
 """The scorers that come with the package."""
