@@ -44,9 +44,8 @@ def test_pairs_that_differ_too_little_do_not_count(recipe_file: Path) -> None:
     assert metrics["counted"] == pytest.approx(5 / 8)
     assert metrics["pairs/margin"].tolist() == [0, 5]
     assert metrics["entropy"][1] == metrics["kl"][1] == 10 * SIZE
-    task, module, batch, totals = drawn(
-        recipe_file, "pairs.margin=1000"
-    )  # one pair is kept, and told of nowhere
+    # One pair is kept, and told of nowhere.
+    task, module, batch, totals = drawn(recipe_file, "pairs.margin=1000")
     loss, metrics = task.loss(module, batch, 0, totals)
     assert len(batch["image_codes"]) == 2 and loss == 0
     assert all(metrics[name].tolist() == [0, 0] for name in ("entropy", "kl", "pairs/margin"))
