@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections import Counter
@@ -253,10 +254,11 @@ def test_variety_is_the_distance_to_the_other_drawings(few: UniMM, tmp_path: Pat
     assert score(candidates[1:]) == [1, 1, 1] and score(candidates[:1]) == [1]
 
 
-def test_variety_needs_an_encoder(few: UniMM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(few.model, "vision", None)
+def test_variety_needs_an_encoder(few: UniMM, tmp_path: Path) -> None:
+    blind = UniMM(copy.deepcopy(few.model), few.processor)
+    blind.model.vision = None
     with pytest.raises(UserError, match="variety: this model has no encoder of pictures"):
-        make_scorer("variety", few, tmp_path)
+        make_scorer("variety", blind, tmp_path)
 
 
 def test_rules_know_a_real_render_from_a_wrong_one(few: UniMM, tmp_path: Path) -> None:
