@@ -98,9 +98,17 @@ def test_a_product_is_high_where_each_is(
         Candidate(prompt, 0, torch.ones(2, 2), Image.fromarray(prompt.scene.scene().render()))
         for prompt in prompts
     ]
-    parts = [make_scorer(name, um, cache.parent)(candidates) for name in ("artwork", "rules")]
+    parts = [np.array(make_scorer(name, um, cache.parent)(candidates)) for name in ("artwork", "rules")]
     for name in ("artwork*rules", "rules * artwork"):
         assert make_scorer(name, um, cache.parent)(candidates) == pytest.approx(np.prod(parts, axis=0))
+    for name, wanted in (
+        ("artwork^2 * rules ^ 0.5", parts[0] ** 2 * parts[1] ** 0.5),
+        ("artwork^.5", parts[0] ** 0.5),
+    ):
+        assert make_scorer(name, um, cache.parent)(candidates) == pytest.approx(wanted)
+    for name in ("rules^0", "rules^-1", "rules^", "rules^two", "rules^inf", "rules^nan", "artwork*rules^1^2"):
+        with pytest.raises(UserError, match=r"scorer: 'rules\^.*give a power above 0 after \^"):
+            make_scorer(name, um, cache.parent)
     plain = [Candidate(DrawingPrompt(prompt="a star"), 0, None, candidates[0].image)]
     with pytest.raises(UserError, match="rules: the prompt 'a star' names no scene"):
         make_scorer("rules*artwork", um, cache.parent)(candidates[:1] + plain)

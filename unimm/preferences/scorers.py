@@ -96,8 +96,8 @@ def make_scorer(name: str, um: UniMM, folder: Path) -> Scorer:
 
     Args:
         name: `self-vqa`, `rules`, `artwork`, `variety`, `probe`, or a path; modules of the working directory are found
-            too. Several with `*` between them, as `self-vqa*artwork`: their product, high where each of them is.
-            Factors are at least 0.
+            too. Several with `*` between them, as `self-vqa*artwork`: their product, high where each of them is. A
+            factor may have a power, as `rules*variety^0.5`, by which it counts more or less. Factors are at least 0.
         um: the model that drew.
         folder: where a scorer may keep what it fits.
 
@@ -109,9 +109,9 @@ def make_scorer(name: str, um: UniMM, folder: Path) -> Scorer:
 
 def find_scorer(name: str) -> Callable[[UniMM, Path], Scorer]:
     """Return what makes a scorer; the arguments and errors are those of `make_scorer`."""
-    if "*" in name:
-        makers = [find_scorer(part.strip()) for part in name.split("*")]
-        return lambda um, folder: _product([make(um, folder) for make in makers])
+    if "*" in name or "^" in name:
+        factors = [_factor(part) for part in name.split("*")]
+        return lambda um, folder: _product([(make(um, folder), power) for make, power in factors])
     if name in SCORERS:
         return SCORERS[name]
     module_name, _, attribute = name.replace(":", ".").rpartition(".")
@@ -130,15 +130,28 @@ def find_scorer(name: str) -> Callable[[UniMM, Path], Scorer]:
     return lambda um, folder: scorer
 
 
-def _product(scorers: Sequence[Scorer]) -> Scorer:
-    """The product of what several scorers give a candidate; each is held to the contract."""
+def _factor(text: str) -> tuple[Callable[[UniMM, Path], Scorer], float]:
+    """What makes a scorer, and its power, of `scorer` or `scorer^power`."""
+    name, mark, given = text.partition("^")
+    try:
+        power = float(given) if mark else 1.0
+    except ValueError:
+        power = math.nan
+    if not 0 < power < math.inf:
+        raise UserError(f"scorer: {text.strip()!r}; give a power above 0 after ^, as variety^0.5")
+    return find_scorer(name.strip()), power
+
+
+def _product(factors: Sequence[tuple[Scorer, float]]) -> Scorer:
+    """The product of powers of what several scorers give a candidate; each is held to the contract."""
 
     def score(candidates: Sequence[Candidate]) -> list[float]:
-        given = [score_candidates(scorer, candidates) for scorer in scorers]
+        given = [score_candidates(scorer, candidates) for scorer, _ in factors]
         least = min(map(min, given))
         if least < 0:  # two bad scores would make a good one
             raise ScorerError(f"a factor gave {least:g}; factors of a product give numbers from 0 up")
-        return [math.prod(scores) for scores in zip(*given, strict=True)]
+        powers = [power for _, power in factors]
+        return [math.prod(map(pow, scores, powers)) for scores in zip(*given, strict=True)]
 
     return score
 
