@@ -396,6 +396,7 @@ class UniMMModel(PreTrainedModel):
         position_ids: Tensor | None = None,
         temperature: float = 1.0,
         lockstep: bool = False,
+        image_features: Tensor | None = None,
     ) -> AnswerScores:
         """Return how likely answers are, in words through the text head and in codes through the code head.
 
@@ -412,8 +413,9 @@ class UniMMModel(PreTrainedModel):
             position_ids: see `forward`.
             temperature: what logits are divided by, where answers were sampled so.
             lockstep: see `forward`.
+            image_features: see `forward`.
         """
-        stream_BTC = self.embed(input_ids, pixel_values, image_codes, image_sizes, lockstep)
+        stream_BTC = self.embed(input_ids, pixel_values, image_codes, image_sizes, lockstep, image_features)
         hidden = self._run(stream_BTC, attention_mask, position_ids).last_hidden_state[:, :-1]
         targets, text, code = self._counted(input_ids, labels)
         # In float64: what matters are small differences of long sums.

@@ -254,11 +254,32 @@ def test_variety_is_the_distance_to_the_other_drawings(few: UniMM, tmp_path: Pat
     assert score(candidates[1:]) == [1, 1, 1] and score(candidates[:1]) == [1]
 
 
-def test_variety_needs_an_encoder(few: UniMM, tmp_path: Path) -> None:
+def test_factors_share_what_the_encoder_saw(few: UniMM, tmp_path: Path) -> None:
+    """A product encodes the drawings of a prompt once, and gives what its factors give alone."""
+    rows = drawn(few, tmp_path / "c.jsonl", scene_prompts("train", 3, 2), n=3)
+    groups = [candidates_of(few, row) for row in rows]
+    alone = [
+        [make_scorer(name, few, tmp_path)(group) for name in ("self-vqa", "variety")] for group in groups
+    ]
+    product = make_scorer("self-vqa*variety", few, tmp_path)
+    encoded: list[int] = []
+    assert few.model.vision is not None
+    hook = few.model.vision.register_forward_hook(lambda module, given, out: encoded.append(len(out)))
+    try:
+        together = [product(group) for group in groups]
+    finally:
+        hook.remove()
+    assert encoded == [3, 3]
+    assert together == [pytest.approx(np.prod(parts, axis=0)) for parts in alone]
+    assert together[0] != together[1]
+
+
+@pytest.mark.parametrize("name", ["self-vqa", "variety", "rules*variety"])
+def test_scorers_that_look_need_an_encoder(few: UniMM, tmp_path: Path, name: str) -> None:
     blind = UniMM(copy.deepcopy(few.model), few.processor)
     blind.model.vision = None
-    with pytest.raises(UserError, match="variety: this model has no encoder of pictures"):
-        make_scorer("variety", blind, tmp_path)
+    with pytest.raises(UserError, match=f"{name.split('*')[-1]}: this model has no encoder of pictures"):
+        make_scorer(name, blind, tmp_path)
 
 
 def test_rules_know_a_real_render_from_a_wrong_one(few: UniMM, tmp_path: Path) -> None:

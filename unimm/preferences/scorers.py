@@ -11,7 +11,8 @@ from __future__ import annotations
 import importlib
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,49 @@ Scorer = Callable[[Sequence[Candidate]], Sequence[float]]
 
 class ScorerError(Exception):
     """A scorer gave no scores for a prompt."""
+
+
+class ScorerContext:
+    """What scorers are made of, and what the factors of a product share.
+
+    Args:
+        um: the model that drew.
+        folder: where a scorer may keep what it fits.
+    """
+
+    def __init__(self, um: UniMM, folder: Path) -> None:
+        self.um, self.folder = um, folder
+        self._kept: list[Tensor] | None = None
+
+    def needs_encoder(self, scorer: str) -> None:
+        """Refuse a model that cannot see.
+
+        Raises:
+            UserError: it has no encoder.
+        """
+        if self.um.model.vision is None:
+            raise UserError(f"{scorer}: this model has no encoder of pictures")
+
+    @contextmanager
+    def same_candidates(self) -> Iterator[None]:
+        """Within this, `features` is always asked about the same candidates, and encodes them once."""
+        self._kept = []
+        try:
+            yield
+        finally:
+            self._kept = None
+
+    def features(self, candidates: Sequence[Candidate]) -> Tensor:
+        """The model's encoder's features [N, tokens, width] of candidates' pictures."""
+        if self._kept:
+            return self._kept[0]
+        model = self.um.model
+        assert model.vision is not None
+        pixels = self.um.processor.pixels([candidate.image for candidate in candidates])
+        features: Tensor = model.vision(pixels.to(model.device, model.dtype))
+        if self._kept is not None:
+            self._kept.append(features)
+        return features
 
 
 def picture_candidates(
@@ -104,14 +148,14 @@ def make_scorer(name: str, um: UniMM, folder: Path) -> Scorer:
     Raises:
         UserError: there is no such scorer.
     """
-    return find_scorer(name)(um, folder)
+    return find_scorer(name)(ScorerContext(um, folder))
 
 
-def find_scorer(name: str) -> Callable[[UniMM, Path], Scorer]:
-    """Return what makes a scorer; the arguments and errors are those of `make_scorer`."""
+def find_scorer(name: str) -> Callable[[ScorerContext], Scorer]:
+    """Return what makes a scorer; the name and errors are those of `make_scorer`."""
     if "*" in name or "^" in name:
         factors = [_factor(part) for part in name.split("*")]
-        return lambda um, folder: _product([(make(um, folder), power) for make, power in factors])
+        return lambda context: _product(context, [(make(context), power) for make, power in factors])
     if name in SCORERS:
         return SCORERS[name]
     module_name, _, attribute = name.replace(":", ".").rpartition(".")
@@ -127,10 +171,10 @@ def find_scorer(name: str) -> Callable[[UniMM, Path], Scorer]:
     if not callable(found):
         raise UserError(f"scorer: {name!r} is {type(found).__name__}, which cannot be called")
     scorer: Scorer = found
-    return lambda um, folder: scorer
+    return lambda context: scorer
 
 
-def _factor(text: str) -> tuple[Callable[[UniMM, Path], Scorer], float]:
+def _factor(text: str) -> tuple[Callable[[ScorerContext], Scorer], float]:
     """What makes a scorer, and its power, of `scorer` or `scorer^power`."""
     name, mark, given = text.partition("^")
     try:
@@ -142,11 +186,12 @@ def _factor(text: str) -> tuple[Callable[[UniMM, Path], Scorer], float]:
     return find_scorer(name.strip()), power
 
 
-def _product(factors: Sequence[tuple[Scorer, float]]) -> Scorer:
+def _product(context: ScorerContext, factors: Sequence[tuple[Scorer, float]]) -> Scorer:
     """The product of powers of what several scorers give a candidate; each is held to the contract."""
 
     def score(candidates: Sequence[Candidate]) -> list[float]:
-        given = [score_candidates(scorer, candidates) for scorer, _ in factors]
+        with context.same_candidates():
+            given = [score_candidates(scorer, candidates) for scorer, _ in factors]
         least = min(map(min, given))
         if least < 0:  # two bad scores would make a good one
             raise ScorerError(f"a factor gave {least:g}; factors of a product give numbers from 0 up")
@@ -156,17 +201,22 @@ def _product(factors: Sequence[tuple[Scorer, float]]) -> Scorer:
     return score
 
 
-def self_vqa(um: UniMM, folder: Path) -> Scorer:
+def self_vqa(context: ScorerContext) -> Scorer:
     """Ask the model the prompt's questions about each drawing: the mean probability that it gives the right answers.
 
     Answers count by the weights of their questions. The idea of scoring a generator by questions about its output is
     TIFA's (Hu et al. 2023, arXiv:2303.11897); here the model that draws answers too. The questions of a drawing are
     branches behind one reading of it.
     """
+    um = context.um
+    if not um.processor.layout.shared:
+        context.needs_encoder("self-vqa")
 
     @torch.inference_mode()
     def score(candidates: Sequence[Candidate]) -> list[float]:
         inputs, owners = _questions(um.processor, candidates)
+        if not um.processor.layout.shared:
+            inputs["image_features"] = context.features(candidates)
         moved = {key: value.to(um.model.device) for key, value in inputs.items()}
         right = um.model.score(count=len(owners), **moved).log_probs.exp().cpu().numpy()
         weights = [asked.weight for candidate in candidates for asked in candidate.prompt.questions]
@@ -179,17 +229,18 @@ def self_vqa(um: UniMM, folder: Path) -> Scorer:
 def _questions(
     processor: UniMMProcessor, candidates: Sequence[Candidate]
 ) -> tuple[dict[str, Tensor], list[int]]:
-    """Rows of a picture and its questions, each answer numbered, and the candidate of each answer."""
+    """Rows of a picture and its questions, each answer numbered, and the candidate of each answer.
+
+    Of the pictures, only those that are understood by their codes are among the inputs; the others are features.
+    """
     closing = processor.marks(processor.conversation.assistant)
-    pictures = [candidate.image for candidate in candidates]
     inputs: dict[str, Tensor] = {}
-    grids = [processor.layout.grid] * len(pictures)
+    grids = [processor.layout.grid] * len(candidates)
     if processor.layout.shared:
+        pictures = [candidate.image for candidate in candidates]
         inputs["pixel_values"], inputs["image_sizes"] = processor.sized_pixels(pictures)
         stride = processor.stride
         grids = [(height // stride, width // stride) for height, width in inputs["image_sizes"].tolist()]
-    else:
-        inputs["pixel_values"] = processor.pixels(pictures)
     rows: list[dict[str, Any]] = []
     owners: list[int] = []
     for place, (candidate, grid) in enumerate(zip(candidates, grids, strict=True)):
@@ -207,7 +258,7 @@ def _questions(
     return inputs, owners
 
 
-def rules(um: UniMM, folder: Path) -> Scorer:
+def rules(context: ScorerContext) -> Scorer:
     """Pixel rules on scenes: the background's colour, the number of objects, and how two of them lie to each other."""
     from unimm.evaluation.pixels import Pixels, background_name, find_objects, relation
 
@@ -226,11 +277,11 @@ def rules(um: UniMM, folder: Path) -> Scorer:
     return score
 
 
-def artwork(um: UniMM, folder: Path) -> Scorer:
+def artwork(context: ScorerContext) -> Scorer:
     """The look of scenes: how surely the object is the right one, or two are the right way round; see `Artwork`."""
     from unimm.preferences.artwork import Artwork
 
-    known = Artwork(um, folder / "artwork.safetensors")
+    known = Artwork(context.um, context.folder / "artwork.safetensors")
 
     def score(candidates: Sequence[Candidate]) -> list[float]:
         scenes = [_scene(candidate, "artwork") for candidate in candidates]
@@ -239,21 +290,18 @@ def artwork(um: UniMM, folder: Path) -> Scorer:
     return score
 
 
-def variety(um: UniMM, folder: Path) -> Scorer:
+def variety(context: ScorerContext) -> Scorer:
     """How unlike a prompt's other drawings each is, as a share of the most unlike: to be multiplied with other scores.
 
     The mean distance of unit features, which are means of the model's own encoder's; 1 for all where they are equal.
     To multiply quality by diversity is DARLING's way (Li et al. 2025, arXiv:2509.02534), lest what grows likelier grow
     alike.
     """
-    if um.model.vision is None:
-        raise UserError("variety: this model has no encoder of pictures to tell drawings apart by")
-    encoder = um.model.vision
+    context.needs_encoder("variety")
 
     @torch.inference_mode()
     def score(candidates: Sequence[Candidate]) -> list[float]:
-        pixels = um.processor.pixels([candidate.image for candidate in candidates])
-        features = F.normalize(encoder(pixels.to(um.model.device, um.model.dtype)).float().mean(1), dim=1)
+        features = F.normalize(context.features(candidates).float().mean(1), dim=1)
         distances = torch.cdist(features, features).sum(1)
         most = distances.max()
         return list((distances / most if most > 0 else torch.ones_like(distances)).tolist())
@@ -261,13 +309,13 @@ def variety(um: UniMM, folder: Path) -> Scorer:
     return score
 
 
-def probe(um: UniMM, folder: Path) -> Scorer:
+def probe(context: ScorerContext) -> Scorer:
     """The judge of drawings on scenes: the share of background, object, place and count that is right."""
     from unimm.evaluation.drawing import judge_pictures
     from unimm.evaluation.judge import Judge
     from unimm.evaluation.recipe import JudgeSection
 
-    judge = Judge(JudgeSection(), folder / "judge.safetensors", str(um.model.device))
+    judge = Judge(JudgeSection(), context.folder / "judge.safetensors", str(context.um.model.device))
 
     def score(candidates: Sequence[Candidate]) -> list[float]:
         scenes = [_scene(candidate, "probe") for candidate in candidates]
@@ -282,7 +330,7 @@ def probe(um: UniMM, folder: Path) -> Scorer:
     return score
 
 
-SCORERS: dict[str, Callable[[UniMM, Path], Scorer]] = {
+SCORERS: dict[str, Callable[[ScorerContext], Scorer]] = {
     "self-vqa": self_vqa,
     "rules": rules,
     "artwork": artwork,
