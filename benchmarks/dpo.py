@@ -2,16 +2,19 @@
 
     python benchmarks/dpo.py                     # drawings, captions, drawings with adapters
     python benchmarks/dpo.py drawings --rounds 9
+    python benchmarks/dpo.py drawings adapters --width 2048 --pairs 130 --rounds 3 --steps 1  # as wide as Janus-Pro-1B
 
-Both train the embedded model on the same pairs, in the recipes' batches: of 64 codes behind their prompt, or a picture
-with two captions; all weights of its decoder, or adapters (LoRA) in it. The one reads the reference's
-log-probabilities, taken once before the first step (its seconds are told apart: they are paid back over the passes
-through the data), the other runs a frozen copy in every step. That their losses agree is checked in every step.
+Both train the embedded model, or one of random weights with a decoder as wide as is said, on the same pairs, in the
+recipes' batches: of 64 codes behind their prompt, or a picture with two captions; all weights of the decoder, or
+adapters (LoRA) in it. The one reads the reference's log-probabilities, taken once before the first step (its seconds
+are told apart: they are paid back over the passes through the data), the other runs a frozen copy in every step. That
+their losses agree is checked in every step.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import tempfile
@@ -27,6 +30,7 @@ from PIL import Image
 import unimm
 from unimm.data.emojiscenes import EmojiScenes
 from unimm.images import to_tensor
+from unimm.modeling import UniMMModel
 from unimm.recipes import find_recipe
 from unimm.training.batches import read_ahead
 from unimm.training.engine import Engine, freeze, start_distributed
@@ -40,6 +44,20 @@ WORKLOADS = {
 }
 MODES = ("precomputed", "copy")
 CPU = torch.device("cpu")
+
+
+def write_model(folder: Path, width: int, layers: int) -> None:
+    """Write a model of random weights: the embedded one's config, but for the size of its decoder."""
+    um = unimm.load(device="cpu")
+    config = copy.deepcopy(um.model.config)
+    heads = max(width // 128, 1)
+    config.decoder |= {
+        "hidden_size": width, "intermediate_size": width * 11 // 4, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": heads,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    UniMMModel(config).save_pretrained(folder)
+    um.processor.save_pretrained(folder)
 
 
 def write_pairs(folder: Path, workload: str, count: int) -> Path:
@@ -70,9 +88,10 @@ def write_pairs(folder: Path, workload: str, count: int) -> Path:
 class Side:
     """Training against one kind of reference."""
 
-    def __init__(self, workload: str, mode: str, file: Path, stack: ExitStack) -> None:
+    def __init__(self, workload: str, mode: str, file: Path, model: Path | None, stack: ExitStack) -> None:
         path, overrides = WORKLOADS[workload]
         told = [f"data.file={file}", f"output={file.parent / mode}", f"reference={{mode: {mode}}}"]
+        told += [] if model is None else [f"model={model}"]
         recipe = load_recipe(find_recipe(path), [*told, *overrides, "device=cpu", "stages[0].steps=100000"])
         assert isinstance(recipe, PreferenceRecipe)
         stage, task = recipe.stages[0], recipe.build_task()
@@ -98,13 +117,13 @@ class Side:
         return losses
 
 
-def compare(workload: str, pairs: int, rounds: int, steps: int) -> None:
+def compare(workload: str, pairs: int, rounds: int, steps: int, model: Path | None) -> None:
     """Let both kinds of reference take turns on the same pairs, and print."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         file = write_pairs(folder, workload, pairs)
         start_distributed(CPU)
-        sides = [Side(workload, mode, file, stack) for mode in MODES]
+        sides = [Side(workload, mode, file, model, stack) for mode in MODES]
         for number in range(rounds + 1):
             first, second = (side.round(steps if number else 1) for side in sides)
             assert np.allclose(first, second, atol=1e-4), f"not the same losses: {first}, {second}"
@@ -125,10 +144,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="in a round")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--width", type=int, help="of the decoder, in a model of random weights")
+    parser.add_argument("--layers", type=int, default=2, help="of that decoder")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    for workload in options.workloads or WORKLOADS:
-        compare(workload, options.pairs, options.rounds, options.steps)
+    with tempfile.TemporaryDirectory() as place:
+        model = None if options.width is None else Path(place)
+        if model is not None:
+            write_model(model, options.width, options.layers)
+        for workload in options.workloads or WORKLOADS:
+            compare(workload, options.pairs, options.rounds, options.steps, model)
 
 
 if __name__ == "__main__":
