@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="in a round")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--width", type=int, help="of the decoder, in a model of random weights")
-    parser.add_argument("--layers", type=int, default=2, help="of that decoder")
+    parser.add_argument("--layers", type=int, default=2, help="of that decoder, with --width")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as place:
