@@ -23,7 +23,7 @@ demo: $(READY)
 	@$(BIN)/unimm demo $(ARGS)
 
 test: $(READY)
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(READY)
 	@$(BIN)/ruff check .
@@ -51,5 +51,5 @@ $(READY): pyproject.toml
 	  fi; \
 	fi; \
 	[ -x $(BIN)/python ] || "$$uv" venv --quiet --python '>=3.11' $(VENV); \
-	"$$uv" pip install --python $(BIN)/python --editable '.[dev,data,eval,emu3,lora,lpips,report]'; \
+	"$$uv" pip install --python $(BIN)/python --editable '.[dev,data,eval,emu3,lora,lpips,report,serve]'; \
 	touch $@

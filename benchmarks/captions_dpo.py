@@ -18,11 +18,11 @@ import numpy as np
 from PIL import Image
 
 import unimm
-from unimm.data.emojiscenes import EmojiScenes, Scene
-from unimm.evaluation.naming import evaluate_naming
+from unimm.data.emojiscenes.scenes import EmojiScenes, Scene
+from unimm.evaluation.emojiscenes.naming import evaluate_naming
 from unimm.evaluation.recipe import Naming
 from unimm.pipeline import UniMM
-from unimm.processing import CAPTION_REQUESTS
+from unimm.processing.processor import CAPTION_REQUESTS
 from unimm.recipes import find_recipe
 from unimm.training.recipe import load_recipe
 from unimm.training.trainer import train

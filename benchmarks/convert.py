@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import JanusConfig, JanusForConditionalGeneration, LlamaConfig, PreTrainedTokenizerFast
 
-from unimm.data.text import train_text_tokenizer
+from unimm.data.text_tokenizer import train_text_tokenizer
 
 SHARD = "1GB"
 
@@ -63,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=12)
     options = parser.parse_args()
-    load = "from pathlib import Path; from unimm.interop.convert import convert"
+    load = "from pathlib import Path; from unimm.families.convert import convert"
     with tempfile.TemporaryDirectory() as place:
         source, ours, back = (Path(place) / name for name in ("source", "ours", "back"))
         subprocess.run([sys.executable, __file__, "--make", str(source), str(options.layers)], check=True)

@@ -7,8 +7,8 @@
 Both train the embedded model, or one of random weights with a decoder as wide as is said, on the same pairs, in the
 recipes' batches: of 64 codes behind their prompt, or a picture with two captions; all weights of the decoder, or
 adapters (LoRA) in it. The one reads the reference's log-probabilities, taken once before the first step (its seconds
-are told apart: they are paid back over the passes through the data), the other runs a frozen copy in every step. That
-their losses agree is checked in every step.
+are given apart, since they are paid back over the passes through the data), the other runs a frozen copy in every step.
+That their losses agree is checked in every step.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ import torch
 from PIL import Image
 
 import unimm
-from unimm.data.emojiscenes import EmojiScenes
+from unimm.data.emojiscenes.scenes import EmojiScenes
 from unimm.images import to_tensor
-from unimm.modeling import UniMMModel
+from unimm.models.modeling import UniMMModel
+from unimm.preferences.dpo import PreferenceRecipe
 from unimm.recipes import find_recipe
 from unimm.training.batches import read_ahead
 from unimm.training.engine import Engine, freeze, start_distributed
-from unimm.training.preferences.recipe import PreferenceRecipe
 from unimm.training.recipe import load_recipe
 
 WORKLOADS = {

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 import unimm
-from unimm.data.text import train_text_tokenizer
+from unimm.data.text_tokenizer import train_text_tokenizer
 from unimm.evaluation.logits import code_effect, text_effect
 from unimm.pipeline import UniMM
 from unimm.sampling.text import generate_text
@@ -89,7 +89,6 @@ def make_checkpoint(
         "image_processor": {"image_mean": [0.5] * 3, "image_std": [0.5] * 3},
     }
     (folder / "processor_config.json").write_text(json.dumps(processing))
-    (folder / "chat_template.jinja").write_text("<|User|> <|Assistant|>")
     return model
 
 

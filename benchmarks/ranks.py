@@ -3,7 +3,7 @@
     python benchmarks/ranks.py
     python benchmarks/ranks.py --ranks 64 --shards 5000      # a quick look
 
-No data: the tars are empty files, and how many samples each has is told by the index beside them. All the rest is the
+No data: the tars are holes, and how many samples each has is told by the index beside them. All the rest is the
 package's own: `TarShards` finds shard and sample, `RecordSamples` shuffles, `mix` mixes, `read_step` shares out. Every
 rank's steps are read (by its workers in turn, each with a source of its own), and every sample is counted. Prints
 samples read twice or lost in each epoch of each source, the largest stray of a source's share in any 1,000 samples,
@@ -25,8 +25,9 @@ import torch
 from numpy.typing import NDArray
 
 from unimm.data.sources import Reading
+from unimm.data.sources.tar_scan import BLOCK
 from unimm.data.sources.tars import MANY, TarCounts, TarShards
-from unimm.pipeline import load_processor
+from unimm.loading import load_processor
 from unimm.training.batches import mix, read_step
 from unimm.training.recipe import Stage
 from unimm.training.records import BadItems, RecordSamples, SourceSection
@@ -71,9 +72,10 @@ def write_shards(folder: Path, shards: int) -> None:
         counts = TarCounts(place / "tars.index")
         for number in range(max(round(shards * share), MANY)):
             tar = place / f"{number:06d}.tar"
-            tar.touch()
-            state = tar.stat()
             samples = int(rng.integers(*SAMPLES, endpoint=True))
+            with tar.open("wb") as file:
+                file.truncate(samples * BLOCK)  # a hole in the disk, as long as so many headers
+            state = tar.stat()
             counts.known[tar.name] = (samples, state.st_size, state.st_mtime_ns)
         counts.changed = True
         counts.save()

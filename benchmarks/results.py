@@ -1,10 +1,10 @@
-"""Take every figure of the embedded model and write them into the tables of README.md.
+"""Take every figure of the embedded model and write them into the tables of docs/results/embedded.md.
 
     python benchmarks/results.py                                    # the embedded model
     python benchmarks/results.py --model runs/embedded-pairs/export --curve runs/embedded-pairs
 
 Runs `unimm eval sampling/eval-emojiscenes.yaml` and the figures of `unimm tokenizer eval`, kept in `--output` and not
-taken twice; `--curve RUN` also makes the learning curve of that training run. What stands in README.md between
+taken twice; `--curve RUN` also makes the learning curve of that training run. What stands there between
 `<!-- results: NAME -->` and `<!-- /results -->` is replaced.
 """
 
@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import unimm
-from unimm.data.emojiscenes import Split
+from unimm.data.emojiscenes.scenes import Split
 from unimm.evaluation import evaluate_recipe
-from unimm.images import atomic_write
-from unimm.tokenizers.evaluate import evaluate_split
+from unimm.files import atomic_write
+from unimm.training.tokenizer.evaluate import evaluate_split
 
 ROOT = Path(__file__).parents[1]
-README, RECIPE = ROOT / "README.md", ROOT / "sampling" / "eval-emojiscenes.yaml"
+PAGE, RECIPE = ROOT / "docs" / "results" / "embedded.md", ROOT / "sampling" / "eval-emojiscenes.yaml"
 SPLITS = [split for split in get_args(Split) if split != "train"]
 NAMING = {"both": "both right", "object": "object", "background": "background"}
 QUESTIONS = {
@@ -65,10 +65,10 @@ def main() -> None:
     }
     if options.curve:
         tables["curve"] = curve_table(options.curve)
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     for name, rows in tables.items():
         text = put(text, name, rows)
-    with atomic_write(README) as path:
+    with atomic_write(PAGE) as path:
         path.write_text(text, encoding="utf-8")
 
 
@@ -114,7 +114,7 @@ def _guidance() -> float:
 
 def tokenizer_table(figures: dict[str, Any]) -> list[str]:
     """PSNR, SSIM and use of the codes by split."""
-    first = [f"PSNR in dB ({TOKENIZER_SAMPLES} pictures)", *(f"{figures[s]['psnr']:.1f}" for s in SPLITS)]
+    first = [f"PSNR in dB ({TOKENIZER_SAMPLES} images)", *(f"{figures[s]['psnr']:.1f}" for s in SPLITS)]
     second = ["SSIM", *(f"{figures[s]['ssim']:.2f}" for s in SPLITS)]
     third = ["codebook use", *(f"{figures[s]['codebook_use']:.0%}".replace("%", " %") for s in SPLITS)]
     return table(["image tokenizer, 64 codes of 1,024", *SPLITS], [first, second, third])
@@ -126,7 +126,7 @@ def curve_table(run: Path) -> list[str]:
     logged = [line for line in _lines(run / "metrics.jsonl") if "text_loss" in line]
     heads = [f"{preview['step']:,}" for preview in previews]
     lines = [
-        [f"naming, {split} (128 pictures)", *(f"{100 * preview[split]:.0f} %" for preview in previews)]
+        [f"naming, {split} (128 images)", *(f"{100 * preview[split]:.0f} %" for preview in previews)]
         for split in ("seen", "vendor")
     ]
     for kind in ("code", "text"):
@@ -156,10 +156,10 @@ def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def put(text: str, name: str, rows: Sequence[str]) -> str:
-    """Replace a table of the README."""
+    """Replace a table of the page."""
     start, end = f"<!-- results: {name} -->", "<!-- /results -->"
     before, found, rest = text.partition(f"{start}\n")
-    assert found, f"{README}: no {start}"
+    assert found, f"{PAGE}: no {start}"
     return "\n".join([f"{before}{start}", "", *rows, "", rest[rest.index(end) :]])
 
 

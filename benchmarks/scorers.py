@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 import unimm
 from unimm.console import print_table
-from unimm.data.emojiscenes import KINDS, Kind
-from unimm.evaluation.drawing import judge_pictures
-from unimm.evaluation.judge import Judge
+from unimm.data.emojiscenes.scenes import SCENE_KINDS, SceneKind
+from unimm.evaluation.emojiscenes.drawing import judge_pictures
+from unimm.evaluation.emojiscenes.judge import Judge
 from unimm.evaluation.recipe import JudgeSection
 from unimm.pipeline import UniMM
 from unimm.preferences.candidates import scene_prompts
@@ -31,13 +31,11 @@ SCENE_SEED = 11  # scenes that no recipe draws
 SCORERS = ("self-vqa", "artwork", "self-vqa*artwork")
 
 
-def draw_groups(um: UniMM, kind: Kind, prompts: int, n: int) -> list[list[Candidate]]:
+def draw_groups(um: UniMM, kind: SceneKind, prompts: int, n: int) -> list[list[Candidate]]:
     """Candidates of each of so many prompts, drawn without guidance."""
     asked = scene_prompts("train", SCENE_SEED, prompts, math.inf, {kind: 1.0})
     seeds = list(range(prompts * n))
-    codes = um.draw(
-        [prompt.prompt for prompt in asked], n=n, seed=seeds, guidance_scale=1.0, output_type="codes"
-    )
+    codes = um.draw_codes([prompt.prompt for prompt in asked], n=n, seed=seeds, guidance_scale=1.0)
     return [
         picture_candidates(um, prompt, seeds[start : start + n], codes[start : start + n])
         for prompt, start in zip(asked, range(0, len(seeds), n), strict=True)
@@ -75,14 +73,16 @@ def main() -> None:
     judge = Judge(JudgeSection(), options.output / "judge.safetensors", str(um.model.device))
     scorers = {name: make_scorer(name, um, options.output) for name in options.scorers}
     columns = {}
-    for kind in KINDS:
+    for kind in SCENE_KINDS:
         groups = draw_groups(um, kind, options.prompts, options.n)
         good = good_ones(judge, groups)
         print(f"{kind}: {good.mean():.1%} of {good.size} drawings are good", flush=True)
         for name, scorer in scorers.items():
             scores = np.array([score_candidates(scorer, group) for group in groups])
             columns[name, kind] = f"{pairs_in_order(scores, good):.2f}"
-    print_table(("scorer", *KINDS), [(name, *(columns[name, kind] for kind in KINDS)) for name in scorers])
+    print_table(
+        ("scorer", *SCENE_KINDS), [(name, *(columns[name, kind] for kind in SCENE_KINDS)) for name in scorers]
+    )
 
 
 if __name__ == "__main__":

@@ -41,17 +41,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import JanusForConditionalGeneration
 
-from unimm.data.emojiscenes import EmojiScenes
+from unimm.data.emojiscenes.scenes import EmojiScenes
+from unimm.data.samples import SampleBuilder
 from unimm.data.sources import open_source
-from unimm.data.stream import RowBuilder
-from unimm.images import to_tensor
-from unimm.modeling import IGNORED
-from unimm.pipeline import load_processor
+from unimm.loading import load_processor
+from unimm.models.inputs import Images
+from unimm.models.layout import IGNORED
+from unimm.processing.rows import stack_rows
 from unimm.training.batches import read_ahead
-from unimm.training.branches import stack_rows
 from unimm.training.engine import Engine, freeze, start_distributed
 from unimm.training.recipe import load_recipe
-from unimm.training.unified import UnifiedRecipe, UnifiedTask
+from unimm.training.tasks.unified import UnifiedRecipe, UnifiedTask
 
 WORKLOADS = ("mixture", "conversations")
 RATE, BETAS, EPS, CLIP = 3e-4, (0.9, 0.95), 1e-8, 1.0
@@ -66,7 +66,10 @@ CPU = torch.device("cpu")
 def write_conversations(path: Path, count: int, model: Path) -> None:
     """Write conversations about scenes, of 20 to 600 tokens, as many of each order of length."""
     rng = np.random.default_rng(0)
-    scenes, builder = EmojiScenes("train", 3), RowBuilder(load_processor(model))
+    scenes, builder = (
+        EmojiScenes("train", 3),
+        SampleBuilder(load_processor(model), None, lambda pixels: pixels),
+    )
     lines = []
     for number in range(count):
         characters = 4.5 * np.exp(rng.uniform(np.log(SHORTEST), np.log(LONGEST)))  # of as many tokens, about
@@ -80,7 +83,7 @@ def write_conversations(path: Path, count: int, model: Path) -> None:
         lines.append(json.dumps({"messages": turns}) + "\n")
     path.write_text("".join(lines), encoding="utf-8")
     source = open_source(path)
-    lengths = [len(builder.build(source[index], [], []).ids) for index in range(count)]
+    lengths = [len(builder.row(source[index], [], []).ids) for index in range(count)]
     kept = [number for number, length in enumerate(lengths) if SHORTEST <= length <= LONGEST]
     path.write_text("".join(lines[number] for number in kept), encoding="utf-8")
     tokens = [lengths[number] for number in kept]
@@ -93,10 +96,12 @@ def write_recipe(folder: Path, workload: str) -> Path:
     """Write the recipe that unimm trains by."""
     parts = ("decoder", "vision", "connector", "code_embedding", "code_head")
     stage: dict[str, Any] = {"name": workload, "steps": 100_000, "lr": dict.fromkeys(parts, RATE)}
-    data: dict[str, Any] = {"scenes": 512, "codes": str(folder / "codes.safetensors")}
+    data: dict[str, Any] = {}
     if workload == "mixture":
         stage |= {"batch": 16, "micro_batch": 8}
-        stage["mixture"] = {"understanding": 0.45, "text": 0.02, "generation": 0.53}
+        shares = {"understanding": 0.45, "text": 0.02, "generation": 0.53}
+        stage["mixture"] = {f"emojiscenes/{kind}": share for kind, share in shares.items()}
+        data["emojiscenes"] = {"scenes": 512, "codes": str(folder / "codes.safetensors")}
     else:
         write_conversations(folder / "talks.jsonl", 600, folder / "janus")
         data["sources"] = {"talks": {"path": str(folder / "talks.jsonl")}}
@@ -178,10 +183,7 @@ class Rows(UnifiedTask):
         for number in range(min(1, branches.max()), branches.max() + 1):
             mine = (branches == 0) | (branches == number)
             row = {name: sample[name][mine] for name in ("ids", "labels")}
-            for name in ("pixels", "codes"):
-                if name in sample:
-                    row[name] = sample[name]
-            yield row
+            yield {**row, "images": sample.get("images") or Images()}
 
     def pad(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Rows as one batch, filled up on the right."""
@@ -196,10 +198,11 @@ class Rows(UnifiedTask):
             "is_code": is_code,
             "code_labels": labels[is_code],
         }
-        if pictures := [row["pixels"] for row in rows if "pixels" in row]:
-            batch["pixel_values"] = to_tensor(np.stack(pictures))
-        if codes := [row["codes"].flatten() for row in rows if "codes" in row]:
-            batch["codes"] = torch.stack(codes)
+        images = Images.cat(row["images"] for row in rows) or Images()
+        if images.pixels is not None:
+            batch["pixel_values"] = images.pixels
+        if images.codes is not None:
+            batch["codes"] = images.codes.flatten(1)
         return batch
 
     def targets(self, batch: Any) -> dict[str, int | float]:

@@ -5,20 +5,37 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process that has used more may hang where a test forks it
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
+import hypothesis
 import pytest
 import torch
 
 import unimm
-from unimm.configuration import UniMMConfig
-from unimm.data.text import train_text_tokenizer
-from unimm.layout import ImageLayout
-from unimm.modeling import UniMMModel
+from unimm.data.text_tokenizer import train_text_tokenizer
+from unimm.models.configuration import UniMMConfig
+from unimm.models.image_tokenizers.vq import ImageTokenizerConfig
+from unimm.models.layout import ImageLayout
+from unimm.models.modeling import UniMMModel
 from unimm.pipeline import UniMM
-from unimm.processing import UniMMProcessor
-from unimm.tokenizers.model import ImageTokenizerConfig
+from unimm.processing.processor import UniMMProcessor
+
+# The same examples in every run, few enough that all fuzzing together takes a minute.
+hypothesis.settings.register_profile(
+    "suite", deadline=None, derandomize=True, database=None, max_examples=60,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+hypothesis.settings.load_profile("suite")
+
+
+FORKING = ("tests/test_interrupted.py", "tests/test_whole_folders.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the modules that fork first: a fork of a process in which a test has trained waits for threads for ever."""
+    items.sort(key=lambda item: not item.nodeid.startswith(FORKING))
 
 
 @pytest.fixture(scope="session")
@@ -40,13 +57,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "pad_token_id": words.pad_token_id, "bos_token_id": words.bos_token_id,
             "eos_token_id": words.eos_token_id,
         },
-        vision={
-            "name": "vit_base_patch16_siglip_224", "image_size": 32, "tokens": 16, "width": 16,
-            "kwargs": vision, "merge": 2,
+        views={"kind": "square", "image_size": 32},
+        encoder={
+            "kind": "timm", "name": "vit_base_patch16_siglip_224", "tokens": 16, "width": 16, "kwargs": vision,
         },
+        reducer={"kind": "join", "side": 2},
         generation={"codes": 32, "dim": 4, "image_size": 32, "stride": 8},
         image_tokenizer=sizes.to_dict(),
-        layout=vars(ImageLayout(begin, end, feature, code, features=4, grid=(4, 4))),
+        layout=vars(ImageLayout(begin, end, feature, code, grid=(4, 4))),
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("tiny")
     UniMM(UniMMModel(config), UniMMProcessor.from_config(config, words)).save(folder)

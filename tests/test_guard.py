@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from unimm.evaluation import load_evaluation
+from unimm.evaluation.recipe import load_evaluation
+from unimm.locate import EMBEDDED
 from unimm.preferences.align import load_alignment
 from unimm.recipes import FOLDERS, list_recipes
-from unimm.tokenizers.losses import LPIPS
-from unimm.tokenizers.task import TokenizerRecipe
-from unimm.training.parts import EMBEDDED, describe_model, model_groups
+from unimm.training.model_builder import describe_model, model_groups
 from unimm.training.recipe import TASKS, load_recipe
-from unimm.training.unified import UnifiedRecipe
+from unimm.training.tasks.unified import UnifiedRecipe
+from unimm.training.tokenizer.losses import LPIPS
+from unimm.training.tokenizer.task import TokenizerRecipe
 
 ROOT = Path(__file__).parents[1]
 TASK_OF = {info.path: yaml.safe_load(info.path.read_text())["task"] for info in list_recipes()}

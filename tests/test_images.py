@@ -1,10 +1,8 @@
-"""Every odd picture file is read rightly or refused on one line; files are written whole or not at all."""
+"""Every odd picture file is read rightly or refused on one line."""
 
 from __future__ import annotations
 
-import os
 import resource
-import stat
 import struct
 import warnings
 import zlib
@@ -16,7 +14,7 @@ import torch
 from PIL import Image
 
 from unimm.errors import UserError, UserNote
-from unimm.images import atomic_write, read_image, save_image, to_tensor, to_uint8
+from unimm.images import read_image, save_image, to_tensor, to_uint8
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
 
@@ -117,8 +115,9 @@ def test_pil_image_is_left_as_it_was() -> None:
     assert image.getpixel((0, 0)) == RED
 
 
-def test_large_but_allowed_picture_is_no_bomb(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(png_header(10_000, 10_000))  # Pillow alone would warn of it
+def test_large_but_allowed_picture_is_no_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40_000_000)  # Pillow alone would warn
+    (tmp_path / "a.png").write_bytes(png_header(10_000, 6_400))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(UserError, match="damaged or cut short"):  # the pixels are missing
@@ -174,7 +173,7 @@ def test_enormous_header_is_refused_unread(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(png_header(50_000, 50_000))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert "more than 178 million" in refused(path)
+    assert "more than 64 million" in refused(path)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 100 * 1024  # kilobytes; decoded it would be 7.5 GB
 
@@ -222,73 +221,6 @@ def test_other_arrays_are_refused(pixels: np.ndarray) -> None:
 
 
 # --- writing -----------------------------------------------------------------------------------------------
-
-
-def test_file_is_replaced_whole(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-    with atomic_write(path) as temporary:
-        assert temporary.parent == tmp_path
-        assert temporary.suffix == ".txt"
-        temporary.write_text("new")
-        assert path.read_text() == "old"
-    assert path.read_text() == "new"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_old_file_stays_on_error(tmp_path: Path, error: type[BaseException]) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-    with pytest.raises(error), atomic_write(path) as temporary:
-        temporary.write_text("half of the n")
-        raise error
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_full_disk_is_said_and_old_file_stays(tmp_path: Path) -> None:
-    path = tmp_path / "a.bin"
-    path.write_text("old")
-    with (
-        pytest.raises(UserError, match=r"a\.bin: cannot be written \(No space left on device\)"),
-        atomic_write(path),
-        open("/dev/full", "wb") as full,  # every write to it fails as on a full disk
-    ):
-        full.write(b"x" * 100_000)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_other_system_errors_are_not_hidden(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "a.txt"):
-        (tmp_path / "something else").read_text()
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("name", ["no/such/folder/a.txt", "."])
-def test_unwritable_place_is_said(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match="cannot be written"), atomic_write(tmp_path / name):
-        pytest.fail("the block must not run")
-
-
-def test_mode_follows_the_umask(tmp_path: Path) -> None:
-    old = os.umask(0o027)
-    try:
-        with atomic_write(tmp_path / "a.txt") as temporary:
-            temporary.write_text("x")
-    finally:
-        os.umask(old)
-    assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == 0o640
-
-
-def test_symlink_survives(tmp_path: Path) -> None:
-    (tmp_path / "real").mkdir()
-    (tmp_path / "link.txt").symlink_to(tmp_path / "real" / "a.txt")
-    with atomic_write(tmp_path / "link.txt") as temporary:
-        temporary.write_text("new")
-    assert (tmp_path / "link.txt").is_symlink()
-    assert (tmp_path / "real" / "a.txt").read_text() == "new"
 
 
 def test_image_is_saved_by_its_suffix(tmp_path: Path) -> None:

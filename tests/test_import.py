@@ -13,7 +13,7 @@ import unimm
 HEAVY = ("torch", "transformers", "PIL", "numpy", "pydantic", "rich")
 
 
-@pytest.mark.parametrize("statement", ["import unimm", "import unimm.cli", "import unimm.errors"])
+@pytest.mark.parametrize("statement", ["import unimm", "import unimm.cli.main", "import unimm.errors"])
 def test_nothing_heavy_is_imported(statement: str) -> None:
     code = f"import sys; {statement}; print(*[name for name in {HEAVY!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

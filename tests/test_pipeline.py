@@ -15,9 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import unimm
-from unimm.data.emojiscenes import EmojiScenes
+from unimm.data.emojiscenes.scenes import EmojiScenes
 from unimm.errors import UserError, UserNote
-from unimm.pipeline import UniMM, describe
+from unimm.loading import describe, load_processor
+from unimm.locate import embedded_model, locate
+from unimm.models.inputs import Images
+from unimm.pipeline import UniMM
 
 PROMPTS = [
     "apple",
@@ -44,7 +47,9 @@ def test_a_batch_draws_what_each_prompt_draws_alone(tiny_model: UniMM) -> None:
 
 def test_small_batches_draw_the_same(tiny_model: UniMM) -> None:
     _, whole = tiny_model.draw(PROMPTS, n=2, seed=9, return_codes=True)
-    assert torch.equal(tiny_model.draw(PROMPTS, n=2, seed=9, output_type="codes"), whole)
+    assert torch.equal(tiny_model.draw_codes(PROMPTS, n=2, seed=9), whole)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'temprature'"):
+        tiny_model.draw(PROMPTS, temprature=0)  # type: ignore[call-arg]
     parts = UniMM(tiny_model.model, tiny_model.processor, batch_size=3)
     _, split = parts.draw(PROMPTS, n=2, seed=9, return_codes=True)
     assert torch.equal(whole, split)
@@ -62,7 +67,7 @@ def test_guidance_of_one_is_the_conditional_distribution(tiny_model: UniMM) -> N
     _, codes = tiny_model.draw("a red apple", guidance_scale=1.0, temperature=0, return_codes=True)
     ids = torch.tensor([processor.drawing_ids("a red apple") + processor.layout.drawing_steps()])
     with torch.no_grad():
-        hidden = model.decode(model.embed(ids, image_codes=codes)).last_hidden_state
+        hidden = model.decode(model.embed(ids, Images(codes=codes)).stream).last_hidden_state
         again = model.code_logits(hidden[0, -17:-1]).argmax(-1)
     assert torch.equal(again, codes.flatten())  # one forward over all codes agrees with the cache
 
@@ -73,14 +78,14 @@ def test_guided_rows_agree_with_a_forward_without_cache(tiny_model: UniMM) -> No
     prompt = processor.drawing_ids("a red apple")
     rows = [row + processor.layout.drawing_steps() for row in (prompt, processor.unconditional_ids(prompt))]
     with torch.no_grad():
-        stream = model.embed(torch.tensor(rows), image_codes=codes.repeat(2, 1, 1))
+        stream = model.embed(torch.tensor(rows), Images(codes=codes.repeat(2, 1, 1))).stream
         conditional, unconditional = model.code_logits(model.decode(stream).last_hidden_state[:, -17:-1])
     assert torch.equal((unconditional + 3 * (conditional - unconditional)).argmax(-1), codes.flatten())
 
 
 def test_captions_and_answers_of_a_batch_equal_those_one_by_one(tiny_model: UniMM) -> None:
     images = pictures()
-    assert tiny_model.caption(images) == [tiny_model.caption(image) for image in images]
+    assert tiny_model.caption(images, 8) == [tiny_model.caption(image, 8) for image in images]
     questions = [
         "what?",
         "what is this?",
@@ -88,18 +93,18 @@ def test_captions_and_answers_of_a_batch_equal_those_one_by_one(tiny_model: UniM
         "what is this red thing?",
         "how many are on the blue background?",
     ]
-    assert tiny_model.ask(images, questions) == [
-        tiny_model.ask(i, q) for i, q in zip(images, questions, strict=True)
+    assert tiny_model.ask(images, questions, 8) == [
+        tiny_model.ask(i, q, 8) for i, q in zip(images, questions, strict=True)
     ]
 
 
 def test_shapes_of_questions(tiny_model: UniMM) -> None:
     images = pictures(3)
-    assert isinstance(tiny_model.ask(images[0], "what?"), str)
-    assert len(tiny_model.ask(images[0], ["what?", "why?"])) == 2
-    assert len(tiny_model.ask(images, "what?")) == 3
+    assert isinstance(tiny_model.ask(images[0], "what?", 8), str)
+    assert len(tiny_model.ask(images[0], ["what?", "why?"], 8)) == 2
+    assert len(tiny_model.ask(images, "what?", 8)) == 3
     assert (
-        len(tiny_model.ask([images[:2], images[2]], ["same?", "what?"])) == 2
+        len(tiny_model.ask([images[:2], images[2]], ["same?", "what?"], 8)) == 2
     )  # two pictures in one question
     with pytest.raises(UserError, match="2 questions for 3 images"):
         tiny_model.ask(images, ["what?", "why?"])
@@ -111,7 +116,7 @@ def test_saved_and_loaded_to_the_bit(tiny_model: UniMM, tmp_path: Path) -> None:
     tiny_model.save(tmp_path / "saved")
     again = unimm.load(tmp_path / "saved")
     images = pictures(2)
-    assert again.caption(images) == tiny_model.caption(images)
+    assert again.caption(images, 8) == tiny_model.caption(images, 8)
     ours, ours_codes = tiny_model.draw(PROMPTS, seed=1, return_codes=True)
     theirs, their_codes = again.draw(PROMPTS, seed=1, return_codes=True)
     assert torch.equal(ours_codes, their_codes)
@@ -175,9 +180,29 @@ def test_sources_that_are_no_models(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="model_type: 'llama' is not supported; known are unimm"):
         unimm.load(tmp_path)
     with pytest.raises(UserError, match="dtype: 'int3'"):
-        unimm.pipeline.choose_dtype("int3", torch.device("cpu"))
+        unimm.devices.choose_dtype("int3", torch.device("cpu"))
     with pytest.raises(UserError, match="device: 'gpu'"):
-        unimm.pipeline.choose_device("gpu")
+        unimm.devices.choose_device("gpu")
+
+
+def test_embedded_names_the_embedded_model(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert (
+        locate("embedded").folder
+        == locate(Path("embedded")).folder
+        == locate(None).folder
+        == embedded_model()
+    )
+    assert describe("embedded") == describe() and describe()["source"] == "embedded"
+    assert load_processor("embedded").image_size == load_processor().image_size
+    Path("embedded").touch()  # a file is no model
+    assert locate("embedded").folder == embedded_model()
+    Path("embedded").unlink()
+    Path("embedded").symlink_to(tiny)  # a folder comes first
+    assert locate("embedded").folder == Path("embedded") != embedded_model()
+    assert describe("embedded")["context"] == describe(tiny)["context"] != describe()["context"]
 
 
 def test_other_sizes_are_drawn_and_said_to_be_outside_training(tiny_model: UniMM) -> None:
@@ -228,8 +253,8 @@ class _NoFloat64(TorchDispatchMode):
 def test_nothing_needs_float64(tiny_model: UniMM) -> None:
     picture = Image.new("RGB", (80, 50), "teal")
     with _NoFloat64():
-        tiny_model.caption([picture, picture])
-        tiny_model.ask(picture, "what is this?")
+        tiny_model.caption([picture, picture], 8)
+        tiny_model.ask(picture, "what is this?", 8)
         tiny_model.draw(["a star", "a red apple on blue"], guidance_scale=3.0, top_k=20, top_p=0.9, seed=1)
     with pytest.raises(AssertionError), _NoFloat64():
         torch.ones(2, dtype=torch.float32).double()

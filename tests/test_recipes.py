@@ -16,7 +16,9 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A root with recipes of our own."""
     for name, text in {
         "tokenizers/small.yaml": "# A small tokenizer.\ntask: tokenizer\n",
-        "training/small.yaml": "# A small model.\ntask: unified\n",
+        "training/small.yaml": "# A small model. For tests.\ntask: unified\n",
+        "training/long.yaml": "# A model that takes\n# two lines, `a.b` in it. And more.\n# More.\ntask: unified\n",
+        "training/open.yaml": "# A model without an end\n#   unimm train open\ntask: unified\n",
         "training/janus/stage1.yaml": "task: unified\n# Comes late.\n",
         "training/notes.txt": "no recipe",
         "elsewhere/other.yaml": "# Not in a recipe folder.\n",
@@ -29,11 +31,13 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "root"
 
 
-def test_all_are_listed_with_their_first_comment(root: Path) -> None:
+def test_all_are_listed_with_the_first_sentence_of_their_comment(root: Path) -> None:
     assert [(info.name, info.summary) for info in list_recipes()] == [
         ("tokenizers/small", "A small tokenizer."),
         ("training/janus/stage1", "Comes late."),
-        ("training/small", "A small model."),
+        ("training/long", "A model that takes two lines, `a.b` in it."),
+        ("training/open", "A model without an end"),
+        ("training/small", "A small model. For tests."),
     ]
 
 
@@ -83,4 +87,6 @@ def test_copy_into_a_folder(root: Path, tmp_path: Path) -> None:
 def test_recipes_of_the_checkout_are_found() -> None:
     infos = list_recipes()
     assert {info.name.partition("/")[0] for info in infos} >= {"tokenizers", "training"}
-    assert all(info.summary for info in infos), "every recipe opens with a comment that says what it is"
+    assert all(info.summary.endswith(".") for info in infos), (
+        "every recipe opens with a sentence on what it is"
+    )

@@ -1,20 +1,24 @@
 """unimm: unified multimodal models, one decoder that reads and writes text and images.
 
 `unimm.load()` gives the model that ships in the package; `unimm.UniMM` is the object behind it. Both are
-looked up on first use, so that `import unimm` stays quick and imports no torch.
+looked up on first use, so that `import unimm` stays quick and imports no torch. `AutoConfig` and `AutoModel` of
+transformers know our models from then on.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from unimm.registration import register
+
 if TYPE_CHECKING:
-    from unimm.pipeline import UniMM, load
+    from unimm.loading import load
+    from unimm.pipeline import UniMM
 
 __version__ = "0.1.0"
 __all__ = ["UniMM", "__version__", "load"]
 
-_LAZY = {"UniMM": "unimm.pipeline", "load": "unimm.pipeline"}  # public name -> module that defines it
+_LAZY = {"UniMM": "unimm.pipeline", "load": "unimm.loading"}  # public name -> module that defines it
 
 
 def __getattr__(name: str) -> Any:
@@ -30,3 +34,6 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     """Show the lazy names to completion and to `dir`."""
     return sorted({*globals(), *__all__})
+
+
+register()

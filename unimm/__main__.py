@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from unimm.cli import main
+from unimm.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,87 +1,367 @@
-"""Pictures in and out: read any picture file as plain RGB, make tensors of it and back, write files whole.
+"""Pictures in and out: read any picture file as plain RGB, make tensors of it and back, write it whole.
 
 `read_image` is the only door through which a picture enters, so every odd file (rotated, transparent, 16-bit,
-animated, broken, enormous) is dealt with here and nowhere else.
+animated, broken, enormous) and every way to give one (path, bytes, array, data URL ...) is dealt with here and
+nowhere else. Only `IMAGE_FORMATS` are read, whatever a file is called: Pillow knows decoders that start other programs.
 """
 
 from __future__ import annotations
 
-import errno
+import base64
 import io
 import os
-import secrets
+import re
+import struct
+import urllib.parse
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageOps
 
 from unimm.errors import UserError, UserNote
+from unimm.files import POINTER, atomic_write, is_pointer, open_regular
 
 if TYPE_CHECKING:
     import torch
 
-MAX_PIXELS = 178_000_000  # about 0.5 GB once decoded to RGB; a header that asks for more is refused unread
+    ImageInput: TypeAlias = (
+        str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any] | torch.Tensor
+        | bytes | bytearray | memoryview | BinaryIO
+    )  # fmt: skip
+    """All that `read_image` takes for one image."""
+
+_Read = TypeVar("_Read")
+Pixels: TypeAlias = NDArray[np.uint8]
+"""An RGB image [H, W, 3]."""
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+"""The formats that are read, as Pillow names them."""
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm",
+)  # fmt: skip
+"""What files of these formats are called, where a folder is searched for pictures."""
+MAX_PIXELS = 64_000_000  # 0.5 GB while it is decoded; a header that asks for more is refused unread
+LIMIT_VARIABLE = "UNIMM_MAX_IMAGE_PIXELS"
+MAX_BYTES_PER_PIXEL = 16  # of a file; no format that is read needs more
+_BAND_PIXELS = 1_000_000  # converted at once where a conversion needs copies
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
-_MANY_PICTURES = {"MPO", "PSD", "ICO", "ICNS"}  # formats whose further frames are previews or layers
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+_KNOWN = "PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF or PPM"
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_TEXT = {b"tEXt", b"zTXt", b"iTXt", b"iCCP"}  # no pixel depends on these chunks, and they may be bombs
 
 
-def read_image(source: str | os.PathLike[str] | Image.Image | bytes, name: str | None = None) -> Image.Image:
+def read_image(source: ImageInput, name: str | None = None, max_pixels: int | None = None) -> Image.Image:
     """Read a picture as upright 8-bit RGB.
 
     EXIF rotation is applied, transparency is laid on white, 16-bit grey is scaled to 8, CMYK and palettes are
     converted, and of an animation the first frame is taken (said with a `UserNote`).
 
     Args:
-        source: path of a picture file, its bytes, or a PIL image (left as it is; the result is a new image).
+        source: path of a picture file; its bytes; a binary file object, read from its beginning; a `data:` URL; a
+            PIL image (left as it is; the result is a new image); or pixels, as a NumPy array or torch tensor:
+            [H, W], or with 1 (grey), 3 (RGB) or 4 (RGBA) channels, which come last in an array and first in a
+            tensor, or the other way where only that fits; uint8, or floats in [0, 1].
         name: what errors and notes call the picture; by default its path.
+        max_pixels: most pixels of a picture; by default `UNIMM_MAX_IMAGE_PIXELS` of the environment, else
+            `MAX_PIXELS`.
 
     Returns:
         A new PIL image in mode "RGB".
 
     Raises:
-        UserError: the file is missing, is no picture, is truncated, or its header asks for too many pixels.
+        UserError: the file is missing, is no picture or none of `IMAGE_FORMATS`, is truncated, or its header asks for
+            too many pixels; the array's shape, type or range is another; or this is no kind of picture at all.
     """
+    limit = pixel_limit() if max_pixels is None else max_pixels
     if isinstance(source, Image.Image):
-        return _to_rgb(source, name or "the image")
-    if isinstance(source, bytes):
-        file: str | io.BytesIO = io.BytesIO(source)
-        path = name or "the image"
+        return _to_rgb(source, name or "the image", limit)
+    if _is_array(source):
+        return _to_rgb(_from_array(source, name or "the array"), name or "the array", limit)
+    with _opened(source, name, limit) as (file, said):
+        return _past_texts(lambda opened: _decode(opened, said, limit), file, limit)
+
+
+def is_image(value: Any) -> bool:
+    """Whether this is one picture, of any kind that `read_image` takes, and not a collection of them."""
+    if isinstance(value, str | os.PathLike | bytes | bytearray | memoryview | Image.Image):
+        return True
+    return hasattr(value, "read") or (_is_array(value) and value.ndim <= 3)
+
+
+def image_header(data: bytes, name: str) -> tuple[str, tuple[int, int]]:
+    """Return a picture's format by its header, as Pillow names it ("JPEG"), and its width and height when upright.
+
+    Raises:
+        UserError: it is no picture, none of `IMAGE_FORMATS`, or of too many pixels, or its header is damaged.
+    """
+    limit = pixel_limit()
+    return _past_texts(lambda file: _header(file, name, limit), io.BytesIO(data), limit)
+
+
+def pixel_limit() -> int:
+    """Return how many pixels a picture may have here.
+
+    Raises:
+        UserError: `UNIMM_MAX_IMAGE_PIXELS` is no whole number above 0.
+    """
+    given = os.environ.get(LIMIT_VARIABLE, "").strip()
+    if not given:
+        return MAX_PIXELS
+    if not (given.isascii() and given.isdigit()) or len(given) > 12 or int(given) == 0:
+        raise UserError(f"{LIMIT_VARIABLE}: {_short(given)}; give a number of pixels, such as {MAX_PIXELS}")
+    return int(given)
+
+
+def decode_data_url(url: str, name: str = "the data URL") -> bytes:
+    """Return what a `data:` URL of base64 holds.
+
+    Raises:
+        UserError: it has no comma, is not base64, or holds nothing.
+    """
+    head, comma, body = url.partition(",")
+    if not (comma and head.lower().endswith(";base64")):
+        raise UserError(
+            f"{name}: a data URL that is not base64; expected data:image/png;base64, and the picture"
+        )
+    with suppress(ValueError):  # of base64
+        if data := base64.b64decode(b"".join(urllib.parse.unquote_to_bytes(body).split()), validate=True):
+            return data
+    raise UserError(f"{name}: a data URL with broken base64")
+
+
+def as_size(size: Any) -> tuple[int, int] | None:
+    """Return (width, height) of a size in pixels: a pair in any form, or "64x64"; None stays None.
+
+    Raises:
+        UserError: it is neither, or a side is no whole number above 0.
+    """
+    if size is None:
+        return None
+    sides: list[Any] = []
+    if isinstance(size, str):
+        sides = re.split("[xX×]", size.strip()) if len(size) < 20 else []
+        sides = [int(side) if side.isascii() and side.isdigit() else 0 for side in sides]
+    elif hasattr(size, "tolist"):
+        listed = size.tolist()
+        sides = listed if isinstance(listed, list) else [listed]
+    elif isinstance(size, list | tuple):
+        sides = [side.item() if hasattr(side, "item") else side for side in size]
+    whole = all(isinstance(side, int) and not isinstance(side, bool) and 0 < side < 10**6 for side in sides)
+    if len(sides) != 2 or not whole:
+        shown = size if isinstance(size, str) else repr(size)
+        raise UserError(f"size: expected WIDTHxHEIGHT in pixels, as 64x64 or (64, 64), got {_short(shown)}")
+    return sides[0], sides[1]
+
+
+# --- what a picture is given as -----------------------------------------------------------------------------
+
+
+def _is_array(value: Any) -> bool:
+    """Whether this is a NumPy array, a torch tensor, or what acts as one."""
+    return hasattr(value, "__array__") and hasattr(value, "ndim") and not isinstance(value, Image.Image)
+
+
+def _from_array(value: Any, name: str) -> Image.Image:
+    """Return the picture of an array or tensor of pixels."""
+    if hasattr(value, "detach"):  # a torch tensor, of any device and of types that NumPy lacks
+        value = value.detach().cpu()
+        value = value.float() if value.is_floating_point() else value
+    array = np.asarray(value)
+    shape = "x".join(map(str, array.shape))
+    if array.ndim not in (2, 3):
+        raise UserError(f"{name}: an array of shape [{shape}]; give [H, W], [H, W, 3] or [3, H, W]")
+    if 0 in array.shape:
+        raise UserError(f"{name}: has no pixels (shape [{shape}])")
+    if array.ndim == 3:
+        axis = _channel_axis(array.shape, first=hasattr(value, "detach"))
+        if axis is None:
+            raise UserError(f"{name}: an array of shape [{shape}]; 1, 3 or 4 channels come first or last")
+        array = array.transpose(1, 2, 0) if axis == 0 else array
+        array = array[:, :, 0] if array.shape[2] == 1 else array
+    return Image.fromarray(np.ascontiguousarray(_levels(array, name)))
+
+
+def _channel_axis(shape: tuple[int, ...], first: bool) -> int | None:
+    """Return the axis of 1, 3 or 4 channels; where both would do, `first` says which. None: neither is."""
+    axes = [axis for axis in ((0, 2) if first else (2, 0)) if shape[axis] in (1, 3, 4)]
+    return axes[0] if axes else None
+
+
+def _levels(array: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
+    """Return pixels as uint8."""
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype.kind != "f":
+        raise UserError(f"{name}: an array of {array.dtype}; give uint8 in 0 to 255, or floats in 0 to 1")
+    least, most = float(array.min()), float(array.max())
+    if not (least >= -1e-3 and most <= 1 + 1e-3):  # true of NaN too
+        ways = "(x + 1) / 2 brings -1 to 1 there, x / 255 brings 0 to 255"
+        raise UserError(f"{name}: floats from {least:.4g} to {most:.4g}; give them in 0 to 1 ({ways})")
+    levels: np.ndarray[Any, Any] = (array.clip(0, 1) * 255).round().astype(np.uint8)
+    return levels
+
+
+@contextmanager
+def _opened(source: Any, name: str | None, limit: int) -> Iterator[tuple[BinaryIO, str]]:
+    """Give a seekable file of the picture's bytes, and what it is called."""
+    most = max(MAX_BYTES_PER_PIXEL * limit, 2**20)
+    if isinstance(source, str) and source[:5].lower() == "data:":
+        said = name or "the data URL"
+        yield io.BytesIO(decode_data_url(source, said)), said
+    elif isinstance(source, str) and re.match(r"(?i)https?://", source):
+        raise UserError(
+            f"{name or _short(source)}: URLs are not fetched; download the picture and give the file"
+        )
+    elif isinstance(source, str | os.PathLike):
+        path = os.fspath(source)
+        said = name or (_short(path) if isinstance(path, str) else _short(os.fsdecode(path)))
+        with _open_path(path, said) as file:
+            if os.fstat(file.fileno()).st_size > most:
+                raise UserError(_too_long(said, most))
+            yield file, said
+    elif isinstance(source, bytes | bytearray | memoryview):
+        yield io.BytesIO(source), name or "the image"
+    elif hasattr(source, "read"):
+        said = name or _short(str(getattr(source, "name", "the file")))
+        yield io.BytesIO(_read_object(source, said, most)), said
     else:
-        file = os.fspath(source)
-        path = name or file
+        kind = type(source).__name__
+        given = "a path, a PIL image, an array, bytes or a file"
+        raise UserError(f"{name or 'the image'}: a value of type {kind} is no image; give {given}")
+
+
+def _open_path(path: str | bytes, said: str) -> BinaryIO:
+    """Open a regular file; nothing else is a picture, and a pipe would be waited for."""
+    try:
+        return open_regular(path)  # type: ignore[arg-type]
+    except UserError as error:
+        reason = str(error).rpartition(": ")[2].replace("not found", "no such file")
+        raise UserError(f"{said}: {reason}") from None
+
+
+def _read_object(file: Any, said: str, most: int) -> bytes:
+    """Return the bytes of a file object, from its beginning where it can be rewound."""
+    try:
+        if getattr(file, "seekable", lambda: False)():
+            file.seek(0)
+        data = file.read(most + 1)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{said}: cannot be read ({_one_line(error)})") from None
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise UserError(f"{said}: gives {type(data).__name__}, not bytes; open the file with mode 'rb'")
+    if len(data) > most:
+        raise UserError(_too_long(said, most))
+    return bytes(data)
+
+
+def _short(text: str) -> str:
+    """A name or value as a line of an error can hold it."""
+    text = " ".join(text.encode("utf-8", "backslashreplace").decode("utf-8").split())  # no lone surrogates
+    return text if len(text) <= 300 else f"{text[:60]}... ({len(text):,} characters)"
+
+
+# --- decoding -----------------------------------------------------------------------------------------------
+
+
+def _decode(file: BinaryIO, name: str, limit: int) -> Image.Image:
+    """Read a picture of one of `IMAGE_FORMATS` as RGB."""
+    with _open(file, name, limit) as opened:
+        return _to_rgb(opened, name, limit)
+
+
+def _header(file: BinaryIO, name: str, limit: int) -> tuple[str, tuple[int, int]]:
+    """Return the format, and the width and height when upright."""
+    with _open(file, name, limit) as opened:
+        _check_size(opened, name, limit)  # before the EXIF, for which Pillow decodes a PNG
+        try:
+            turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        except Exception as error:  # decoders raise anything on a broken body
+            raise UserError(_damaged(name, error)) from None
+        width, height = opened.size
+        return opened.format or "unknown", (height, width) if turned else (width, height)
+
+
+def _past_texts(read: Callable[[BinaryIO], _Read], file: BinaryIO, limit: int) -> _Read:
+    """Read a picture, again without its texts if it is refused for them."""
+    try:
+        return read(file)
+    except UserNote:  # the caller turned notes into errors
+        raise
+    except UserError:
+        smaller = _without_text(file, limit)
+        if smaller is None:
+            raise
+    return read(smaller)
+
+
+def _open(file: BinaryIO, name: str, limit: int) -> Image.Image:
+    """Open a picture of one of `IMAGE_FORMATS` by its header."""
+    file.seek(0)
+    width, height = _webp_size(file.read(30))
+    if width * height > limit:  # libwebp takes the memory of two canvases when it opens a file
+        raise UserError(_too_large(name, f"{width} x {height}", limit))
+    if Image.MAX_IMAGE_PIXELS is not None and limit > 2 * Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = limit  # Pillow's own bound, which the user asked to exceed
+    file.seek(0)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS decides
-            opened = Image.open(file)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a folder, not a picture") from None
-    except PermissionError:
-        raise UserError(f"{path}: may not be read (permission denied)") from None
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit decides
+            return Image.open(file, formats=IMAGE_FORMATS)
     except Image.DecompressionBombError:
-        raise UserError(_too_large(path, "too many")) from None
+        raise UserError(_too_large(name, "too many", limit)) from None
     except Exception:  # decoders raise anything on a foreign header
-        raise UserError(f"{path}: not a picture in a known format (PNG, JPEG, WebP, GIF …)") from None
-    with opened:
-        return _to_rgb(opened, path)
+        file.seek(0)
+        if is_pointer(
+            file.read(100)
+        ):  # in a tar or a table; a file on its own is looked at when it is opened
+            raise UserError(f"{name}: {POINTER}") from None
+        raise UserError(f"{name}: not a picture in a known format ({_KNOWN})") from None
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _webp_size(head: bytes) -> tuple[int, int]:
+    """Return the width and height in the 30 bytes that open a WebP file, 0 and 0 if it is none."""
+    if len(head) < 30 or head[:4] != b"RIFF" or head[8:12] != b"WEBP":
+        return 0, 0
+    kind = head[12:16]
+    if kind == b"VP8X":
+        return int.from_bytes(head[24:27], "little") + 1, int.from_bytes(head[27:30], "little") + 1
+    if kind == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    width, height = struct.unpack("<HH", head[26:30])
+    return width & 0x3FFF, height & 0x3FFF
+
+
+def _without_text(file: BinaryIO, limit: int) -> BinaryIO | None:
+    """Return a PNG without the texts beside its pixels, for which Pillow has bounds; None if it has none."""
+    file.seek(0)
+    if file.read(8) != _PNG:
+        return None
+    kept, found = io.BytesIO(), False
+    kept.write(_PNG)
+    while len(head := file.read(8)) == 8:
+        length = int.from_bytes(head[:4], "big") + 4  # with its checksum
+        if head[4:] in _PNG_TEXT:
+            found = True
+            file.seek(length, os.SEEK_CUR)
+            continue
+        if kept.tell() + length > MAX_BYTES_PER_PIXEL * limit + 2**20:
+            return None
+        kept.write(head)
+        kept.write(file.read(length))
+    return kept if found else None
+
+
+def _to_rgb(image: Image.Image, name: str, limit: int) -> Image.Image:
     """Check the size, decode, turn upright and convert; `name` is what errors and notes call the picture."""
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise UserError(_too_large(name, f"{width} x {height}"))
-    if width * height == 0:
-        raise UserError(f"{name}: has no pixels ({width} x {height})")
+    _check_size(image, name, limit)
     try:
         frames = getattr(image, "n_frames", 1)
-        if frames > 1 and image.format not in _MANY_PICTURES and image.tell() == 0:
+        if frames > 1 and image.format != "MPO" and image.tell() == 0:  # MPO: a JPEG with previews behind it
             message = f"{name}: has {frames} frames; only the first is used"
             warnings.warn(message, UserNote, stacklevel=3)
         image.load()
@@ -89,30 +369,80 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     except UserNote:  # the caller turned notes into errors
         raise
     except Exception as error:  # decoders raise anything on a broken body
-        raise UserError(f"{name}: the picture is damaged or cut short ({_one_line(error)})") from None
+        raise UserError(_damaged(name, error)) from None
+
+
+def _check_size(image: Image.Image, name: str, limit: int) -> None:
+    """Refuse a picture of too many pixels, or of none."""
+    width, height = image.size
+    if width * height > limit:
+        raise UserError(_too_large(name, f"{width} x {height}", limit))
+    if width * height == 0:
+        raise UserError(f"{name}: has no pixels ({width} x {height})")
 
 
 def _flatten(image: Image.Image) -> Image.Image:
-    """Convert a decoded picture of any mode to RGB."""
+    """Convert a decoded picture of any mode to RGB; where that needs copies, band by band."""
+    if image.mode == "F":  # floats are either in [0, 1] or in [0, 255]
+        unit = all(np.nan_to_num(np.asarray(band)).max() <= 1 for _, band in _bands(image))
+        return _in_bands(image, lambda band: _grey(np.nan_to_num(np.asarray(band)) * (255 if unit else 1)))
     if image.mode in _SIXTEEN_BIT or image.mode == "I":  # Pillow would clip at 255
-        values = np.asarray(image).astype(np.int64)  # [H, W]
-        deep = image.mode != "I" or values.max() > 255
-        grey = np.clip((values + 128) // 257 if deep else values, 0, 255)
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        values = np.nan_to_num(np.asarray(image))  # [H, W]; floats are either in [0, 1] or in [0, 255]
-        grey = np.clip(values * 255 if values.max() <= 1 else values, 0, 255)
-        return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
+        deep = image.mode != "I" or any(np.asarray(band).max() > 255 for _, band in _bands(image))
+        return _in_bands(image, lambda band: _grey(_eight_bit(np.asarray(band).astype(np.int64), deep)))
     if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(white, layer).convert("RGB")
+        return _in_bands(image, _on_white)
     return image.convert("RGB")
 
 
-def _too_large(name: str, size: str) -> str:
+def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Yield a picture in bands of rows, each with the row it begins at."""
+    rows = max(1, _BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _in_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Convert a picture to RGB band by band, so that the copies of a conversion stay small."""
+    whole = Image.new("RGB", image.size)
+    for top, band in _bands(image):
+        whole.paste(convert(band), (0, top))
+    return whole
+
+
+def _eight_bit(levels: np.ndarray[Any, Any], deep: bool) -> np.ndarray[Any, Any]:
+    """Scale levels of 16 bits to 8, if they are of 16."""
+    scaled: np.ndarray[Any, Any] = (levels + 128) // 257 if deep else levels
+    return scaled
+
+
+def _grey(levels: np.ndarray[Any, Any]) -> Image.Image:
+    """Return the RGB picture of grey levels [H, W] of any type."""
+    return Image.fromarray(levels.clip(0, 255).round().astype(np.uint8)).convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Lay a picture with transparency on white."""
+    layer = image.convert("RGBA")
+    white = Image.new("RGBA", layer.size, "white")
+    return Image.alpha_composite(white, layer).convert("RGB")
+
+
+def _damaged(name: str, error: Exception) -> str:
+    """The line that refuses what a decoder could not read."""
+    return f"{name}: the picture is damaged or cut short ({_one_line(error)})"
+
+
+def _too_long(name: str, most: int) -> str:
+    """The line that refuses a file by its length."""
+    return (
+        f"{name}: more than the {most:,} bytes that a picture may have; set {LIMIT_VARIABLE} for larger ones"
+    )
+
+
+def _too_large(name: str, size: str, limit: int) -> str:
     """The line that refuses a picture by its header."""
-    return f"{name}: {size} pixels, more than {MAX_PIXELS // 1_000_000} million; make it smaller first"
+    bound = f"{limit / 1e6:g} million" if limit >= 1_000_000 else f"{limit:,}"
+    return f"{name}: {size} pixels, more than {bound}; make it smaller, or set {LIMIT_VARIABLE}"
 
 
 def _one_line(error: BaseException) -> str:
@@ -142,59 +472,6 @@ def to_uint8(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
     levels = tensor.detach().float().cpu().clamp(-1, 1).add(1.0).mul(127.5).round()
     array: np.ndarray[Any, np.dtype[np.uint8]] = levels.movedim(-3, -1).numpy().astype(np.uint8)
     return array
-
-
-@contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Write a file whole or not at all.
-
-    Yields the path of a fresh, empty file in the same folder, with the same suffix. When the block ends well
-    it is flushed to disk and takes the place of `path`; on any error it is removed and an old `path` stays as
-    it was.
-
-    Raises:
-        UserError: the folder is missing or may not be written, or the disk is full.
-    """
-    target = Path(os.path.realpath(path))  # through a symlink, so that the link itself survives
-    temporary = target.with_name(f".{target.stem[:100]}.{secrets.token_hex(4)}{target.suffix}")
-    try:
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # mode as the umask has it
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-    try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, target)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if _is_full_disk(error):
-            raise UserError(f"{path}: cannot be written ({_reason(error)}); nothing was changed") from None
-        raise
-    sync(target.parent)
-
-
-def sync(path: Path) -> None:
-    """Flush a file or a folder to disk, where the system can."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some file systems cannot flush folders
-            raise
-    finally:
-        os.close(handle)
-
-
-def _is_full_disk(error: BaseException) -> bool:
-    """Whether an error says that the disk took no more; safetensors says so in words only."""
-    return (isinstance(error, OSError) and error.errno in _NO_ROOM) or "(os error 28)" in str(error)
-
-
-def _reason(error: BaseException) -> str:
-    """The system's words for an error."""
-    return (error.strerror if isinstance(error, OSError) else None) or "no space left on the disk"
 
 
 def save_image(image: Image.Image, path: str | os.PathLike[str]) -> None:

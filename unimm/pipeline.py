@@ -1,40 +1,49 @@
-"""The user's object: `UniMM` captions, answers and draws; `load` makes one from a folder, a hub id or the package."""
+"""The user's object: `UniMM` captions, answers and draws."""
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Callable, Sequence
-from importlib import resources
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, Unpack, overload
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from unimm.console import ProgressCallback, no_progress
+from unimm.devices import choose_device, choose_dtype
 from unimm.errors import UserError, UserNote
-from unimm.interop.convert import load_foreign, read_config, read_processor, recognise
-from unimm.interop.source import check_weights
-from unimm.modeling import UniMMModel
-from unimm.processing import CAPTION_REQUESTS, UniMMProcessor
-from unimm.quantization import check_method, is_quantised
-from unimm.sampling.choose import check_options, streams
-from unimm.sampling.images import sample_codes
-from unimm.sampling.text import generate_text
-from unimm.saving import no_progress, write_folder
-from unimm.tokenizers.model import ImageTokenizer
-from unimm.tokenizers.movq import MoVQTokenizer
+from unimm.folders import write_folder
+from unimm.images import as_size, is_image
+from unimm.models.configuration import SamplingConfig
+from unimm.models.image_tokenizers.movq import MoVQTokenizer
+from unimm.models.image_tokenizers.vq import ImageTokenizer
+from unimm.models.modeling import UniMMModel
+from unimm.models.quantization import is_quantised
+from unimm.processing.processor import CAPTION_REQUESTS, UniMMProcessor
+from unimm.sampling.engine import sample_codes
+from unimm.sampling.sampler import SamplingOptions, streams
+from unimm.sampling.text import Answer, check_max_new_tokens, generate_answers
 
-Picture: TypeAlias = "str | Path | Image.Image"
-EMBEDDED = "embedded"  # folder of the model that ships with the package
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-Progress: TypeAlias = Callable[[int, int], None]
-Pictures: TypeAlias = "Picture | Sequence[Picture | Sequence[Picture] | None] | None"
-"""What goes with prompts for drawings: one picture for all, or for each prompt a picture, several, or None."""
+if TYPE_CHECKING:
+    from unimm.images import ImageInput
+
+ImageInputs: TypeAlias = "ImageInput | Iterable[ImageInput | Iterable[ImageInput] | None] | None"
+"""What goes with questions or prompts: one picture for all, or for each a picture, several, or None."""
 PICTURES_NOTE = (
     "images: published models and our recipes learn to draw from words alone; expect little of pictures"
 )
+
+
+class _Order(NamedTuple):
+    """What is to be drawn: a text and its pictures for each image, their noise, and how to sample."""
+
+    texts: list[str]
+    images: list[list[ImageInput]]
+    uniforms: Tensor
+    grid: tuple[int, int]
+    sampling: SamplingConfig
 
 
 class UniMM:
@@ -43,10 +52,12 @@ class UniMM:
     Attributes:
         model: the `UniMMModel`, in eval mode.
         processor: words and pictures to inputs and back.
-        batch_size: most prompts (for drawings) or questions that go through the model at once.
 
     Args:
         image_tokenizer: for a model that has none of its own, as a frozen copy of another.
+
+    Raises:
+        UserError: the batch size is no whole number of at least 1.
     """
 
     def __init__(
@@ -62,188 +73,290 @@ class UniMM:
         self._tokenizer = image_tokenizer
 
     @property
-    def image_tokenizer(self) -> ImageTokenizer | MoVQTokenizer:
-        """What turns pictures into codes and back.
+    def batch_size(self) -> int:
+        """Most prompts (for drawings) or questions that go through the model at once."""
+        return self._batch_size
+
+    @batch_size.setter
+    def batch_size(self, size: int) -> None:
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise UserError(f"batch_size: {size!r}; give a whole number of at least 1")
+        self._batch_size = size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format of the model's weights."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    def to(
+        self, device: str | torch.device | torch.dtype | None = None, dtype: str | torch.dtype | None = None
+    ) -> UniMM:
+        """Move the model to a device, to a number format, or both; returns itself.
+
+        Args:
+            device: as `load` takes it.
+            dtype: as `load` takes it.
 
         Raises:
-            ValueError: the model cannot draw.
+            UserError: there is no such device or format, or the weights are int8, which have none.
         """
+        if isinstance(device, torch.dtype):  # as in torch: to(torch.bfloat16)
+            device, dtype = None, device
+        place = self.device if device is None else choose_device(str(device))
+        if dtype is not None and is_quantised(self.model):
+            raise UserError("dtype: a model with int8 weights keeps its own; load it anew with the other")
+        kind = self.dtype if dtype is None else choose_dtype(dtype, place)
+        for part in (self.model, self._tokenizer):
+            if part is not None:
+                nn.Module.to(part, device=place, dtype=None if dtype is None else kind)
+        return self
+
+    @property
+    def image_tokenizer(self) -> ImageTokenizer | MoVQTokenizer | None:
+        """What turns images into codes and back; None where the model only understands."""
         tokenizer = self._tokenizer if self._tokenizer is not None else self.model.image_tokenizer
-        if tokenizer is None:
-            raise ValueError("this model has no image tokenizer, so it cannot draw")
-        assert isinstance(tokenizer, ImageTokenizer | MoVQTokenizer)
+        assert tokenizer is None or isinstance(tokenizer, ImageTokenizer | MoVQTokenizer)
         return tokenizer
 
+    def decode_codes(self, codes: Tensor) -> list[Image.Image]:
+        """Return the images of codes, int64 [B, h, w].
+
+        Raises:
+            UserError: there is no image tokenizer.
+        """
+        if self.image_tokenizer is None:
+            raise UserError("codes: this model has no image tokenizer; load one that draws")
+        return self.processor.to_images(self.image_tokenizer.decode(codes)) if len(codes) else []
+
     @overload
-    def caption(self, images: Picture) -> str: ...  # type: ignore[overload-overlap]  # a str is a sequence of str
+    def caption(self, images: ImageInput, max_new_tokens: int | None = None) -> str: ...  # type: ignore[overload-overlap]
     @overload
-    def caption(self, images: Sequence[Picture]) -> list[str]: ...
-    def caption(self, images: Picture | Sequence[Picture]) -> str | list[str]:
+    def caption(self, images: Iterable[ImageInput], max_new_tokens: int | None = None) -> list[str]: ...
+    def caption(self, images: Any, max_new_tokens: int | None = None) -> str | list[str]:
         """Say what pictures show.
 
         Args:
-            images: a PIL image or a path, or a list of them.
+            images: a picture, as a path, PIL image, array, tensor, bytes, file object or data URL
+                (`unimm.images.read_image`), or several of them in a list or any iterable.
+            max_new_tokens: most tokens of a caption; by default what the context has room for.
 
         Returns:
-            A text, or a list of texts for a list.
+            A text for one picture, else a list of texts.
 
         Raises:
-            UserError: a picture cannot be read.
+            UserError: a picture cannot be read, or the model understands none.
         """
-        if isinstance(images, str | Path | Image.Image):
-            return self._answer([CAPTION_REQUESTS[0]], [[images]])[0]
-        return self._answer([CAPTION_REQUESTS[0]] * len(images), [[image] for image in images])
+        shown = [images] if is_image(images) else _listed(images, "images")
+        requests = [CAPTION_REQUESTS[0]] * len(shown)
+        texts = [answer.text for answer in self.answers(shown, requests, max_new_tokens)]
+        return texts[0] if is_image(images) else texts
 
     @overload
-    def ask(self, images: Picture, questions: str) -> str: ...
+    def ask(self, images: ImageInput | None, questions: str, max_new_tokens: int | None = None) -> str: ...
     @overload
     def ask(
-        self, images: Picture | Sequence[Picture | Sequence[Picture]], questions: str | Sequence[str]
+        self, images: ImageInputs, questions: str | Iterable[str], max_new_tokens: int | None = None
     ) -> str | list[str]: ...
-    def ask(
-        self, images: Picture | Sequence[Picture | Sequence[Picture]], questions: str | Sequence[str]
-    ) -> str | list[str]:
-        """Answer questions about pictures, all in one batch.
+    def ask(self, images: Any, questions: Any, max_new_tokens: int | None = None) -> str | list[str]:
+        """Answer questions, with pictures or without, all in one batch.
 
         Args:
-            images: one picture, or one entry for each question; an entry may be a list of several pictures.
-            questions: one question, or a list.
+            images: one picture (see `caption`), None, or one entry for each question: a picture, several, or None.
+            questions: one question, or several.
+            max_new_tokens: most tokens of an answer; by default what the context has room for.
 
         Returns:
-            A text for one question about one picture, else a list of texts. One question goes to every picture
-            of a list, and one picture serves every question of a list.
+            A text for one question about one picture or none, else a list of texts. One question goes to every
+            picture of a list, and one picture serves every question of a list.
 
         Raises:
-            UserError: a picture cannot be read, a question is empty or too long, or the numbers do not match.
+            UserError: a picture cannot be read, the model understands none, a question is empty or too long, or the
+                numbers do not match.
         """
-        one_picture, one_question = isinstance(images, str | Path | Image.Image), isinstance(questions, str)
-        asked: list[str] = [questions] if isinstance(questions, str) else list(questions)
-        shown: list[Any] = [images] if isinstance(images, str | Path | Image.Image) else list(images)
-        if one_picture:
-            shown = shown * len(asked)
-        elif one_question:
-            asked = asked * len(shown)
+        texts = [answer.text for answer in self.answers(images, questions, max_new_tokens)]
+        return texts[0] if isinstance(questions, str) and (images is None or is_image(images)) else texts
+
+    def answers(
+        self, images: ImageInputs, questions: str | Iterable[str], max_new_tokens: int | None = None
+    ) -> list[Answer]:
+        """Answer questions as `ask` does, and say what became of each: its length, and whether it was cut.
+
+        Raises:
+            UserError: as `ask`.
+        """
+        most = check_max_new_tokens(max_new_tokens)
+        asked: list[Any] = [questions] if isinstance(questions, str) else _listed(questions, "questions")
+        if images is None or is_image(images):
+            shown: list[Any] = [images] * len(asked)
+        else:
+            shown = _listed(images, "images")
+        asked = asked * len(shown) if isinstance(questions, str) else asked
         if len(shown) != len(asked):
             raise UserError(f"questions: {len(asked)} questions for {len(shown)} images; give one for each")
-        if any(not question.strip() for question in asked):
-            raise UserError("question: empty; ask something")
-        entries = [[entry] if isinstance(entry, str | Path | Image.Image) else list(entry) for entry in shown]
-        answers = self._answer(asked, entries)
-        return answers[0] if one_picture and one_question else answers
-
-    def _answer(self, questions: Sequence[str], images: Sequence[Sequence[Picture]]) -> list[str]:
-        answers: list[str] = []
-        for start in range(0, len(questions), self.batch_size):
+        for question in asked:
+            _check_text(question, "question", "ask something")
+        entries = [_entry(entry) for entry in shown]
+        if any(entries):
+            self.processor.check_understands()
+        answers: list[Answer] = []
+        for start in range(0, len(asked), self.batch_size):
             part = slice(start, start + self.batch_size)
-            inputs = self.processor(questions[part], images[part])
-            answers += generate_text(self.model, self.processor, inputs)
+            inputs = self.processor(asked[part], entries[part])
+            answers += generate_answers(self.model, self.processor, inputs, most)
+        cut = sum(answer.cut for answer in answers)
+        if cut and most is None:  # else it is what was asked for
+            note = f"{cut} of {len(answers)} answers were cut where the context of {self.processor.context} tokens ends"
+            warnings.warn(note, UserNote, stacklevel=3)
         return answers
 
     def draw(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Iterable[str],
         n: int = 1,
-        guidance_scale: float = 5.0,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | Sequence[int] | None = None,
-        size: tuple[int, int] | None = None,
+        *,
+        seed: Any = None,
+        size: Any = None,
+        images: ImageInputs = None,
         return_codes: bool = False,
-        on_progress: Progress | None = None,
-        images: Pictures = None,
-        output_type: Literal["pil", "codes"] = "pil",
+        on_progress: ProgressCallback | None = None,
+        **sampling: Unpack[SamplingOptions],
     ) -> Any:
         """Draw pictures.
 
         Args:
             prompts: a text, or a list of texts of any lengths.
             n: drawings of each prompt; they follow one another in the result.
-            guidance_scale: how hard to follow the prompt; 1 is no guidance.
-            temperature: 0 takes the likeliest code at every step.
-            top_k: keep the k likeliest codes.
-            top_p: keep the likeliest codes of this mass.
             seed: a number, giving image i the stream of (seed, i), or one number for each image, giving it the
-                stream of (seed[i], 0); the same prompt and stream give the same image in any batch.
-            size: (width, height) in pixels; the model's own if left out.
-            return_codes: also return the codes.
-            on_progress: called with codes done and codes in all.
+                stream of (seed[i], 0); the same prompt and stream give the same image in any batch. Numbers and
+                arrays of NumPy and torch will do.
+            size: (width, height) in pixels, or "64x64"; the model's own if left out.
             images: a picture that goes with every prompt, or one entry for each prompt: a picture, a list of
                 pictures, or None. They stand before the prompt's words, as `ask` puts them. Guidance steers away
                 from what it always does, and from the pictures too: from the prompt with all but its first and
                 last token blanked, features included (Janus), or from the negative prompt alone (Emu3).
-            output_type: `codes` leaves it at the codes, for when nobody looks.
+            return_codes: also return the codes.
+            on_progress: called with codes done and codes in all.
+            **sampling: `guidance_scale` (how hard to follow the prompt; 1 is no guidance), `temperature` (0 takes the
+                likeliest code at every step), `top_k` (keep the k likeliest codes; 0 keeps all) and `top_p` (keep the
+                likeliest codes of this mass; 1 keeps all); what is left out is as the model has it
+                (`um.model.config.sampling_config()`).
 
         Returns:
-            A list of PIL images; with `return_codes` also their codes, int64 [B, h, w]; of `codes` these alone.
+            A list of PIL images; with `return_codes` also their codes, int64 [B, h, w].
 
         Raises:
-            UserError: a prompt is empty or too long, a picture cannot be read, the model cannot look at pictures,
-                or an option makes no sense.
+            UserError: the model does not draw, a prompt is empty or too long, a picture cannot be read, the model
+                cannot look at pictures, or an option makes no sense.
         """
-        check_options(guidance_scale, temperature, top_k, top_p)
-        if output_type not in (known := ("pil", "codes")):
-            raise UserError(f"output_type: {output_type!r}; give one of {', '.join(known)}")
-        if n < 1:
+        order = self._order(prompts, n, images, size, seed, sampling)
+        parts = list(self._codes(order, on_progress))
+        drawings = [image for part in parts for image in self.decode_codes(part)]
+        return (drawings, _joined(parts, order.grid)) if return_codes else drawings
+
+    def draw_codes(
+        self,
+        prompts: str | Iterable[str],
+        n: int = 1,
+        *,
+        seed: Any = None,
+        size: Any = None,
+        images: ImageInputs = None,
+        on_progress: ProgressCallback | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Tensor:
+        """Draw as `draw` does, which explains the arguments, up to the codes, for when nobody looks.
+
+        Returns:
+            int64 [B, h, w].
+
+        Raises:
+            UserError: as `draw`.
+        """
+        order = self._order(prompts, n, images, size, seed, sampling)
+        return _joined(list(self._codes(order, on_progress)), order.grid)
+
+    def draw_batches(
+        self,
+        prompts: str | Iterable[str],
+        n: int = 1,
+        *,
+        seed: Any = None,
+        size: Any = None,
+        images: ImageInputs = None,
+        on_progress: ProgressCallback | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Iterator[list[Image.Image]]:
+        """Draw as `draw` does, which explains the arguments, and hand out each batch as soon as it is done.
+
+        Yields:
+            Up to `batch_size` images, in the order of `draw`.
+
+        Raises:
+            UserError: as `draw`, before the first is drawn.
+        """
+        order = self._order(prompts, n, images, size, seed, sampling)
+        return (self.decode_codes(part) for part in self._codes(order, on_progress))
+
+    def _order(
+        self,
+        prompts: str | Iterable[str],
+        n: int,
+        images: ImageInputs,
+        size: Any,
+        seed: Any,
+        options: SamplingOptions,
+    ) -> _Order:
+        """Check all that is asked for before the first image is drawn; what options leave out is the model's own."""
+        self.processor.check_draws("prompts")
+        sampling = self.model.config.sampling_config().updated(**options)
+        if not isinstance(n, int) or n < 1:
             raise UserError(f"n: {n}; give 1 or more")
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = [prompts] if isinstance(prompts, str) else _listed(prompts, "prompts")
+        for text in texts:
+            _check_text(text, "prompt", "say what to draw")
         shown = _entries(images, len(texts))
-        tokenizer, grid = self.image_tokenizer, self._grid(size)
-        for text, pictures in zip(texts, shown, strict=True):  # all are checked before the first is drawn
+        grid = self._grid(as_size(size))
+        uniforms = streams(seed, len(texts) * n, grid[0] * grid[1])
+        for text, pictures in zip(texts, shown, strict=True):
             self.processor.drawing_inputs(text, pictures, grid)
         if any(shown):
-            warnings.warn(PICTURES_NOTE, UserNote, stacklevel=2)
+            warnings.warn(PICTURES_NOTE, UserNote, stacklevel=3)
         texts = [text for text in texts for _ in range(n)]
         shown = [pictures for pictures in shown for _ in range(n)]
-        options = (guidance_scale, temperature, top_k, top_p)
-        uniforms = streams(seed, len(texts), grid[0] * grid[1])
-        drawn = self._sample(texts, shown, uniforms, grid, options, on_progress)
-        if output_type == "codes":
-            return drawn
-        drawings = [
-            image for part in drawn.split(self.batch_size) for image in self._pictures(tokenizer, part)
-        ]
-        return (drawings, drawn) if return_codes else drawings
+        return _Order(texts, shown, uniforms, grid, sampling)
 
-    def _sample(
-        self,
-        texts: Sequence[str],
-        images: Sequence[Sequence[Picture]],
-        uniforms: Tensor,
-        grid: tuple[int, int],
-        options: tuple[float, float, int | None, float | None],
-        on_progress: Progress | None,
-    ) -> Tensor:
-        """Codes [B, h, w] of a drawing of each text with its pictures; options as `check_options` takes them."""
-        steps = grid[0] * grid[1]
-        codes = [torch.empty((0, *grid), dtype=torch.long, device=self.model.device)]
-        for start in range(0, len(texts), self.batch_size):
+    def _codes(self, order: _Order, on_progress: ProgressCallback | None) -> Iterator[Tensor]:
+        """Yield the codes [B, h, w] of each batch of drawings."""
+        steps, total = order.grid[0] * order.grid[1], len(order.texts)
+        for start in range(0, total, self.batch_size):
             part = slice(start, start + self.batch_size)
-            rows, report = texts[part], None
+            rows, report = order.texts[part], None
             if on_progress is not None:
-                report = _reporter(on_progress, start * steps, len(rows), len(texts) * steps)
-            drawn = sample_codes(
+                report = _reporter(on_progress, start * steps, len(rows), total * steps)
+            yield sample_codes(
                 self.model,
                 self.processor,
                 rows,
-                uniforms[part],
-                *options,
-                grid=grid,
+                order.uniforms[part],
+                order.sampling,
+                grid=order.grid,
                 on_step=report,
-                images=images[part],
+                images=order.images[part],
             )
-            codes.append(drawn)
-        return torch.cat(codes)
-
-    def _pictures(self, tokenizer: ImageTokenizer | MoVQTokenizer, codes: Tensor) -> list[Image.Image]:
-        return self.processor.to_images(tokenizer.decode(codes)) if len(codes) else []
 
     def _grid(self, size: tuple[int, int] | None) -> tuple[int, int]:
         """Return rows and columns of codes for a size in pixels."""
         rows, columns = self.model.layout.grid
         if size is None:
             return rows, columns
-        stride = self.image_tokenizer.stride
+        stride = self.processor.stride
         width, height = size
         own = f"{columns * stride}x{rows * stride}"
         if size == (columns * stride, rows * stride):
@@ -253,7 +366,7 @@ class UniMM:
             raise UserError(f"size: {width}x{height}; this model draws {own} only")
         if min(size) < stride or width % stride or height % stride:
             raise UserError(f"size: {width}x{height}; give multiples of {stride}, such as {own}")
-        if not self.model.layout.shared:
+        if not self.model.layout.sized:
             note = f"size: {width}x{height} is outside what this model was trained on ({own})"
             warnings.warn(note, UserNote, stacklevel=3)
         return height // stride, width // stride
@@ -279,185 +392,46 @@ class UniMM:
         write_folder(Path(folder), write)
 
 
-def _entries(images: Pictures, prompts: int) -> list[list[Picture]]:
+def _listed(values: Any, name: str) -> list[Any]:
+    """Return several values as a list.
+
+    Raises:
+        UserError: they are not several.
+    """
+    if not isinstance(values, Iterable) or isinstance(values, str | bytes):
+        raise UserError(f"{name}: expected one or a list of them, got {type(values).__name__}")
+    return list(values)
+
+
+def _check_text(text: Any, name: str, wanted: str) -> None:
+    """Refuse what is no text, or empty."""
+    if not isinstance(text, str):
+        raise UserError(f"{name}: expected a text, got {type(text).__name__}")
+    if not text.strip():
+        raise UserError(f"{name}: empty; {wanted}")
+
+
+def _entry(entry: Any) -> list[ImageInput]:
+    """Return the pictures that go with one question or prompt."""
+    if entry is None:
+        return []
+    return [entry] if is_image(entry) else _listed(entry, "images")
+
+
+def _entries(images: ImageInputs, prompts: int) -> list[list[ImageInput]]:
     """Return the pictures of each prompt."""
-    if images is None or isinstance(images, str | Path | Image.Image):
-        return [[] if images is None else [images]] * prompts
-    if len(images) != prompts:
-        raise UserError(f"images: {len(images)} entries for {prompts} prompts; give one for each, or None")
-    entries: list[Picture | Sequence[Picture]] = [[] if entry is None else entry for entry in images]
-    return [[entry] if isinstance(entry, str | Path | Image.Image) else list(entry) for entry in entries]
+    if images is None or is_image(images):
+        return [_entry(images)] * prompts
+    entries = _listed(images, "images")
+    if len(entries) != prompts:
+        raise UserError(f"images: {len(entries)} entries for {prompts} prompts; give one for each, or None")
+    return [_entry(entry) for entry in entries]
 
 
-def _reporter(report: Progress, done: int, images: int, total: int) -> Callable[[int], None]:
+def _joined(parts: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
+    """Return the codes [B, h, w] of all batches."""
+    return torch.cat(list(parts)) if parts else torch.empty((0, *grid), dtype=torch.long)
+
+
+def _reporter(report: ProgressCallback, done: int, images: int, total: int) -> Callable[[int], None]:
     return lambda step: report(done + step * images, total)
-
-
-def embedded_model() -> Path:
-    """Return the folder of the model that ships with the package."""
-    folder = Path(str(resources.files("unimm"))) / "assets" / EMBEDDED
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder}: the embedded model is missing; reinstall unimm, or name a model")
-    return folder
-
-
-def resolve(source: str | os.PathLike[str] | None) -> Path:
-    """Return the local folder of a source: the embedded model, a folder, or a hub id (downloaded).
-
-    Raises:
-        UserError: there is no such folder, and the hub does not have it or cannot be reached.
-    """
-    if source is None:
-        return embedded_model()
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise UserError(f"{source}: a file, not a model folder; name the folder that holds config.json")
-    if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-        raise UserError(f"{source}: no such folder; give a model folder or a hub id such as owner/name")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(source)))
-    except Exception as error:  # the hub client raises many kinds, all of which mean the same here
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{source}: no such folder, and not to be had from the hub ({reason})") from None
-
-
-def load(
-    source: str | os.PathLike[str] | None = None,
-    device: str = "auto",
-    dtype: str | torch.dtype = "auto",
-    quantize: str | None = None,
-    adapter: str | os.PathLike[str] | None = None,
-) -> UniMM:
-    """Load a model.
-
-    Args:
-        source: None for the model that ships with the package, else a folder or a hub id.
-        device: "auto" takes CUDA, then MPS, then the CPU.
-        dtype: "auto" is bfloat16 on CUDA and float32 elsewhere.
-        quantize: "int8" gives the decoder's linear layers and large heads int8 weights (`unimm.quantization`),
-            a quarter of float32's memory; on CPUs small batches are faster too. The model cannot be saved then.
-        adapter: folder of a peft adapter of that model, which is merged into its weights.
-
-    Raises:
-        UserError: the source is missing, broken, or not a unimm model; the adapter is, or is of another model; or
-            an option is of no known name.
-    """
-    check_method(quantize)
-    folder = resolve(source)
-    place = choose_device(device)
-    model, processor = _read(folder, choose_dtype(dtype, place))
-    if adapter is not None:
-        model = _with_adapter(model, Path(adapter))
-    if quantize is not None:  # before it moves: the device then never holds the whole weights
-        model.quantise()
-    return UniMM(nn.Module.to(model, place), processor)
-
-
-def _with_adapter(model: UniMMModel, folder: Path) -> UniMMModel:
-    """Return a model with a peft adapter merged into its weights."""
-    if not (folder / "adapter_config.json").exists():
-        raise UserError(f"{folder}: holds no adapter (adapter_config.json is missing)")
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise UserError("adapter: needs peft; install it with: pip install 'unimm[lora]'") from None
-    try:
-        merged: UniMMModel = PeftModel.from_pretrained(model, folder).merge_and_unload().eval()
-    except (ValueError, RuntimeError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise UserError(f"{folder}: not an adapter of this model ({line})") from None
-    return merged
-
-
-def _read(folder: Path, dtype: torch.dtype) -> tuple[UniMMModel, UniMMProcessor]:
-    """Read a checkpoint of any layout into memory."""
-    if recognise(folder)[0] != "unimm":
-        return load_foreign(folder, dtype)
-    check_weights(folder)
-    config = read_config(folder)
-    with no_progress():
-        model = UniMMModel.from_pretrained(folder, config=config, dtype=dtype)
-    return model, UniMMProcessor.from_pretrained(folder, config)
-
-
-def load_processor(source: str | os.PathLike[str] | None = None) -> UniMMProcessor:
-    """Load a model's processor alone; its weights are not read.
-
-    Args:
-        source: what `load` takes.
-
-    Raises:
-        UserError: the source is missing or broken.
-    """
-    folder = resolve(source)
-    return read_processor(folder, read_config(folder))
-
-
-def choose_device(device: str) -> torch.device:
-    """Return the device that a name means.
-
-    Raises:
-        UserError: torch knows no such device, or it is not there.
-    """
-    if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"device: {device!r} is not to be had here; use auto, cpu, cuda or mps") from None
-    return chosen
-
-
-def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the number format that a name means on a device.
-
-    Raises:
-        UserError: an unknown name.
-    """
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if dtype not in DTYPES:
-        raise UserError(f"dtype: {dtype!r}; use auto, {', '.join(DTYPES)}")
-    return DTYPES[dtype]
-
-
-def describe(source: str | os.PathLike[str] | None = None) -> dict[str, Any]:
-    """Say what a model is, from its configuration alone; no weights are read.
-
-    Returns:
-        Family, parts with their parameters, context, image sizes and what the model can do.
-    """
-    folder = resolve(source)
-    family, layout = recognise(folder)
-    config = read_config(folder)
-    with torch.device("meta"):
-        model = UniMMModel(config)
-    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts().items()}
-    if model.image_tokenizer is not None:
-        parts["image_tokenizer"] = sum(p.numel() for p in model.image_tokenizer.parameters())
-        if isinstance(model.image_tokenizer, ImageTokenizer):  # its codebook may be a buffer
-            parts["image_tokenizer"] += model.image_tokenizer.quantize.stored
-    vision, generation = config.vision_config(), config.generation_config()
-    decoder = config.decoder_config()
-    area = "any size, {} to {} pixels".format(*generation.area) if generation and generation.area else None
-    return {
-        "source": str(folder if source is not None else "embedded"),
-        "family": family,
-        "layout": layout,
-        "decoder": decoder.model_type,
-        "parameters": parts,
-        "parameters_total": sum(parts.values()),
-        "context": decoder.max_position_embeddings,
-        "understands": f"{vision.image_size}x{vision.image_size}" if vision else area,
-        "draws": f"{generation.image_size}x{generation.image_size}" if generation else None,
-        "can": [*(["caption", "ask"] if vision or area else []), *(["draw"] if generation else [])],
-    }

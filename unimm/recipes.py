@@ -7,20 +7,22 @@ a checkout; an installed package carries them as `unimm/_recipes/`.
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
+import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 from unimm.errors import UserError
-from unimm.images import atomic_write
+from unimm.files import atomic_write
 
 FOLDERS = ("tokenizers", "training", "sampling")
 
 
 @dataclass(frozen=True)
 class RecipeInfo:
-    """A shipped recipe: `name` is its path without suffix, `summary` the first comment line of the file."""
+    """A shipped recipe: `name` is its path without suffix, `summary` the first sentence of its first comment."""
 
     name: str
     path: Path
@@ -92,6 +94,19 @@ def copy_recipe(name: str | os.PathLike[str], dest: str | os.PathLike[str] | Non
 
 
 def _summary(path: Path) -> str:
-    """Return the first comment line of a YAML file, without its mark."""
-    with path.open(encoding="utf-8") as lines:
-        return next((line.lstrip("# ").strip() for line in lines if line.startswith("#")), "")
+    """Return what the first comment of a YAML file says, up to the end of a sentence, without its marks."""
+    said: list[str] = []
+    with path.open(encoding="utf-8") as file:
+        comments = itertools.takewhile(
+            lambda line: line.startswith("#"),
+            itertools.dropwhile(lambda line: not line.startswith("#"), file),
+        )
+        for line in comments:
+            text = line[1:].strip()
+            if said and (not text or line.startswith("#  ")):  # a paragraph ends; a command is indented
+                break
+            end = re.search(r"[.!?](?=\s)", text) if said else None
+            said.append(text[: end.end()] if end else text)
+            if end or text.endswith((".", "!", "?")):
+                break
+    return " ".join(said)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 from PIL import Image, ImageDraw, ImageFont
 
-COLUMNS = 6
+SHEET_COLUMNS = 6
 PICTURE = 192  # width of a picture on the sheet, in pixels
 PADDING = 14  # inside a card
-GAP = 18  # between cards
-MARGIN = 44  # around the sheet
+CARD_GAP = 18  # between cards
+SHEET_MARGIN = 44  # around the sheet
 TEXT, LEADING = 16, 21  # size of the text under pictures, and from line to line
 PAGE, CARD, BORDER = "#f3f4f7", "#ffffff", "#dfe2e8"
 INK, MUTED, GOOD, BAD, ACCENT = "#1c2030", "#6d7385", "#1a7f45", "#c0392b", "#3a4cc0"
@@ -36,7 +36,7 @@ class Card:
 
 
 @dataclass(frozen=True)
-class Section:
+class SheetSection:
     """A titled group of cards."""
 
     title: str
@@ -49,14 +49,16 @@ class _Pen:
     """Where the next thing goes on a sheet that grows downwards."""
 
     image: Image.Image
-    y: int = MARGIN
+    y: int = SHEET_MARGIN
     draw: ImageDraw.ImageDraw = field(init=False)
 
     def __post_init__(self) -> None:
         self.draw = ImageDraw.Draw(self.image)
 
 
-def draw_sheet(title: str, subtitle: str, sections: Sequence[Section], columns: int = COLUMNS) -> Image.Image:
+def draw_sheet(
+    title: str, subtitle: str, sections: Sequence[SheetSection], columns: int = SHEET_COLUMNS
+) -> Image.Image:
     """Draw a contact sheet.
 
     Args:
@@ -68,33 +70,33 @@ def draw_sheet(title: str, subtitle: str, sections: Sequence[Section], columns: 
     Returns:
         An RGB image, as high as its contents need.
     """
-    width = 2 * MARGIN + columns * (PICTURE + 2 * PADDING) + (columns - 1) * GAP
+    width = 2 * SHEET_MARGIN + columns * (PICTURE + 2 * PADDING) + (columns - 1) * CARD_GAP
     rows = [(section, _rows(section.cards, columns)) for section in sections]
-    height = 2 * MARGIN + 96 + sum(_section_height(section, packed) for section, packed in rows)
+    height = 2 * SHEET_MARGIN + 96 + sum(_section_height(section, packed) for section, packed in rows)
     pen = _Pen(Image.new("RGB", (width, height), PAGE))
-    pen.draw.text((MARGIN, pen.y), title, fill=INK, font=_font(38))
-    pen.draw.text((MARGIN, pen.y + 54), subtitle, fill=MUTED, font=_font(18))
+    pen.draw.text((SHEET_MARGIN, pen.y), title, fill=INK, font=_font(38))
+    pen.draw.text((SHEET_MARGIN, pen.y + 54), subtitle, fill=MUTED, font=_font(18))
     pen.y += 96
     for section, packed in rows:
         _draw_section(pen, section, packed)
     return pen.image
 
 
-def _draw_section(pen: _Pen, section: Section, rows: list[list[Card]]) -> None:
+def _draw_section(pen: _Pen, section: SheetSection, rows: list[list[Card]]) -> None:
     """Draw a section's title, note and rows of cards, and move the pen below them."""
     pen.y += 16
-    pen.draw.rectangle((MARGIN, pen.y + 4, MARGIN + 5, pen.y + 28), fill=ACCENT)
-    pen.draw.text((MARGIN + 18, pen.y), section.title, fill=INK, font=_font(25))
-    offset = MARGIN + 18 + round(pen.draw.textlength(section.title, font=_font(25))) + 14
+    pen.draw.rectangle((SHEET_MARGIN, pen.y + 4, SHEET_MARGIN + 5, pen.y + 28), fill=ACCENT)
+    pen.draw.text((SHEET_MARGIN + 18, pen.y), section.title, fill=INK, font=_font(25))
+    offset = SHEET_MARGIN + 18 + round(pen.draw.textlength(section.title, font=_font(25))) + 14
     pen.draw.text((offset, pen.y + 9), section.note, fill=MUTED, font=_font(16))
     pen.y += 44
     for row in rows:
         height = max(_card_height(card) for card in row)
-        x = MARGIN
+        x = SHEET_MARGIN
         for card in row:
             _draw_card(pen.draw, pen.image, card, (x, pen.y), height)
-            x += _card_width(card) + GAP
-        pen.y += height + GAP
+            x += _card_width(card) + CARD_GAP
+        pen.y += height + CARD_GAP
 
 
 def _draw_card(
@@ -111,7 +113,7 @@ def _draw_card(
         mask = Image.new("L", shown.size, 0)
         ImageDraw.Draw(mask).rounded_rectangle((0, 0, *(side - 1 for side in shown.size)), radius=8, fill=255)
         image.paste(shown, (left, y), mask)
-        left += PICTURE + 2 * PADDING + GAP
+        left += PICTURE + 2 * PADDING + CARD_GAP
     y += max((_scaled(picture).height for picture in card.pictures), default=0) + 10
     for line in card.lines:
         for part in _wrap(line.text, _text_width(card)):
@@ -134,9 +136,9 @@ def _rows(cards: Sequence[Card], columns: int) -> list[list[Card]]:
     return rows
 
 
-def _section_height(section: Section, rows: list[list[Card]]) -> int:
+def _section_height(section: SheetSection, rows: list[list[Card]]) -> int:
     """Height that `_draw_section` will use."""
-    return 16 + 44 + sum(max(_card_height(card) for card in row) + GAP for row in rows)
+    return 16 + 44 + sum(max(_card_height(card) for card in row) + CARD_GAP for row in rows)
 
 
 def _card_height(card: Card) -> int:
@@ -149,7 +151,7 @@ def _card_height(card: Card) -> int:
 def _card_width(card: Card) -> int:
     """Width of a card: so many whole columns as it has pictures."""
     columns = max(1, len(card.pictures))
-    return columns * (PICTURE + 2 * PADDING) + (columns - 1) * GAP
+    return columns * (PICTURE + 2 * PADDING) + (columns - 1) * CARD_GAP
 
 
 def _text_width(card: Card) -> int:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 from PIL import Image
 
-from unimm.cli import main
+from unimm.cli.main import main
 
 
 class Done(NamedTuple):

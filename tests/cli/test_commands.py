@@ -10,31 +10,47 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from unimm.console import printable
 from unimm.errors import UserNote
-from unimm.pipeline import load
+from unimm.loading import load
 
 
 def test_caption_of_one_picture_is_a_plain_line(unimm, tiny: Path, picture: Path) -> None:
-    done = unimm("caption", picture, "--model", tiny)
+    done = unimm("caption", picture, "--model", tiny, "--max-new-tokens", 8)
     assert (done.code, done.err) == (0, "")
-    assert done.out == load(tiny).caption(picture) + "\n"
+    assert done.out == printable(load(tiny).caption(picture, max_new_tokens=8)) + "\n"
 
 
 def test_captions_as_json_are_one_document(unimm, tiny: Path, picture: Path) -> None:
-    done = unimm("caption", picture, "--json", picture, "--model", tiny)  # options may stand in between
-    caption = load(tiny).caption(picture)
+    options = ["--model", tiny, "--max-new-tokens", 8]
+    done = unimm("caption", picture, "--json", picture, *options)  # options may stand in between
+    caption = load(tiny).caption(picture, max_new_tokens=8)
     assert done.code == 0
-    assert json.loads(done.out) == [{"image": str(picture), "caption": caption}] * 2
+    assert json.loads(done.out) == [{"image": str(picture), "caption": caption, "cut": True}] * 2
 
 
 def test_ask_takes_several_pictures_and_one_question(unimm, tiny: Path, picture: Path) -> None:
-    done = unimm("ask", picture, picture, "what is this?", "--json", "--model", tiny)
-    answer = load(tiny).ask([[picture, picture]], ["what is this?"])[0]
+    options = ["--json", "--model", tiny, "--max-new-tokens", 8]
+    done = unimm("ask", picture, picture, "what is this?", *options)
+    answer = load(tiny).ask([[picture, picture]], ["what is this?"], max_new_tokens=8)[0]
     assert json.loads(done.out) == {
         "images": [str(picture)] * 2,
         "question": "what is this?",
         "answer": answer,
+        "cut": True,
     }
+
+
+def test_ask_takes_a_question_alone(unimm, tiny: Path) -> None:
+    done = unimm("ask", "what is this?", "--model", tiny, "--max-new-tokens", 8)
+    answer = load(tiny).ask(None, "what is this?", max_new_tokens=8)
+    assert (done.code, done.err, done.out) == (0, "", printable(answer) + "\n")
+
+
+def test_an_answer_that_the_context_cuts_is_noted(unimm, tiny: Path, picture: Path) -> None:
+    done = unimm("caption", picture, "--model", tiny)
+    assert done.code == 0 and done.out
+    assert done.err == "unimm: note: 1 of 1 answers were cut where the context of 128 tokens ends\n"
 
 
 def test_draw_writes_n_of_each_prompt(unimm, tiny: Path, tmp_path: Path) -> None:
@@ -79,8 +95,10 @@ def test_draw_from_pictures(unimm, tiny: Path, tmp_path: Path, picture: Path) ->
 def test_int8_weights(unimm, tiny: Path, picture: Path, tmp_path: Path) -> None:
     small = load(tiny, quantize="int8")
     options = ["--model", tiny, "--quantize", "int8"]
-    assert unimm("caption", picture, *options).out == small.caption(picture) + "\n"
-    assert unimm("ask", picture, "what?", *options).out == small.ask(picture, "what?") + "\n"
+    short = ["--max-new-tokens", 8]
+    caption, answer = small.caption(picture, 8), small.ask(picture, "what?", 8)
+    assert unimm("caption", picture, *options, *short).out == printable(caption) + "\n"
+    assert unimm("ask", picture, "what?", *options, *short).out == printable(answer) + "\n"
     row = json.loads(unimm("draw", "hi", "--seed", 7, "-o", tmp_path, "--json", *options).out)[0]
     with Image.open(row["image"]) as image:
         assert np.array_equal(np.asarray(image), np.asarray(small.draw(["hi"], seed=7)[0]))
@@ -124,7 +142,8 @@ def test_pictures_are_checked_before_the_model(unimm, tmp_path: Path) -> None:
 
 def test_question_that_is_a_file_was_forgotten(unimm, picture: Path) -> None:
     refused(unimm("ask", picture, picture), "after the pictures comes a question")
-    refused(unimm("ask", "what is this?"), "after the pictures comes a question")
+    refused(unimm("ask", "missing.png"), "after the pictures comes a question")
+    refused(unimm("ask", picture), "after the pictures comes a question")
 
 
 @pytest.mark.parametrize(
@@ -136,7 +155,7 @@ def test_question_that_is_a_file_was_forgotten(unimm, picture: Path) -> None:
         (["a", "--guidance-scale", "inf"], "guidance_scale: inf"),
         (["a", "--temperature", "-1"], "temperature: -1"),
         (["a", "--top-p", "0"], "top_p: 0"),
-        (["a", "--top-k", "0"], "top_k: 0"),
+        (["a", "--top-k", "-1"], "top_k: -1"),
         (["a", "--size", "64"], "--size: expected WIDTHxHEIGHT"),
         (["a", "--size", "60x32"], "give multiples of 8, such as 32x32"),
         (["a", "--seed", "-3"], "seed: negative"),
@@ -145,7 +164,7 @@ def test_question_that_is_a_file_was_forgotten(unimm, picture: Path) -> None:
         (["a", "--dtype", "int3"], "dtype: 'int3'"),
         (["a", "--quantize", "int4"], "quantize: 'int4'; use int8"),
         (["a", "--image", "nothing.png"], "nothing.png: no such file"),
-        (["a", "--colour"], "unrecognized arguments: --colour"),
+        (["a", "--colour"], "there is no option --colour"),
         ([], "required: PROMPT"),
     ],
 )
@@ -172,7 +191,7 @@ def test_model_that_is_broken(unimm, tiny: Path, tmp_path: Path) -> None:
 def test_note_of_an_animation_goes_to_stderr(unimm, tiny: Path, tmp_path: Path) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    done = unimm("caption", tmp_path / "a.gif", "--json", "--model", tiny)
+    done = unimm("caption", tmp_path / "a.gif", "--json", "--model", tiny, "--max-new-tokens", 8)
     assert done.code == 0
     assert done.err == f"unimm: note: {tmp_path / 'a.gif'}: has 2 frames; only the first is used\n"
     assert len(json.loads(done.out)) == 1

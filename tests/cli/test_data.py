@@ -56,6 +56,36 @@ def test_mistakes_are_one_line(unimm, tiny: Path, tmp_path: Path) -> None:
     assert done.code == 2 and "expected NAME=COLUMN" in done.err
 
 
+def test_files_that_the_shell_expanded(unimm, tiny: Path, tmp_path: Path) -> None:
+    folder = forms.shards(tmp_path / "tars", 6)
+    names = sorted(folder.glob("*.tar"))
+    report = json.loads(unimm("data", "check", *names, "--model", tiny, "--json").out)
+    assert report["records"] == 6 and report["source"].endswith("001.tar (2 files)")
+    options = ["--pairs", "text_to_image", "--model", tiny, "--json"]
+    encoded = json.loads(unimm("data", "encode", *names, tmp_path / "out", *options).out)
+    again = unimm("data", "encode", *names, tmp_path / "out", *options)
+    assert encoded["written"] == 6 and (again.code, json.loads(again.out)) == (0, encoded)
+    done = unimm("data", "encode", names[0], tmp_path / "out", *options)
+    assert done.code == 2 and "holds codes made with another source" in done.err
+
+
+def test_what_leads_outside_needs_a_word(unimm, tiny: Path, tmp_path: Path) -> None:
+    forms.picture_folder(tmp_path / "private", 1)
+    rows = tmp_path / "data" / "rows.jsonl"
+    rows.parent.mkdir()
+    rows.write_text(json.dumps({"snapshot": "../private/000.png", "text": "a"}))
+    done = unimm("data", "check", rows, "--model", tiny)
+    assert done.code == 2 and "fields: {image: snapshot}" in done.err and done.err.count("\n") == 1
+    done = unimm("data", "check", rows, "--model", tiny, "--field", "image=snapshot")
+    assert done.code == 2 and "--allow-outside" in done.err and done.err.count("\n") == 1
+    for options, kind in (
+        (["--field", "image=snapshot", "--allow-outside"], "image_to_text"),
+        (["--field", "image="], "text"),
+    ):
+        report = json.loads(unimm("data", "check", rows, "--model", tiny, "--json", *options).out)
+        assert report["kinds"] == {kind: 1} and report["bad"] == 0
+
+
 def test_encode_and_check_what_it_wrote(unimm, tiny: Path, tmp_path: Path) -> None:
     folder = forms.picture_folder(tmp_path / "data", 3)
     options = ["--pairs", "text_to_image", "--model", tiny]

@@ -12,25 +12,34 @@ from pathlib import Path
 
 import pytest
 
-from unimm import __version__, cli
-from unimm.cli import COMMANDS, main
+from unimm import __version__
+from unimm.cli import recipes
+from unimm.cli.commands import listing
+from unimm.cli.main import CLI, main
 from unimm.console import print_json, quiet_stdout
 from unimm.errors import UserError, UserNote
+
+COMMANDS = [words.removeprefix("unimm ") for words, _ in listing(CLI) if words != "unimm"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
 def test_help_lists_every_command(unimm, arguments: list[str]) -> None:
     done = unimm(*arguments)
     assert done.code == 0
-    assert all(f"  {command.words} " in done.out for command in COMMANDS)
+    assert all(f"  {words} " in done.out for words in COMMANDS)
+    assert (
+        done.out.index("\nTrain and evaluate:")
+        < done.out.index(" tokenizer eval ")
+        < done.out.index("\nData:")
+    )
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.words)
-def test_every_command_has_help(command, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main([*command.words.split(), "--help"])
-    assert ended.value.code == 0
-    assert "--json" in capfd.readouterr().out
+@pytest.mark.parametrize("words", COMMANDS)
+def test_every_command_has_help(unimm, words: str) -> None:
+    done = unimm(*words.split(), "--help")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith(f"Usage: unimm {words} ") and "--json" in done.out
+    assert unimm("help", *words.split()) == unimm(*words.split(), "-h") == done
 
 
 def test_help_of_a_group(unimm) -> None:
@@ -54,7 +63,31 @@ def test_version(unimm) -> None:
             ["recipes", "copy", "nix"],
             "unimm: nix: no such file or recipe; `unimm recipes` lists those that ship",
         ),
+        (["recipes", "cpy"], "unimm: there is no command 'recipes cpy'; did you mean recipes copy?\n"),
         (["train"], "unimm: train: the following arguments are required: RECIPE"),
+        (["convert", "a"], "unimm: convert: the following arguments are required: FOLDER, --to (see"),
+        (
+            ["--vresion"],
+            "unimm: there is no option --vresion; did you mean --version? (see `unimm --help`)\n",
+        ),
+        (
+            ["draw", "a", "--sede", "7"],
+            "unimm: draw: there is no option --sede; did you mean --seed? (see `unimm draw --help`)\n",
+        ),
+        (
+            ["draw", "a", "--xyzzy\x1b[2J"],
+            "unimm: draw: there is no option --xyzzy\\x1b[2J (see `unimm draw --help`)\n",
+        ),
+        (["draw", "-x"], "unimm: draw: there is no option -x (see"),
+        (
+            ["data", "preview", "--split", "trian"],
+            "unimm: data preview: --split: 'trian' is not one of train, seen",
+        ),
+        (["draw", "a", "--model", "--json"], "unimm: draw: --model: expected a value (see"),
+        (["draw", "a", "--model"], "unimm: draw: --model: expected a value (see"),
+        (["draw", "a", "--json=no"], "unimm: draw: --json: takes no value (see"),
+        (["draw", "a", "--top-k", "few"], "unimm: draw: --top-k: expected a whole number, got 'few' (see"),
+        (["info", "a", "b"], "unimm: info: got unexpected extra argument (b) (see"),
         (["train", "nix.yaml"], "unimm: nix.yaml: no such file or recipe"),
     ],
 )
@@ -113,11 +146,53 @@ def test_recipes_are_listed_and_copied(unimm, tmp_path: Path) -> None:
     assert "is there already" in unimm("recipes", "copy", "training/siglip", tmp_path).err
 
 
+def test_json_may_stand_before_the_command_of_a_group(unimm, tmp_path: Path) -> None:
+    done = unimm("recipes", "--json", "copy", "training/siglip", tmp_path)
+    assert Path(json.loads(done.out)["copied"]).parent == tmp_path
+
+
+def test_overrides_stand_between_options(unimm) -> None:
+    arguments = (
+        "training/emu3",
+        "--memory",
+        4,
+        "stages[0].steps=2",
+        "--gpus=2",
+        "stages[0].batch=2",
+        "--json",
+    )
+    document = json.loads(unimm("plan", *arguments).out)
+    assert document["machines"]["gpus"] == 2
+    whole = json.loads(unimm("plan", *arguments[:3], *arguments[4:]).out)
+    assert document["stages"][0]["tokens"] < whole["stages"][0]["tokens"]
+    assert (
+        "stages[0].steps: expected an integer"
+        in unimm("train", "training/siglip", "--smoke", "stages[0].steps=many", "--json").err
+    )
+
+
+@pytest.mark.parametrize("prompt", ["-5", "-5 degrees", "-.5", "--help", "--no clouds", "--", "-"])
+def test_what_is_behind_two_dashes_is_no_option(unimm, tiny: Path, tmp_path: Path, prompt: str) -> None:
+    options = ("--model", tiny, "--json", "-o", tmp_path)
+    assert json.loads(unimm("draw", *options, "--", prompt).out)[0]["prompt"] == prompt
+    assert json.loads(unimm("--", "draw", *options, "--", "a", prompt).out)[1]["prompt"] == prompt
+
+
+@pytest.mark.parametrize("prompt", ["-5", "-5 degrees", "-.5", "--no clouds", "-"])
+def test_what_only_looks_like_an_option_is_none(unimm, tiny: Path, tmp_path: Path, prompt: str) -> None:
+    done = unimm("draw", prompt, "--model", tiny, "--json", "-o", tmp_path)
+    assert json.loads(done.out)[0]["prompt"] == prompt
+
+
+@pytest.mark.parametrize("spelling", [["-n", "2"], ["-n2"], ["-n=2"]])
+def test_spellings_of_an_option(unimm, tiny: Path, tmp_path: Path, spelling: list[str]) -> None:
+    done = unimm("draw", "a", *spelling, f"--model={tiny}", "--json", f"-o{tmp_path / 'new'}")
+    assert len(json.loads(done.out)) == 2 and len(list((tmp_path / "new").iterdir())) == 2
+
+
 def run_with(monkeypatch: pytest.MonkeyPatch, action) -> None:
     """Make `unimm recipes` do something else."""
-    command = next(command for command in COMMANDS if command.words == "recipes")
-    replaced = cli.dataclasses.replace(command, run=action)
-    monkeypatch.setattr(cli, "COMMANDS", (replaced,))
+    monkeypatch.setattr(recipes.list_all, "callback", action)
 
 
 def test_interrupt(unimm, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import json
 import socket
 from pathlib import Path
 
-from unimm.preferences.votes import Votes
+from unimm.preferences.vote.votes import Votes
 
 
 def test_draw_rank_check(unimm, tiny: Path, tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_draw_rank_check(unimm, tiny: Path, tmp_path: Path) -> None:
     )
     assert (done.code, json.loads(done.out)["pairs"]) == (0, 3)
     done = unimm("preferences", "check", pairs, "--json")
-    report = {"preferences": str(pairs), "pairs": 3, "image": 3, "prompts": 3}
+    report = {"preferences": str(pairs), "pairs": 3, "image": 3, "prompts": 3, "equal": 0}
     assert json.loads(done.out) == report
     done = unimm("data", "check", pairs, "--model", tiny, "--json")
     assert (done.code, json.loads(done.out)) == (0, report)
@@ -42,7 +42,7 @@ def test_bad_preferences_get_one_line_from_either_check(unimm, tmp_path: Path) -
     good = {"prompt": "a", "chosen": "b", "rejected": "c"}
     path = tmp_path / "pairs.jsonl"
     for row, words in [
-        ({**good, "rejected": "b"}, "pairs.jsonl:1: chosen and rejected are equal"),
+        ({**good, "rejected": "b"}, "pairs.jsonl: chosen and rejected are equal in each pair"),
         ({**good, "rejected": {"codes": [[1]]}}, "pairs.jsonl:1: chosen is a text and rejected an image"),
         ({**good, "scores": [float("nan"), 0.0]}, "pairs.jsonl:1: scores[0]: expected a finite number"),
         (
@@ -112,3 +112,24 @@ def test_vote_says_what_is_wrong_and_leaves_the_folder_alone(unimm, tiny: Path, 
             assert (done.code, done.out) == (2, ""), done.err
             assert words in done.err and done.err.count("\n") == 1
             assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_the_embedded_model_can_be_named(unimm, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "chosen": {"codes": [[1]]}, "rejected": {"codes": [[2]]}}))
+    for command in (("preferences", "check"), ("data", "check")):
+        done = unimm(*command, path, "--model", "embedded")
+        assert done.code == 2 and "pairs.jsonl:1: chosen: 1 x 1 codes; this model draws 8 x 8" in done.err
+    drawn = {"prompt": "a", "candidates": [{"seed": k, "codes": [[k]]} for k in range(2)]}
+    candidates = tmp_path / "drawn.jsonl"
+    candidates.write_text(json.dumps({**drawn, "settings": {"model": "embedded"}}))
+    named = ("-o", tmp_path / "votes.jsonl", "--port", 0, "--model", "embedded")
+    done = unimm("preferences", "vote", candidates, *named)
+    assert done.code == 2 and "drawn.jsonl:1: 1 x 1 codes; this model draws 8 x 8" in done.err
+    made = tmp_path / "made.jsonl"
+    done = unimm("preferences", "draw", "--scenes", 1, "-n", 2, "-o", made, "--model", "embedded")
+    assert done.code == 0 and json.loads(made.read_text())["settings"]["model"] == "embedded"
+    ranked = tmp_path / "ranked.jsonl"
+    ranking = ("--margin", 0, "--easy", "none", "--hard", "none", "-o", ranked, "--model", "embedded")
+    assert unimm("preferences", "rank", made, *ranking).code == 0
+    assert json.loads(unimm("info", "embedded", "--json").out) == json.loads(unimm("info", "--json").out)

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from unimm.data.emojiscenes import EmojiScenes, Scene
+from unimm.data.emojiscenes.scenes import EmojiScenes, Scene
 
 SCENES = EmojiScenes("train", seed=11, length=1000)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,19 +12,19 @@ import torch
 from PIL import Image, ImageOps
 
 from tests.data import forms
-from unimm.data.encode import encode_source
+from unimm.data.encode import EncodingJob, encode_source
 from unimm.data.sources import Reading, open_source
 from unimm.errors import UserError
 from unimm.images import to_tensor
 from unimm.pipeline import UniMM
-from unimm.processing import square_pixels
+from unimm.processing.views import square_pixels
 
 DRAWING = Reading(pairs="text_to_image")
 
 
 def test_codes_are_those_of_the_tokenizer(tiny: Path, tiny_model: UniMM, tmp_path: Path) -> None:
     folder = forms.picture_list(tmp_path / "data", 7)
-    report = encode_source(str(folder), tmp_path / "out", str(tiny), DRAWING, shard=3)
+    report = encode_source(EncodingJob(str(folder), tmp_path / "out", str(tiny), DRAWING, shard=3))
     assert (report["records"], report["written"], report["bad"], report["tars"]) == (7, 7, 0, 3)
     source, encoded = open_source(folder, DRAWING), open_source(tmp_path / "out")
     for i in range(7):
@@ -42,7 +43,7 @@ def test_pictures_to_look_at_keep_their_bytes_and_bad_records_are_listed(tiny: P
     ]
     (tmp_path / "data" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "data" / "pictures" / "3.png").write_bytes(b"no picture")
-    report = encode_source(str(tmp_path / "data"), tmp_path / "out", str(tiny))
+    report = encode_source(EncodingJob(str(tmp_path / "data"), tmp_path / "out", str(tiny)))
     assert (report["written"], report["bad"]) == (2, 1)
     listed = json.loads((tmp_path / "out" / "000000.bad.jsonl").read_text())
     assert listed["key"] == "line 3" and "not a picture" in listed["reason"]
@@ -51,26 +52,49 @@ def test_pictures_to_look_at_keep_their_bytes_and_bad_records_are_listed(tiny: P
     assert record.pictures(draw=False)[0].blob.read() == (tmp_path / "data/pictures/1.png").read_bytes()
 
 
+@pytest.mark.parametrize("pairs", ["text_to_image", "image_to_text"])
+def test_every_caption_is_written(pairs: Any, tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("a.png", "b\udcff.png"):  # the second is no UTF-8
+        (folder / name).write_bytes(forms.encoded(forms.SCENES[0]))
+    rows = [
+        {"id": name, "file_name": name, "captions": ["one", "two", "three"]}
+        for name in ("a.png", "b\udcff.png")
+    ]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = encode_source(EncodingJob(str(folder), tmp_path / "out", str(tiny), Reading(pairs)))
+    assert (report["written"], report["bad"]) == (2, 0)
+    source, encoded = open_source(folder, Reading(pairs)), open_source(tmp_path / "out")
+    for index in range(2):
+        assert encoded[index].key == source[index].key and encoded[index].versions == 3
+        for number in range(3):
+            ours, theirs = (one[index].version(number).messages for one in (source, encoded))
+            assert [[p for p in m.parts if isinstance(p, str)] for m in ours] == [
+                [p for p in m.parts if isinstance(p, str)] for m in theirs
+            ]
+
+
 def test_a_folder_of_other_work_is_refused(tiny: Path, tmp_path: Path) -> None:
     folder = forms.picture_folder(tmp_path / "data", 2)
     out = tmp_path / "out"
-    encode_source(str(folder), out, str(tiny), DRAWING)
+    encode_source(EncodingJob(str(folder), out, str(tiny), DRAWING))
     with pytest.raises(UserError, match="out: holds codes made with another shard; give another folder"):
-        encode_source(str(folder), out, str(tiny), DRAWING, shard=7)
+        encode_source(EncodingJob(str(folder), out, str(tiny), DRAWING, shard=7))
     (folder / "000.txt").write_text("another word")
     with pytest.raises(UserError, match="holds codes made with another signature"):
-        encode_source(str(folder), out, str(tiny), DRAWING)
+        encode_source(EncodingJob(str(folder), out, str(tiny), DRAWING))
     with pytest.raises(UserError, match="holds image codes already"):
-        encode_source(str(out), tmp_path / "again", str(tiny))
+        encode_source(EncodingJob(str(out), tmp_path / "again", str(tiny)))
     with pytest.raises(UserError, match="holds tars of something else"):
-        encode_source(str(folder), forms.shards(tmp_path / "tars", 1), str(tiny), DRAWING)
+        encode_source(EncodingJob(str(folder), forms.shards(tmp_path / "tars", 1), str(tiny), DRAWING))
 
 
 def test_an_image_tokenizer_alone_encodes_too(tiny: Path, tiny_model: UniMM, tmp_path: Path) -> None:
     folder = forms.picture_folder(tmp_path / "data", 2)
     tiny_model.image_tokenizer.save_pretrained(tmp_path / "tokenizer")
-    encode_source(str(folder), tmp_path / "a", str(tmp_path / "tokenizer"), DRAWING)
-    encode_source(str(folder), tmp_path / "b", str(tiny), DRAWING)
+    encode_source(EncodingJob(str(folder), tmp_path / "a", str(tmp_path / "tokenizer"), DRAWING))
+    encode_source(EncodingJob(str(folder), tmp_path / "b", str(tiny), DRAWING))
     first, second = (open_source(tmp_path / name) for name in "ab")
     assert first.mark == second.mark is not None
     assert np.array_equal(first[1].pictures()[0].codes(), second[1].pictures()[0].codes())
@@ -85,7 +109,7 @@ def test_pictures_keep_their_ratio_where_asked(tiny: Path, tiny_model: UniMM, tm
     tokenizer = tiny_model.image_tokenizer
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     options = {"model": str(tmp_path / "tokenizer"), "reading": DRAWING, "size": 48, "keep_ratio": True}
-    encode_source(str(folder), tmp_path / "out", **options)
+    encode_source(EncodingJob(str(folder), tmp_path / "out", **options))
     found = [record.pictures()[0].codes() for record in open_source(tmp_path / "out")]
     assert [codes.shape for codes in found] == [(6, 6), (4, 8), (8, 4), (6, 6), (2, 15)]  # of 8 pixels
     for number in (1, 3):
@@ -94,6 +118,6 @@ def test_pictures_keep_their_ratio_where_asked(tiny: Path, tiny_model: UniMM, tm
         resized = ImageOps.fit(picture, (columns * 8, rows * 8), Image.Resampling.BICUBIC)
         assert np.array_equal(tokenizer.encode(to_tensor(resized)[None])[0].numpy(), found[number])
     with pytest.raises(UserError, match=r"size: 50; give a multiple of 8, such as 48"):
-        encode_source(str(folder), tmp_path / "other", **options | {"size": 50})
+        encode_source(EncodingJob(str(folder), tmp_path / "other", **options | {"size": 50}))
     with pytest.raises(UserError, match=r"size: this model draws 32x32 only; leave out size and ratio"):
-        encode_source(str(folder), tmp_path / "other", **options | {"model": str(tiny)})
+        encode_source(EncodingJob(str(folder), tmp_path / "other", **options | {"model": str(tiny)}))

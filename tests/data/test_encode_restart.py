@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 from tests.data import forms
-from unimm.data.encode import encode_source
+from unimm.data.encode import EncodingJob, encode_source
 from unimm.data.sources import Reading
+from unimm.files import NEIGHBOUR
 
 DRAWING = Reading(pairs="text_to_image")
 
@@ -22,7 +23,7 @@ def tars(folder: Path) -> dict[str, bytes]:
 
 def test_several_processes_and_a_kill_give_the_same_tars(tiny: Path, tmp_path: Path) -> None:
     folder = forms.shards(tmp_path / "data", 60, each=30)
-    encode_source(str(folder), tmp_path / "whole", str(tiny), DRAWING, shard=4)
+    encode_source(EncodingJob(str(folder), tmp_path / "whole", str(tiny), DRAWING, shard=4))
     whole = tars(tmp_path / "whole")
     assert len(whole) == 15
     command = [sys.executable, "-m", "unimm", "data", "encode", str(folder), str(tmp_path / "cut")]
@@ -36,9 +37,13 @@ def test_several_processes_and_a_kill_give_the_same_tars(tiny: Path, tmp_path: P
     assert running.wait() == -signal.SIGKILL, "it ended before it could be killed"
     done = tars(tmp_path / "cut")
     assert 0 < len(done) < 15
-    (tmp_path / "cut" / ".000014.abcd.tar").write_bytes(b"left over")
+    left = tmp_path / "cut" / f".000014.tar.0{NEIGHBOUR}"  # as a kill at another moment leaves it
+    left.mkdir()
+    (left / ".new.tar").write_bytes(b"left over")
     assert (
-        encode_source(str(folder), tmp_path / "cut", str(tiny), DRAWING, processes=2, shard=4)["written"]
+        encode_source(EncodingJob(str(folder), tmp_path / "cut", str(tiny), DRAWING, shard=4), processes=2)[
+            "written"
+        ]
         == 60
     )
     assert tars(tmp_path / "cut") == whole

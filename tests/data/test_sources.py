@@ -246,9 +246,9 @@ def test_many_tars_are_opened_by_one_file(tmp_path: Path, monkeypatch: pytest.Mo
 
     asked: list[Path] = []
 
-    def noted(path: Path) -> int:
+    def noted(path: Path, keep: bool) -> int:
         asked.append(path)
-        return count(path)
+        return count(path, keep)
 
     count = tar_module.count_samples
     monkeypatch.setattr(tar_module, "count_samples", noted)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from unimm.data.emojiscenes import KINDS, EmojiScenes, Kind, Placed, Scene
-from unimm.evaluation.naming import parse_caption
-from unimm.evaluation.pixels import Box, background_name, cut_out, enclose, find_objects, relation
-from unimm.evaluation.questions import KINDS as QUESTION_KINDS
-from unimm.evaluation.questions import collect_questions, is_right
+from unimm.data.emojiscenes.scenes import SCENE_KINDS, EmojiScenes, Placed, Scene, SceneKind
+from unimm.evaluation.emojiscenes.naming import parse_caption
+from unimm.evaluation.emojiscenes.pixels import Box, background_name, cut_out, enclose, find_objects, relation
+from unimm.evaluation.emojiscenes.questions import QUESTION_KINDS, collect_questions, is_right
 from unimm.evaluation.score import Score
 
 
@@ -57,9 +56,9 @@ def test_questions_are_equally_many_and_yes_no_balanced() -> None:
     assert not is_right("a panda bear", "a panda")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCENE_KINDS)
 @pytest.mark.parametrize("split", ["seen", "vendor"])
-def test_rules_are_right_about_real_renders(split: str, kind: Kind) -> None:
+def test_rules_are_right_about_real_renders(split: str, kind: SceneKind) -> None:
     scenes = EmojiScenes(split, 1, kinds=(kind,))  # type: ignore[arg-type]
     backgrounds, counts, places = [], [], []
     for index in range(300):

@@ -11,8 +11,9 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from unimm.modeling import UniMMModel
-from unimm.preferences.online.task import DrawingPolicy, OnlineTask
+from unimm.models.inputs import Images
+from unimm.models.modeling import UniMMModel
+from unimm.preferences.online import DrawingPolicy, OnlineTask
 from unimm.training.batches import read_step
 from unimm.training.recipe import load_recipe
 from unimm.training.task import Batch
@@ -65,7 +66,7 @@ def drawn(file: Path, *overrides: str) -> tuple[OnlineTask, DrawingPolicy, Batch
     module = task.build()
     assert isinstance(module, DrawingPolicy)
     for name, weight in module.named_parameters():
-        if "lora_B" in name:  # they start at 0, where nothing could be told apart
+        if "lora_B" in name:  # they start at 0, where nothing could be distinguished
             torch.nn.init.normal_(weight, std=0.3)
     stage = task.recipe.stages[0]
     step = read_step(task, task.dataset(stage, 0), stage, 0)
@@ -77,7 +78,7 @@ def logits_by_hand(task: OnlineTask, model: UniMMModel, number: int, codes: Tens
     """Logits [16, K] of one drawing [h, w], alone in its row."""
     prompt = task.rows[number]
     steps = task.layout.drawing_steps(*codes.shape)
-    stream = model.embed(torch.tensor([prompt + steps]), None, codes[None])
+    stream = model.embed(torch.tensor([prompt + steps]), Images(codes=codes[None])).stream
     hidden = model.decode(stream).last_hidden_state[0, len(prompt) - 1 : -1]
     return model.code_logits(hidden)
 

@@ -11,12 +11,12 @@ import pytest
 
 import unimm
 from unimm.errors import UserError
-from unimm.evaluation.judge import Judge
+from unimm.evaluation.emojiscenes.judge import Judge
 from unimm.evaluation.recipe import JudgeSection
 from unimm.preferences.align import Loop, Round, align, load_alignment
-from unimm.preferences.grpo.recipe import GrpoRecipe
+from unimm.preferences.grpo import GrpoRecipe
 from unimm.preferences.measure import Change, Measure, compare, measure_drawings
-from unimm.preferences.online_dpo.recipe import OnlineDpoRecipe
+from unimm.preferences.online_dpo import OnlineDpoRecipe
 from unimm.recipes import find_recipe
 from unimm.training.recipe import load_recipe
 
@@ -172,3 +172,23 @@ def test_a_failed_training_is_said_and_keeps_what_was_made(tmp_path: Path) -> No
     with pytest.raises(UserError, match="training stopped with status"):
         loop.run()
     assert (folder / "pairs.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("rounds", "1000000000", "rounds[0].times: expected at most 100"),
+        ("rounds", "[{times: 1000000000}]", "rounds[0].times: expected at most 100"),
+        ("training.recipe", "none-such", "training.recipe: none-such: no such file or recipe"),
+        ("model", '"a: [b"', None),
+        ("model", '"2001-01-01"', None),
+    ],
+)
+def test_a_wrong_value_is_named_before_anything_is_planned(key: str, value: str, words: str | None) -> None:
+    path = find_recipe("align-embedded")
+    if words is None:  # a name of any kind is a name, in the training recipe too
+        assert load_alignment(path, [f"{key}={value}"]).model == value.strip('"')
+        return
+    with pytest.raises(UserError) as caught:
+        load_alignment(path, [f"{key}={value}"])
+    assert str(caught.value).startswith(f"{path}: ") and words in str(caught.value)

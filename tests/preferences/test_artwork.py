@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import unimm
-from unimm.data.emojiscenes import INVERSE, EmojiScenes
+from unimm.data.emojiscenes.scenes import INVERSE, EmojiScenes
 from unimm.errors import UserError
 from unimm.pipeline import UniMM
 from unimm.preferences import artwork

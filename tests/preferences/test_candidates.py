@@ -1,10 +1,11 @@
-"""Candidates drawn, stopped and gone on with; scored, ranked and turned into preferences."""
+"""Candidates drawn, stopped and resumed; scored, ranked and turned into preferences."""
 
 from __future__ import annotations
 
 import copy
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,23 +16,23 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from unimm.data.concepts import with_article
-from unimm.data.emojiscenes import EmojiScenes, Kind
+from unimm.data.emojiscenes.concepts import with_article
+from unimm.data.emojiscenes.scenes import EmojiScenes, SceneKind
 from unimm.errors import UserError
 from unimm.pipeline import UniMM
 from unimm.preferences.align import Prompts
 from unimm.preferences.candidates import (
-    Asked,
     DrawingPrompt,
-    Drawn,
+    DrawingQuestion,
+    PromptCandidates,
     draw_candidates,
     read_candidates,
     read_prompts,
     scene_prompts,
 )
+from unimm.preferences.data import read_preferences
 from unimm.preferences.rank import Rules, best_and_worst, candidates_of, rank_candidates
 from unimm.preferences.scorers import Candidate, make_scorer
-from unimm.training.preferences.data import read_preferences
 
 SETTINGS = {"model": "tiny", "guidance_scale": 2.0, "temperature": 1.0, "top_k": None, "top_p": None}
 
@@ -75,14 +76,56 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(few: UniMM, tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"jsonl:1: the prompt is not that of this run"):
         draw_candidates(few, prompts()[1:], cut, 3, 0, SETTINGS)
     asked = [
-        prompt.model_copy(update={"questions": [Asked(question="is it?", answer="yes")]})
+        prompt.model_copy(update={"questions": [DrawingQuestion(question="is it?", answer="yes")]})
         for prompt in prompts()
     ]
     with pytest.raises(UserError, match=r"jsonl:1: the questions are not those of this run"):
         draw_candidates(few, asked, cut, 3, 0, SETTINGS)
 
 
-def drawn(few: UniMM, path: Path, wanted: list[DrawingPrompt], n: int = 3) -> list[Drawn]:
+NOT_OURS = [
+    b"no newline at its end",
+    b"notes\nand no newline at the end",
+    b'{"prompt": "a green pear", "candid',
+    b'{"prompt": "a red apple", "candidates": []}\n{"prompt": "bl',
+    b"\xff\xfe\x00",
+    b"\n\nabc",
+]
+
+
+@pytest.mark.parametrize("held", NOT_OURS)
+def test_a_file_of_something_else_stays_as_it_is(few: UniMM, tmp_path: Path, held: bytes) -> None:
+    path = tmp_path / "theirs.jsonl"
+    path.write_bytes(held)
+    with pytest.raises(UserError, match=r"theirs\.jsonl"):
+        draw_candidates(few, prompts(), path, 3, 0, SETTINGS)
+    assert path.read_bytes() == held
+
+
+def test_what_follows_the_last_prompt_stays(few: UniMM, tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    draw_candidates(few, prompts(), path, 3, 0, SETTINGS)
+    path.write_bytes(held := path.read_bytes() + b"a note")
+    with pytest.raises(UserError, match=r"c\.jsonl:6: holds something else than candidates"):
+        draw_candidates(few, prompts(), path, 3, 0, SETTINGS)
+    assert path.read_bytes() == held
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "pipe", "folder"])
+def test_candidates_go_through_no_link(few: UniMM, tmp_path: Path, kind: str) -> None:
+    path, outside = tmp_path / "c.jsonl", tmp_path / "theirs"
+    if kind == "link":
+        outside.write_text('{"prompt": "a red')
+    if kind in ("link", "dangling"):
+        path.symlink_to(outside)
+    else:
+        path.mkdir() if kind == "folder" else os.mkfifo(path)
+    with pytest.raises(UserError, match=r"c\.jsonl: cannot be written \(it is a"):
+        draw_candidates(few, prompts(), path, 3, 0, SETTINGS)
+    assert outside.read_text() == '{"prompt": "a red' if kind == "link" else not outside.exists()
+
+
+def drawn(few: UniMM, path: Path, wanted: list[DrawingPrompt], n: int = 3) -> list[PromptCandidates]:
     draw_candidates(few, wanted, path, n, 0, SETTINGS)
     return read_candidates(path)
 
@@ -180,7 +223,7 @@ def test_emphasis_is_on_what_a_scene_is_for() -> None:
         asked = [(kinds.get(one.question, "is there"), one.answer, one.weight) for one in alone.questions]
         if scene.kind == "single":
             there = f"is there {with_article(scene.concept)}?"
-            assert alone.questions == [Asked(question=there, answer="yes")]
+            assert alone.questions == [DrawingQuestion(question=there, answer="yes")]
         elif scene.kind == "pair":
             assert asked == [("count", "two", 0.5), ("yesno", "yes", 0.25), ("yesno", "no", 0.25)]
             assert {(one.question, one.answer) for one in alone.questions[1:]} < {
@@ -199,7 +242,7 @@ def test_emphasis_is_on_what_a_scene_is_for() -> None:
 
 
 def test_kinds_of_scenes_come_by_their_shares() -> None:
-    kinds: dict[Kind, float] = {"count": 3.0, "pair": 1.0, "single": 0.0}
+    kinds: dict[SceneKind, float] = {"count": 3.0, "pair": 1.0, "single": 0.0}
     prompts = scene_prompts("train", 3, 400, kinds=kinds)
     scenes = [prompt.scene.scene() for prompt in prompts if prompt.scene is not None]
     shown = Counter(scene.kind for scene in scenes)
@@ -225,7 +268,7 @@ def test_self_vqa_is_the_mean_probability_of_the_answers(few: UniMM, tmp_path: P
             answer = [*processor.text_ids(asked.answer), processor.eos]
             with torch.no_grad():
                 ids = torch.tensor([prompt + answer])
-                logits = model(input_ids=ids, pixel_values=processor.pixels([candidate.image])).logits
+                logits = model(input_ids=ids, pixel_values=processor.look([candidate.image]).pixels).logits
             predicted = logits[0, len(prompt) - 1 : -1].log_softmax(-1)
             each.append(predicted[torch.arange(len(answer)), answer].sum().exp().item())
         weights = [asked.weight for asked in candidate.prompt.questions]
@@ -244,7 +287,7 @@ def test_variety_is_the_distance_to_the_other_drawings(few: UniMM, tmp_path: Pat
     candidates = [Candidate(prompt, seed, torch.zeros(4, 4), one) for seed, one in enumerate(pictures)]
     assert few.model.vision is not None
     with torch.no_grad():
-        features = [few.model.vision(few.processor.pixels([one]))[0].mean(0) for one in pictures]
+        features = [few.model.vision(few.processor.look([one]).pixels)[0].mean(0) for one in pictures]
     units = [one / one.square().sum().sqrt() for one in features]
     distances = [sum((one - other).square().sum().sqrt().item() for other in units) for one in units]
     score = make_scorer("variety", few, tmp_path)

@@ -21,7 +21,7 @@ from tests.preferences.online import (
     write_recipe,
 )
 from unimm.errors import UserError
-from unimm.preferences.grpo.objective import advantages, most_varied, position_terms
+from unimm.preferences.losses import advantages, most_varied, position_terms
 from unimm.training.recipe import load_recipe
 from unimm.training.trainer import train
 
@@ -103,8 +103,8 @@ def test_the_rest_of_a_group_is_compared_but_not_learnt_from(recipe_file: Path, 
     assert torch.equal(batch["rewards"], everything["rewards"])
     taken = most_varied(batch["rewards"], 2)
     assert not torch.equal(taken, torch.arange(2).expand(4, 2))
-    codes = everything["image_codes"].view(4, 4, 4, 4)[torch.arange(4)[:, None], taken]
-    assert torch.equal(batch["image_codes"], codes.flatten(0, 1))
+    codes = everything["images"].codes.view(4, 4, 4, 4)[torch.arange(4)[:, None], taken]
+    assert torch.equal(batch["images"].codes, codes.flatten(0, 1))
     torch.testing.assert_close(batch["advantages"], advantages(batch["rewards"].gather(1, taken)))
     assert totals == {"prompts": 4, "code_tokens": 4 * 2 * SIZE}
     loss, metrics = task.loss(module, batch, 0, totals)
@@ -119,7 +119,7 @@ def test_loss_and_gradient_by_hand(recipe_file: Path, packed: str) -> None:
     assert totals == {"prompts": 4, "code_tokens": 4 * 4 * SIZE}
     with torch.no_grad():  # else the divergence and its gradient are 0
         module.policy.code_head[2].bias += torch.linspace(-1, 1, 32)
-    codes = batch["image_codes"].view(4, 4, 4, 4)
+    codes = batch["images"].codes.view(4, 4, 4, 4)
     rewards = -codes.double().mean((2, 3))
     better = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
     expected = torch.zeros((), dtype=torch.float64)

@@ -28,7 +28,7 @@ from tests.preferences.online import (
 )
 from tests.training.test_trainer import ROOT
 from unimm.errors import UserError
-from unimm.sampling.choose import pick, probabilities, streams
+from unimm.sampling.sampler import pick, probabilities, streams
 from unimm.training.recipe import load_recipe
 from unimm.training.trainer import train
 
@@ -45,7 +45,7 @@ def test_what_is_drawn_comes_from_the_distribution_that_learns(
     tiny: Path, tmp_path: Path, lora: tuple[str, ...]
 ) -> None:
     task, module, batch, _ = drawn(write_recipe("grpo", tiny, tmp_path), "sampling.temperature=0.7", *lora)
-    codes = batch["image_codes"].view(4, 4, 4, 4)
+    codes = batch["images"].codes.view(4, 4, 4, 4)
     for place, number in enumerate(batch["prompt"].tolist()):
         seed = batch["draw"][place].item()
         for k in range(4):

@@ -38,7 +38,7 @@ def test_pairs_that_differ_too_little_do_not_count(recipe_file: Path) -> None:
     task, module, batch, totals = drawn(recipe_file, "pairs.each=2", f"pairs.margin={middle}")
     assert batch["weights"].tolist() == [1] * 5  # the others are not even computed
     assert torch.equal(batch["owners"], (margins >= middle).nonzero()[:, 0])
-    assert len(batch["image_codes"]) == 10
+    assert len(batch["images"].codes) == 10
     loss, metrics = task.loss(module, batch, 0, totals)
     assert loss.item() == pytest.approx(5 / 8 * math.log(2), abs=1e-6)
     assert metrics["counted"] == pytest.approx(5 / 8)
@@ -47,7 +47,7 @@ def test_pairs_that_differ_too_little_do_not_count(recipe_file: Path) -> None:
     # One pair is kept, and told of nowhere.
     task, module, batch, totals = drawn(recipe_file, "pairs.margin=1000")
     loss, metrics = task.loss(module, batch, 0, totals)
-    assert len(batch["image_codes"]) == 2 and loss == 0
+    assert len(batch["images"].codes) == 2 and loss == 0
     assert all(metrics[name].tolist() == [0, 0] for name in ("entropy", "kl", "pairs/margin"))
 
 
@@ -83,7 +83,7 @@ def test_loss_and_gradient_by_hand(recipe_file: Path, packed: str, per_position:
     assert totals == {"prompts": 4, "pairs": 8}
     with torch.no_grad():  # else every reward is 0
         module.policy.code_head[2].bias += torch.linspace(-1, 1, 32)
-    codes = batch["image_codes"].view(4, 4, 4, 4)
+    codes = batch["images"].codes.view(4, 4, 4, 4)
     means = -codes.double().mean((2, 3))  # the scorer's: best, worst, second best, second worst
     assert (means[:, 0] >= means[:, 2]).all() and (means[:, 2] >= means[:, 3]).all()
     assert (means[:, 3] >= means[:, 1]).all()

@@ -11,8 +11,8 @@ import pytest
 
 from tests.preferences.ballots import captions, drawings, write
 from unimm.errors import UserError
-from unimm.preferences.pairs import read_ballot
-from unimm.training.preferences.data import read_preferences
+from unimm.preferences.data import read_preferences
+from unimm.preferences.vote.pairs import read_ballot
 
 
 def texts(pairs) -> list[tuple[str | None, str | None]]:

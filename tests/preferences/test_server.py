@@ -21,18 +21,19 @@ from PIL import Image
 from tests.preferences.ballots import captions, drawings, write
 from unimm.errors import UserError
 from unimm.pipeline import UniMM
-from unimm.preferences.pairs import read_ballot
+from unimm.preferences.data import read_preferences
 from unimm.preferences.scorers import to_pictures
-from unimm.preferences.server import Booth, Pictures, VoteServer
-from unimm.preferences.votes import Votes
-from unimm.training.preferences.data import read_preferences
+from unimm.preferences.vote.booth import BallotPictures, Booth
+from unimm.preferences.vote.pairs import read_ballot
+from unimm.preferences.vote.server import VoteServer
+from unimm.preferences.vote.votes import Votes
 
 
 class Client:
     """Talks to a server as its page does, or not."""
 
     def __init__(self, server: VoteServer, booth: Booth) -> None:
-        self.port, self.booth = server.server_port, booth
+        self.server, self.port, self.booth = server, server.port, booth
 
     def request(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[HTTPResponse, bytes]:
         """A request; `host` and `x_token` and so on set headers."""
@@ -60,7 +61,7 @@ class Client:
 def serving(candidates: Path, output: Path, um: UniMM | None = None) -> Iterator[Client]:
     ballot = read_ballot(candidates)
     with Votes(output, {"seed": 0, "pairs": None}) as votes, VoteServer(0) as server:
-        booth = Booth(ballot, votes, Pictures(ballot, um), "ann")
+        booth = Booth(ballot, votes, BallotPictures(ballot, um), "ann")
         thread = threading.Thread(target=server.serve, args=[booth])
         thread.start()
         try:
@@ -131,7 +132,7 @@ def test_votes_are_taken_from_the_page_alone(client: Client) -> None:
         ("/vote", b"{", 400),
         ("/vote", b"[1]", 400),
         ("/vote", b"[" * 4000, 400),
-        ("/vote", b" " * 5000, 400),
+        ("/vote", b" " * 5000, 413),
         ("/vote", {"pair": "none", "choice": "left"}, 404),
         ("/vote", {"pair": ["none"], "choice": "left"}, 404),
         ("/vote", {"choice": "left"}, 404),
@@ -242,7 +243,6 @@ def test_no_path_of_an_address_reaches_the_files(client: Client, tmp_path: Path)
         f"/picture/{run}/none/0",
         f"/picture/other/{key}/0",
         "/picture",
-        "/vote",
     ]
     for address in addresses:
         answer, content = client.request("GET", address)
@@ -309,5 +309,5 @@ def test_pictures_that_are_not_shown(
     os.mkfifo(folder / "pipe")
     ballot = read_ballot(write(folder / "c.jsonl", row))
     with pytest.raises(UserError, match=line) as error:
-        Pictures(ballot, tiny_model).check()
+        BallotPictures(ballot, tiny_model).check()
     assert "\n" not in str(error.value)

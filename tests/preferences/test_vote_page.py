@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from selenium import webdriver
@@ -21,8 +22,8 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.preferences.ballots import captions, write
-from unimm.preferences.pairs import read_ballot
-from unimm.training.preferences.data import read_preferences
+from unimm.preferences.data import read_preferences
+from unimm.preferences.vote.pairs import read_ballot
 
 PROGRAMS = "chromium", "chromedriver"
 MISSING = [name for name in PROGRAMS if shutil.which(name) is None]
@@ -95,7 +96,7 @@ class Browser:
     @property
     def pair(self) -> str | None:
         """The key of the pair that is shown; empty when all are done; None while the page loads."""
-        return self.driver.find_element(By.TAG_NAME, "body").get_attribute("data-pair")
+        return self.read("document.body?.getAttribute('data-pair') ?? null")
 
     @property
     def says(self) -> str:
@@ -104,11 +105,15 @@ class Browser:
 
     def text(self, name: str) -> str:
         """What an element shows."""
-        return self.driver.find_element(By.ID, name).text
+        return self.read("document.getElementById(arguments[0])?.innerText ?? ''", name).strip()
 
     def sides(self) -> list[str]:
         """Both captions."""
-        return [one.text for one in self.driver.find_elements(By.CSS_SELECTOR, ".side p")]
+        return self.read("[...document.querySelectorAll('.side p')].map((one) => one.innerText)")
+
+    def read(self, expression: str, *arguments: str) -> Any:
+        """A value of the page, in one step: between two, the page may load anew."""
+        return self.driver.execute_script(f"return {expression}", *arguments)
 
     def press(self, key: str) -> None:
         """Press a key and wait for another pair."""

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from unimm.errors import UserError
-from unimm.preferences.votes import Votes
-from unimm.training.preferences.data import read_preferences
+from unimm.preferences.data import read_preferences
+from unimm.preferences.vote.votes import Votes
 
 SETTINGS = {"seed": 0, "pairs": None}
 

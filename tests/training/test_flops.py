@@ -11,23 +11,30 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 import unimm
-from unimm.attention import dense_mask
+from unimm.data.emojiscenes.settings import SAMPLE_KINDS
+from unimm.models.attention import dense_mask
 from unimm.training.batches import read_step
 from unimm.training.flops import Counts, Operations
 from unimm.training.recipe import load_recipe
+from unimm.training.tasks.unified import UnifiedTask
 from unimm.training.trainer import train
-from unimm.training.unified import KINDS, UnifiedTask
 
 ALL = ("decoder", "vision", "connector", "code_embedding", "code_head")
 
 
 def recipe_file(folder: Path, tiny: Path, trained: tuple[str, ...], kind: str) -> Path:
-    stage = {"name": "one", "steps": 2, "batch": 4, "lr": dict.fromkeys(trained, 1e-3), "mixture": {kind: 1}}
+    stage = {
+        "name": "one",
+        "steps": 2,
+        "batch": 4,
+        "lr": dict.fromkeys(trained, 1e-3),
+        "mixture": {f"emojiscenes/{kind}": 1},
+    }
     recipe = {
         "task": "unified",
         "output": str(folder / "run"),
         "model": {"pretrained": str(tiny)},
-        "data": {"scenes": 8, "lattice": 4},
+        "data": {"emojiscenes": {"scenes": 8, "lattice": 4}},
         "stages": [stage],
         "logging": {"every": 1, "tensorboard": False, "peak_tflops": 0.5},
     }
@@ -38,7 +45,7 @@ def recipe_file(folder: Path, tiny: Path, trained: tuple[str, ...], kind: str) -
 @pytest.mark.parametrize(
     ("kind", "trained"),
     [
-        *((kind, trained) for kind in KINDS for trained in (ALL, ("decoder",))),
+        *((kind, trained) for kind in SAMPLE_KINDS for trained in (ALL, ("decoder",))),
         ("generation", ("code_head",)),
         ("understanding", ("connector",)),
     ],
@@ -53,7 +60,7 @@ def test_the_count_is_torchs(tiny: Path, tmp_path: Path, kind: str, trained: tup
             parameter.requires_grad_(name in trained)
     model.decoder.set_attn_implementation("eager")  # type: ignore[union-attr, operator]
     batch = task.collate([source[0]])
-    assert (batch["samples"] >= 0).all()
+    assert (batch["rows"].samples >= 0).all()
     with FlopCounterMode(display=False) as counter:
         loss, _ = task.loss(model, batch, 0, task.targets(batch))
         loss.backward()
@@ -77,7 +84,8 @@ def test_padding_and_hidden_pairs_are_not_counted(tiny: Path, tmp_path: Path) ->
     together = read_step(task, source, recipe.stages[0], 0).totals["operations"]
     assert together == pytest.approx(apart, rel=1e-12)
     batch = task.collate([source[0], source[1]])
-    real, mask = batch["samples"] >= 0, dense_mask(batch["samples"], batch["branches"])
+    rows = batch["rows"]
+    real, mask = rows.samples >= 0, dense_mask(rows.samples, rows.branches)
     seen = mask[:, 0][real].sum()  # what each real position looks at
     words, codes, _ = task.targets(batch).values()
     counts = Counts(int(real.sum()), int(seen), words, codes, 2)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from unimm.cli import main
+from unimm.cli.main import main
 from unimm.errors import UserError
 from unimm.recipes import recipe_root
 from unimm.training import hosts as hosts_module

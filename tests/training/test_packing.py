@@ -11,15 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.training.test_unified import recipe_file, task  # noqa: F401  (fixtures)
-from unimm.attention import block_mask, dense_mask
-from unimm.data.emojiscenes import EmojiScenes
+from tests.training.tasks.test_unified import recipe_file, task  # noqa: F401  (fixtures)
 from unimm.errors import UserError
-from unimm.modeling import UniMMModel
+from unimm.models.attention import block_mask, dense_mask
+from unimm.models.modeling import UniMMModel
 from unimm.training.packing import best_fit
 from unimm.training.recipe import load_recipe
+from unimm.training.tasks.unified import UnifiedTask
 from unimm.training.trainer import train
-from unimm.training.unified import UnifiedOptions, UnifiedTask
 
 
 def test_best_fit_by_hand() -> None:
@@ -65,15 +64,16 @@ def test_block_mask_says_the_same() -> None:
 
 def samples(task: UnifiedTask, first: int) -> list[Any]:  # noqa: F811
     """Text, a picture to understand and one to draw, all others for another `first`."""
-    options, scenes = UnifiedOptions(prompt_dropout=0.0), EmojiScenes("train", 0, 64, 32, lattice=8)
-    random = np.random.default_rng(first)
-    makers = (task.text, task.understanding, task.generation)
-    return [make(random, first + number, scenes, options) for number, make in enumerate(makers)]
+    kinds = ("text", "understanding", "generation")
+    stage = task.recipe.stages[0].model_copy(update={"options": {"prompt_dropout": 0.0}})
+    return [
+        task.dataset(stage.model_copy(update={"mixture": {f"emojiscenes/{kind}": 1}}), seed=0)[first]
+        for kind in kinds
+    ]
 
 
 def test_changing_one_sample_changes_no_logit_of_another(task: UnifiedTask) -> None:  # noqa: F811
     torch.manual_seed(0)
-    task.dataset(task.recipe.stages[0], seed=0)
     model = task.build().eval()
     assert isinstance(model, UniMMModel)
     before = samples(task, 3)

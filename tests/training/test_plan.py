@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
 from unimm.errors import UserError
 from unimm.recipes import find_recipe
-from unimm.training.parts import describe_model
-from unimm.training.plan import Machines, plan, state_bytes
+from unimm.training.model_builder import describe_model
+from unimm.training.plan import Here, Machines, plan, state_bytes, this_machine
 from unimm.training.recipe import load_recipe, smoke_recipe
-from unimm.training.unified import UnifiedRecipe
+from unimm.training.tasks.unified import UnifiedRecipe
 
 
 def recipe(name: str, *overrides: str) -> UnifiedRecipe:
@@ -59,7 +61,9 @@ def test_the_published_model_has_its_published_size() -> None:
 
 
 def test_operations_by_hand(tmp_path: Path) -> None:
-    made = smoke_recipe(find_recipe("janus-pro-1b"), [f"output={tmp_path}", "stages[1].mixture={text: 1}"])
+    made = smoke_recipe(
+        find_recipe("janus-pro-1b"), [f"output={tmp_path}", "stages[1].mixture={emojiscenes/text: 1}"]
+    )
     assert isinstance(made, UnifiedRecipe)
     stage = plan(made, Machines(gpus=1, memory=1, words=10))["stages"][1]
     model = describe_model(made)
@@ -69,6 +73,40 @@ def test_operations_by_hand(tmp_path: Path) -> None:
     attention = 3 * 2 * 2 * 2 * 32 * pairs  # forward, twice that backward: 2 products, 2 layers, width 32
     assert stage["tokens"] == 2 * 2 * 10
     assert stage["flops"] == 4 * (6 * 10 * (layers + table) + attention)
+
+
+def test_sources_count_as_what_they_are_for() -> None:
+    """By names that say nothing: a source with images to understand, texts, and images to draw."""
+    names = {"understanding": "a", "text": "b", "generation": "c"}
+    paths = {"a": {}, "b": {"fields": {"image": ""}}, "c": {"pairs": "text_to_image"}}
+    sources = {name: {"path": "nowhere", **more} for name, more in paths.items()}
+    given = plan(recipe("janus-pro-1b"), Machines(gpus=128, memory=80))
+    overrides = [f"data.sources={json.dumps(sources)}"]
+    for number, stage in enumerate(recipe("janus-pro-1b").stages):
+        mixture = {names[kind]: share for kind, share in stage.mixture.items()}
+        overrides.append(f"stages[{number}].mixture={json.dumps(mixture)}")
+    renamed = plan(recipe("janus-pro-1b", *overrides), Machines(gpus=128, memory=80))
+    assert renamed["stages"] == given["stages"]
+
+
+def test_a_plan_needs_data_that_there_is() -> None:
+    with pytest.raises(UserError, match=r"stages\[0\]\.mixture\.understanding: no source has this name"):
+        plan(recipe("janus-pro-1b", "data.sources={}"), Machines(gpus=8, memory=80))
+
+
+@pytest.mark.parametrize(("memory", "fits"), [(1e6, True), (0.001, False)])
+def test_a_plan_says_whether_it_fits_here(memory: float, fits: bool) -> None:
+    here = Here(1, memory, "RAM, no GPU")
+    planned = plan(recipe("finetune-folder"), Machines(gpus=8, memory=1e6, here=here))
+    stage = planned["stages"][0]
+    assert stage["fits"] == ["zero0", "zero1", "zero2", "zero3"] and stage["fits_here"] is fits
+    alone = plan(recipe("finetune-folder"), Machines(gpus=1, memory=1e6, here=here))["stages"][0]
+    assert stage["here_gib"] == alone["memory_gib"]["zero0"]
+
+
+def test_this_machine_has_memory() -> None:
+    here = this_machine()
+    assert here.processes == max(1, torch.cuda.device_count()) and 0.1 < here.memory < 1e5
 
 
 def test_a_group_that_is_not_there_is_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from transformers import Emu3ForConditionalGeneration, JanusForConditionalGenera
 
 import unimm
 from tests.data import forms
-from tests.interop import emu3_checkpoints, janus_checkpoints
-from unimm.interop.convert import convert
-from unimm.modeling import IGNORED
+from tests.families import emu3_checkpoints, janus_checkpoints
+from tests.families.sixteen_bits import save_in_16_bits
+from unimm.families.convert import convert
+from unimm.models.layout import IGNORED
+from unimm.processing.processor import grids_of
 from unimm.training.recipe import load_recipe
+from unimm.training.tasks.unified import UnifiedTask
 from unimm.training.trainer import train
-from unimm.training.unified import UnifiedTask
 
 LAYOUTS = ("janus/transformers", "janus/original", "emu3/transformers", "emu3/original")
 THEIRS = {"janus": JanusForConditionalGeneration, "emu3": Emu3ForConditionalGeneration}
@@ -111,6 +114,19 @@ def test_a_fine_tuned_checkpoint_goes_back_to_where_it_came_from(
     assert all(torch.equal(back[name], after[name]) for name in after)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS[1:3])
+def test_training_goes_on_from_a_checkpoint_of_16_bits(
+    checkpoints: Path, tmp_path: Path, layout: str
+) -> None:
+    source = tmp_path / "halved" / layout
+    shutil.copytree(checkpoints / layout, source)
+    save_in_16_bits(source)
+    path = recipe_file(tmp_path, source, TRAINED[layout.partition("/")[0]])
+    export = train(load_recipe(path, ["stages[0].steps=1"]), quiet=True)
+    model = unimm.load(export, device="cpu", dtype="float32").model
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS[::2])
 def test_adapters_of_a_checkpoint_merge_into_its_own_layout(
     checkpoints: Path, tmp_path: Path, layout: str
@@ -139,7 +155,7 @@ def test_the_text_loss_is_that_of_their_class(checkpoints: Path, tmp_path: Path,
     for index in range(3):
         batch = task.collate([data[index]])
         loss, _ = task.loss(model, batch, 0, task.targets(batch))
-        shown = {name: batch[name] for name in ("pixel_values", "image_sizes") if name in batch}
+        shown = batch["images"].inputs()
         with torch.no_grad():
             wanted = theirs(input_ids=batch["input_ids"], labels=batch["labels"], **shown).loss
         assert float(loss.detach() - wanted) == pytest.approx(0, abs=1e-5)
@@ -158,13 +174,13 @@ def test_what_is_trained_on_is_what_will_be_asked(checkpoints: Path, tmp_path: P
         sample = data[index]
         learnt = np.flatnonzero(sample["labels"] != IGNORED)
         prompt, rest = sample["ids"][: learnt[0]].tolist(), sample["ids"][learnt[0] :].tolist()
-        if "pixels" not in sample:  # a drawing, of the model's size or near the picture's shape
+        if not len(sample["images"]):  # a drawing, of the model's size or near the picture's shape
             grids = GRIDS if processor.layout.shared else [processor.layout.grid] * len(SIZES)
             assert prompt in [*map(processor.drawing_ids, captions, grids)]
             continue
         shown: Any = 1
-        if "sizes" in sample:
-            shown = [tuple(int(side) // processor.stride for side in sample["sizes"][0])]
+        if sample["images"].sizes is not None:
+            shown = grids_of(sample["images"])
         assert prompt in [processor.question_ids(words, shown) for words in asked]
         assert processor.decode_text(torch.tensor(rest)[None])[0].strip() in captions
 

@@ -125,6 +125,15 @@ def test_a_wrong_override_is_one_line(tmp_path: Path, override: str, expected: s
     assert "\n" not in str(caught.value)
 
 
+def test_a_range_that_the_shell_has_expanded_is_not_read_as_its_last_name(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    expanded = [f"output=shards/{number:03d}.tar" for number in range(3)]
+    with pytest.raises(UserError, match=r"output: given several times; quote a range for the shell"):
+        load_recipe(path, expanded)
+    last = load_recipe(path, ["stages[0].steps=5", "stages[0].steps=7", "output=a", "output=b"])
+    assert last.stages[0].steps == 7 and last.output == "b"
+
+
 def test_offloading_on_a_cpu_says_what_it_needs(tmp_path: Path) -> None:
     from unimm.training.engine import pick_device
 
@@ -141,5 +150,5 @@ def test_missing_and_binary_files(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(UserError, match="not a text file"):
         load_recipe(tmp_path / "b.yaml")
-    with pytest.raises(UserError, match="Is a directory"):
+    with pytest.raises(UserError, match="is a folder"):
         load_recipe(tmp_path)

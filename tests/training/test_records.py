@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 
 import unimm
 from tests.data import forms
-from unimm.data.encode import encode_source
+from unimm.data.encode import EncodingJob, encode_source
 from unimm.data.sources import Reading
 from unimm.errors import UserError, UserNote
 from unimm.recipes import find_recipe
 from unimm.training.recipe import load_recipe
 from unimm.training.records import Records
+from unimm.training.tasks.unified import UnifiedRecipe, UnifiedTask
 from unimm.training.trainer import train
-from unimm.training.unified import UnifiedRecipe, UnifiedTask
 
 
 def recipe_file(folder: Path, tiny: Path, sources: dict[str, Any], **changes: Any) -> Path:
@@ -35,7 +35,7 @@ def recipe_file(folder: Path, tiny: Path, sources: dict[str, Any], **changes: An
         "task": "unified",
         "output": str(folder / "run"),
         "model": {"pretrained": str(tiny)},
-        "data": {"sources": sources, "scenes": 8},
+        "data": {"sources": sources, "emojiscenes": {"scenes": 8}},
         "stages": [stage | changes.pop("stage", {})],
         "logging": {"every": 1, "tensorboard": False},
         "checkpoint": {"every": 2},
@@ -71,7 +71,7 @@ def sources(tmp_path: Path) -> dict[str, Any]:
 def test_sources_and_scenes_train_together_and_resume_exactly(
     tiny: Path, sources: dict[str, Any], tmp_path: Path
 ) -> None:
-    mixture = {"talks": 1, "pictures": 1, "words": 1, "understanding": 1}
+    mixture = {"talks": 1, "pictures": 1, "words": 1, "emojiscenes/understanding": 1}
     path = recipe_file(tmp_path / "r", tiny, sources, stage={"mixture": mixture})
     whole = train(load_recipe(path, [f"output={tmp_path}/whole"]), quiet=True)
     train(load_recipe(path, [f"output={tmp_path}/cut", "stages[0].steps=2"]), quiet=True)
@@ -100,18 +100,16 @@ def test_batches_hold_pictures_and_codes_of_every_sample(
     samples = [data[i] for i in range(18)]  # every record of each source
     batch = task.collate(samples)
     layout = task.processor.layout
-    assert len(batch["pixel_values"]) * layout.features == int(
-        layout.feature_positions(batch["input_ids"]).sum()
-    )
-    assert batch["image_codes"].numel() == int(layout.code_positions(batch["input_ids"]).sum())
-    assert max(len(sample["pixels"]) for sample in samples if "pixels" in sample) == 2
+    assert int(batch["images"].grids.prod(1).sum()) == int(layout.feature_positions(batch["input_ids"]).sum())
+    assert batch["images"].codes.numel() == int(layout.code_positions(batch["input_ids"]).sum())
+    assert max(len(sample.get("images", ())) for sample in samples) == 2
     loss, metrics = task.loss(task.build(), batch, 0, task.targets(batch))
     assert torch.isfinite(loss) and float(metrics["skipped"]) == 0
 
 
 def test_pictures_and_encoded_tars_give_equal_samples(tiny: Path, tmp_path: Path) -> None:
     folder = forms.picture_list(tmp_path / "data", 6)
-    encode_source(str(folder), tmp_path / "tars", str(tiny), Reading("text_to_image"), shard=4)
+    encode_source(EncodingJob(str(folder), tmp_path / "tars", str(tiny), Reading("text_to_image"), shard=4))
     plain = recipe_file(tmp_path / "a", tiny, {"mine": {"path": str(folder), "pairs": "text_to_image"}})
     stored = recipe_file(tmp_path / "b", tiny, {"mine": {"path": str(tmp_path / "tars")}})
     first, second = (records(path).samples(5, 0.3)["mine"] for path in (plain, stored))
@@ -119,7 +117,7 @@ def test_pictures_and_encoded_tars_give_equal_samples(tiny: Path, tmp_path: Path
     assert not (tmp_path / "b/run/codes").exists(), "encoded tars need no codes made"
     for position in range(20):
         one, two = first[position], second[position]
-        assert torch.equal(one["codes"], two["codes"])
+        assert torch.equal(one["images"].codes, two["images"].codes)
         assert np.array_equal(one["ids"], two["ids"]) and np.array_equal(one["labels"], two["labels"])
     written = (tmp_path / "a/run/codes/mine.safetensors").stat().st_mtime_ns
     records(plain)
@@ -152,7 +150,7 @@ def test_bad_items_are_replaced_the_same_way_and_written_down(tiny: Path, tmp_pa
         again = records(path).samples(1, 0.0)["mine"]
         for position in reversed(range(30)):
             assert np.array_equal(again[position]["ids"], drawn[position]["ids"])
-            assert torch.equal(again[position]["pixels"], drawn[position]["pixels"])
+            assert torch.equal(again[position]["images"].pixels, drawn[position]["images"].pixels)
 
 
 def test_a_run_stops_above_the_limit_and_goes_on_below_it(tiny: Path, tmp_path: Path) -> None:
@@ -168,12 +166,58 @@ def test_a_run_stops_above_the_limit_and_goes_on_below_it(tiny: Path, tmp_path: 
     assert sum(line["skipped"] for line in lines) > 0
 
 
+PACKS = {
+    "tokens": {"length": 40},  # the third conversation is longer, the long text is cut
+    "pictures": {"length": 128, "pictures": 1},  # every third conversation shows two
+}
+
+
+@pytest.mark.parametrize("pack", PACKS)
+def test_what_a_packed_row_has_no_room_for_is_a_bad_item(tiny: Path, tmp_path: Path, pack: str) -> None:
+    words = tmp_path / "words.jsonl"
+    long, question = "a red apple " * 30, {"from": "human", "value": "what is this? " * 20}
+    rows = [
+        {"text": long},
+        {"text": "a bell"},
+        {"conversations": [question, {"from": "gpt", "value": "a bell"}]},
+    ]
+    words.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mine = {"words": {"path": str(words)}, "talks": {"path": str(forms.llava(tmp_path / "llava", 6))}}
+    packed = {"micro_batch": None, "pack": PACKS[pack], "steps": 4, "batch": 8}
+    path = recipe_file(tmp_path / "r", tiny, mine, stage=packed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserNote)
+        train(load_recipe(path, ["data.validation={share: 0.4}"]), quiet=True)
+    listed = [json.loads(line) for line in (tmp_path / "r/run/bad-items.jsonl").read_text().splitlines()]
+    bad = {(item["source"], item["key"]): item["reason"] for item in listed}
+    if pack == "pictures":
+        assert bad.keys() == {("talks", "scene-0"), ("talks", "scene-3")}
+        assert set(bad.values()) == {"2 pictures, a row holds 1"}
+        return
+    assert ("words", "line 3") in bad and not any(
+        key in bad for key in [("words", "line 1"), ("words", "line 2")]
+    )
+    assert all("tokens, the context holds 40" in reason for reason in bad.values())
+
+
+def test_a_source_that_no_stage_reads_is_said(tiny: Path, tmp_path: Path, sources: dict[str, Any]) -> None:
+    for number, mixture in enumerate(({"talks": 1, "words": 1}, {"talks": 1, "words": 1, "pictures": 0})):
+        path = recipe_file(tmp_path / str(number), tiny, sources, stage={"mixture": mixture})
+        with pytest.warns(
+            UserNote, match=r"data\.sources\.pictures: no stage's mixture gives it a share"
+        ) as said:
+            load_recipe(path).build_task()
+        assert len(said) == 1
+    for mixture in ({}, dict.fromkeys(sources, 1)):
+        load_recipe(recipe_file(tmp_path / "r", tiny, sources, stage={"mixture": mixture})).build_task()
+
+
 def test_a_mistake_with_a_source_is_one_line(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     broken = forms.shards(tmp_path / "tars", 6)
     (broken / "001.tar").write_bytes((broken / "001.tar").read_bytes()[:1000])
     foreign = forms.picture_folder(tmp_path / "data", 2)
-    encode_source(str(foreign), tmp_path / "coded", str(tiny), Reading("text_to_image"))
+    encode_source(EncodingJob(str(foreign), tmp_path / "coded", str(tiny), Reading("text_to_image")))
     plan = tmp_path / "coded" / "codes.json"
     plan.write_text(json.dumps(json.loads(plan.read_text()) | {"tokenizer": "another"}))
     cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
@@ -182,8 +226,8 @@ def test_a_mistake_with_a_source_is_one_line(tiny: Path, tmp_path: Path) -> None
         ({"a": {"path": str(broken)}}, {}, r"data\.sources\.a: .*001\.tar: "),
         ({"a": {"path": str(tmp_path / "coded")}}, {}, "image codes of another image tokenizer"),
         ({"a": {"path": "x"}}, {"mixture": {"a": 0}}, "mixture: expected at least one share above 0"),
-        ({"a": {"path": "x"}}, {"mixture": {"b": 1}}, r"mixture\.b: expected one of .*, generation, a"),
-        ({"text": {"path": "x"}}, {}, r"data\.sources\.text: this is a kind of scenes"),
+        ({"a": {"path": "x"}}, {"mixture": {"b": 1}}, r"mixture\.b: no source has this name; one of a, emojiscenes, "),
+        ({"emojiscenes": {"path": "x"}}, {}, r"data\.sources\.emojiscenes: this names built-in scenes"),
         ({"a": {"path": "x", "pairs": "both"}}, {}, r"pairs: expected one of image_to_text, text_to_image"),
     ]  # fmt: skip
     for number, (sources, stage, line) in enumerate(cases):
@@ -199,18 +243,20 @@ def test_the_recipe_for_a_folder_of_pictures_trains_the_embedded_model(tmp_path:
     quiet = ["logging.tensorboard=false", "logging.every=1", f"output={tmp_path}/run"]
     folder = train(load_recipe(find_recipe("finetune-folder"), [*paths, *small, *quiet]), quiet=True)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3]
+    measured = [line for line in lines if "validation/loss" in line]
+    lines = [line for line in lines if "validation/loss" not in line]
+    assert [line["step"] for line in lines] == [1, 2, 3] and [line["step"] for line in measured] == [0, 3]
     assert all(0 < line["text_loss"] < 3 and 0 < line["code_loss"] < 7 for line in lines), "it starts trained"
     before, after = unimm.load().model.state_dict(), unimm.load(folder).model.state_dict()
     assert before.keys() == after.keys()
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {"decoder", "connector", "code_embedding", "code_head"}
+    assert changed == {"decoder", "vision", "connector", "code_embedding", "code_head"}
 
 
 def test_features_and_pixels_train_alike(tiny: Path, tmp_path: Path) -> None:
     """The same losses, step by step, with the encoder frozen; alone and beside pictures of another source."""
     talks = str(forms.llava(tmp_path / "llava", 6))
-    encode_source(talks, tmp_path / "tars", str(tiny), shard=4, features="float32")
+    encode_source(EncodingJob(talks, tmp_path / "tars", str(tiny), shard=4, features="float32"))
     pictures = {"path": str(forms.shards(tmp_path / "more", 5))}
     losses = {}
     for name, path in (("pixels", talks), ("features", str(tmp_path / "tars"))):
@@ -225,15 +271,16 @@ def test_features_and_pixels_train_alike(tiny: Path, tmp_path: Path) -> None:
         assert isinstance(task, UnifiedTask)
         data = task.dataset(recipe.stages[0], 0)
         batch = task.collate([data[i] for i in range(8)])
-        assert ("image_features" in batch) == (name == "features") and "pixel_values" in batch
-        assert name == "pixels" or 0 < int(batch["featured"].sum()) < len(batch["featured"])
+        images = batch["images"]
+        assert (images.features is not None) == (name == "features") and images.pixels is not None
+        assert name == "pixels" or 0 < int(images.featured.sum()) < len(images.featured)
     assert losses["features"] == pytest.approx(losses["pixels"], abs=1e-5)
     assert len(set(losses["pixels"])) == 4
 
 
 def test_features_are_refused_where_they_cannot_be_right(tiny: Path, tmp_path: Path) -> None:
     talks = str(forms.llava(tmp_path / "llava", 3))
-    encode_source(talks, tmp_path / "tars", str(tiny), features="float16")
+    encode_source(EncodingJob(talks, tmp_path / "tars", str(tiny), features="float16"))
     mine = {"mine": {"path": str(tmp_path / "tars")}}
     trained = recipe_file(tmp_path / "a", tiny, mine, stage={"lr": {"vision": 0.01}})
     with pytest.raises(
@@ -248,7 +295,7 @@ def test_features_are_refused_where_they_cannot_be_right(tiny: Path, tmp_path: P
     with pytest.raises(UserError, match=r"data.sources.mine: features of another understanding encoder"):
         train(load_recipe(other), quiet=True)
     um.model.image_tokenizer.save_pretrained(tmp_path / "tokenizer")
-    with pytest.raises(UserError, match="an image tokenizer alone has no understanding encoder"):
-        encode_source(talks, tmp_path / "c", str(tmp_path / "tokenizer"), features="float32")
+    with pytest.raises(UserError, match="an image tokenizer has no understanding encoder"):
+        encode_source(EncodingJob(talks, tmp_path / "c", str(tmp_path / "tokenizer"), features="float32"))
     with pytest.raises(UserError, match="holds codes made with another features"):
-        encode_source(talks, tmp_path / "tars", str(tiny), features="float32")
+        encode_source(EncodingJob(talks, tmp_path / "tars", str(tiny), features="float32"))

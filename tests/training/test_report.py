@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from unimm.errors import UserError
-from unimm.training.report import _plots, report, smooth
+from unimm.training.report import _draw, _plots, report, smooth
 
 
 def test_curves_and_samples_are_on_one_picture(tmp_path: Path) -> None:
@@ -53,6 +54,44 @@ def test_panels_are_those_that_the_run_logged(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert plots[0][1].keys() == {"loss", "reconstruction"} and plots[1][1].keys() == {"seen", "vendor"}
     assert plots[3][1] == {"codebook_use": [(1, 50.0), (2, 50.0)]}
+
+
+def test_losses_of_training_and_validation_share_a_panel_and_a_colour(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    lines: list[dict[str, Any]] = [
+        {"step": 0, "stage": "one", "validation/loss": 2.0, "validation/text_loss": 1.0}
+    ]
+    for step in range(1, 60):
+        lines.append(
+            {"step": step, "stage": "one", "loss": 2 / step, "text_loss": 1 / step, "other_loss": 0.1}
+        )
+    lines.append({"step": 60, "stage": "one", "validation/loss": 1.5, "validation/text_loss": 0.5})
+    panel, series = _plots(tmp_path, lines)[0]
+    assert set(series) == {"loss", "text_loss", "other_loss", "validation/loss", "validation/text_loss"}
+    axes = Figure().subplots()
+    _draw(axes, panel, series, lines)
+    labelled = {
+        str(line.get_label()).partition(":")[0]: line for line in axes.lines if ":" in str(line.get_label())
+    }
+    for name in ("loss", "text loss"):
+        assert labelled[name].get_color() == labelled[f"validation {name}"].get_color()
+        assert list(labelled[f"validation {name}"].get_xdata()) == [0, 60]
+    assert labelled["validation text loss"].get_ydata()[-1] == 0.5, "measured values are not smoothed"
+    assert len({line.get_color() for line in labelled.values()}) == 3
+
+
+def test_answers_on_items_of_ones_own_have_a_panel(tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    for name in ("held-out", "trained-on"):
+        line = {"step": 2, "exact_match": 0.5, "word_f1": 0.75, "answers": [{"key": "a"}]}
+        (tmp_path / "samples" / f"{name}.jsonl").write_text(json.dumps(line) + "\n")
+    plots = _plots(tmp_path, [{"step": 2, "loss": 1.0}])
+    assert [panel.title for panel, _ in plots[1:]] == [
+        "Answers on held-out items",
+        "Answers on items trained on",
+    ]
+    assert plots[1][1] == {"exact_match": [(2, 50.0)], "word_f1": [(2, 75.0)]}
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:

@@ -43,11 +43,12 @@ def told_to_wandb(run: Path) -> dict[int, dict[str, float]]:
 
 
 def test_wandb_gets_the_log_and_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     train(tracked(tmp_path, 4, "wandb"), quiet=True)
     train(tracked(tmp_path, 8, "wandb"), quiet=True)
+    wandb.teardown()  # its own process may still be writing
     name = (tmp_path / "out/tracker-id").read_text().strip()
     runs = sorted((tmp_path / "out/wandb").glob("offline-run-*/*.wandb"))
     assert [run.name for run in runs] == [f"run-{name}.wandb"] * 2

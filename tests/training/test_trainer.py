@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tests.training.toy import ToyRecipe, ToyTask
 from unimm.errors import UserError
+from unimm.files import NEIGHBOUR
 from unimm.training.engine import StepResult, check_stages, start_distributed
 from unimm.training.logging import RunLog
 from unimm.training.recipe import load_recipe
@@ -171,9 +172,9 @@ def test_killed_and_started_again_ends_with_the_same_bits(tmp_path: Path) -> Non
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it had ended before it was killed"
-    (checkpoints / ".tmp-step-99999999").mkdir()  # as a write cut off in the middle leaves it
+    (checkpoints / f".step-99999999.0{NEIGHBOUR}").mkdir()  # as a write cut off in the middle leaves it
     train(made(tmp_path / "killed"), quiet=True)
-    assert not list(checkpoints.glob(".tmp-*"))
+    assert not list(checkpoints.glob(".*"))
 
     assert_same(weights(tmp_path / "alone"), weights(tmp_path / "killed"))
     for part in ("model", "optimizer", "ema", "rng"):

@@ -43,7 +43,7 @@ def made(folder: Path, zero: int, micro: int = 4) -> ToyRecipe:
 
 
 def grown(folder: Path, zero: int, steps: int) -> ToyRecipe:
-    """One stage that can be gone on with at another length."""
+    """One stage that can be resumed at another length."""
     stage = {**STAGES[0], "steps": steps, "micro_batch": 4}
     return recipe(folder, stage, deepspeed=sharded(zero), **OTHER)
 

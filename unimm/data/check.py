@@ -8,20 +8,22 @@ from typing import Any
 
 import numpy as np
 
-from unimm.data.sources import RECORD_KINDS, BadRecord, Reading, Record, open_source
-from unimm.data.stream import RowBuilder, grids_of
+from unimm.data.samples import SampleBuilder, blank_codes
+from unimm.data.sources import RECORD_KINDS, BadRecord, Location, Reading, Record, open_source
 from unimm.errors import UserError
-from unimm.pipeline import load_processor
-from unimm.processing import UniMMProcessor, area_size
+from unimm.loading import load_processor
+from unimm.processing.processor import UniMMProcessor
 
 MOST_BAD = 1000  # bad items that are listed; all are counted
 
 
 def check_source(
-    location: str,
+    location: Location,
     reading: Reading | None = None,
     model: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    size: int | None = None,
+    keep_ratio: bool = False,
 ) -> dict[str, Any]:
     """Read everything once; every picture is decoded.
 
@@ -30,6 +32,8 @@ def check_source(
         reading: how to read it.
         model: whose processor counts tokens; None: the embedded model's.
         on_progress: called with records done and records in all.
+        size: pixels a side that pictures to draw are brought to; None: the model's.
+        keep_ratio: keep their ratio, in an area of that side squared (`unimm.processing.views.Canvas`).
 
     Returns:
         Form, records (good ones), kinds, pictures, tokens, bad (how many) and bad_items.
@@ -38,94 +42,77 @@ def check_source(
         UserError: nothing of the source can be read, or it is empty.
     """
     source = open_source(location, reading, strict=False)
+    location = source.location
     total = len(source)
     if not total and source.broken:
         raise source.broken[0]
     if not total:
         raise UserError(f"{location}: has no records")
-    processor = load_processor(model)
-    builder = RowBuilder(processor)
-    kinds: Counter[str] = Counter()
-    sizes: list[tuple[int, int]] = []
-    formats: Counter[str] = Counter()
-    lengths: list[int] = []
-    bad, keys, repeated = list(source.broken), set[int](), 0
+    builder = _builder(load_processor(model), size, keep_ratio)
+    found = _Findings()
+    bad = list(source.broken)
     for index in range(total):
         try:
-            record = source[index]
-            shown = _look(record, location, sizes, formats)
-            lengths.append(_length(record, builder, shown, location))
+            found.add(source[index], builder, location)
         except BadRecord as error:
             bad.append(error)
-        else:
-            kinds[record.kind] += 1
-            repeated += hash(record.key) in keys
-            keys.add(hash(record.key))
         if on_progress is not None:
             on_progress(index + 1, total)
+    kinds, context = found.kinds, builder.context
     if not kinds:
         raise UserError(f"{location}: none of its {total} records can be used; the first: {bad[0]}")
+    over = sum(length > context for length in found.lengths)  # the end of these is left out
     return {
         "source": location,
         "form": source.form,
         "records": sum(kinds.values()),
         "kinds": {kind: kinds[kind] for kind in RECORD_KINDS if kinds[kind]},
-        "pictures": {**_picture_sizes(sizes), "formats": dict(formats.most_common())},
-        "tokens": {**_spread(lengths), "context": processor.context, "too_long": _over(lengths, processor)},
-        "repeated_keys": repeated,
+        "pictures": {**_picture_sizes(found.sizes), "formats": dict(found.formats.most_common())},
+        "tokens": {**_spread(found.lengths), "context": context, "too_long": over},
+        "unanswered": found.unanswered,
+        "repeated_keys": sum(found.kinds.values()) - len(found.keys),
         "bad": len(bad),
         "bad_items": [{"key": b.key, "file": b.file, "reason": b.reason} for b in bad[:MOST_BAD]],
     }
 
 
-def _look(
-    record: Record, location: str, sizes: list[tuple[int, int]], formats: Counter[str]
-) -> list[tuple[int, int]]:
-    """Decode all pictures of a record; gives width and height of those to look at.
+def _builder(processor: UniMMProcessor, size: int | None, keep_ratio: bool) -> SampleBuilder:
+    """What makes samples for a model, but for the codes of pictures to draw, of which only the number counts."""
+    if processor.drawing_size is None:
+        return SampleBuilder(processor, None, lambda pixels: pixels)
+    canvas = processor.canvas(size, keep_ratio)
+    return SampleBuilder(processor, canvas, blank_codes(canvas))
 
-    Raises:
-        BadRecord: one cannot be read.
-    """
-    shown = []
-    found: list[tuple[tuple[int, int] | None, str]] = []
-    for picture in record.pictures():
-        try:
-            if picture.encoded:
-                picture.codes()
-                found.append((None, "codes"))
+
+class _Findings:
+    """What the good records of a source are, added up."""
+
+    def __init__(self) -> None:
+        self.kinds: Counter[str] = Counter()
+        self.sizes: list[tuple[int, int]] = []
+        self.formats: Counter[str] = Counter()
+        self.lengths: list[int] = []
+        self.keys: set[int] = set()
+        self.unanswered = 0  # end in a turn of the user, which is left out
+
+    def add(self, record: Record, builder: SampleBuilder, location: str) -> None:
+        """Make a record's sample, as training does, and count it.
+
+        Raises:
+            BadRecord: it cannot be used.
+        """
+        sample = builder.build(record, location)
+        for picture in record.pictures():
+            if picture.encoded or picture.featured:
+                self.formats["codes" if picture.encoded else "features"] += 1
                 continue
-            if picture.featured:
-                picture.features()
-                found.append((None, "features"))
-                continue
-            size = picture.image().size
-        except UserError as error:
-            raise BadRecord(record.key, location, str(error)) from None
-        found.append((size, picture.form()))
-        if not picture.draw:
-            shown.append(size)
-    for picture_size, form in found:
-        formats[form] += 1
-        if picture_size is not None:
-            sizes.append(picture_size)
-    return shown
-
-
-def _length(record: Record, builder: RowBuilder, shown: Sequence[tuple[int, int]], location: str) -> int:
-    """Tokens of a record, with its pictures at the sizes that the layout gives them."""
-    processor = builder.processor
-    grids = []
-    try:
-        if processor.layout.shared and processor.area is not None:
-            areas = [area_size(h, w, processor.stride, *processor.area) for w, h in shown]
-            grids = grids_of(processor, areas)
-        return builder.length(record, grids)
-    except UserError as error:
-        raise BadRecord(record.key, location, str(error)) from None
-
-
-def _over(lengths: Sequence[int], processor: UniMMProcessor) -> int:
-    return sum(length > processor.context for length in lengths)
+            form, size = picture.header()
+            self.formats[form] += 1
+            self.sizes.append(size)
+        self.kinds[record.kind] += 1
+        self.keys.add(hash(record.key))
+        self.lengths.append(sample["whole"])
+        self.unanswered += record.messages[-1].role != "assistant"
 
 
 def _spread(values: Sequence[float]) -> dict[str, int]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["evaluate_recipe", "load_evaluation", "print_report"]
+__all__ = ["evaluate_recipe"]
 
 
 def evaluate_recipe(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -15,17 +15,3 @@ def evaluate_recipe(path: str | Path, overrides: Iterable[str] = ()) -> dict[str
     from unimm.evaluation.run import evaluate
 
     return evaluate(load_evaluation(path, overrides))
-
-
-def load_evaluation(path: str | Path, overrides: Iterable[str] = ()) -> Any:
-    """Read an evaluation recipe; see `unimm.evaluation.recipe.load_evaluation`."""
-    from unimm.evaluation.recipe import load_evaluation as load
-
-    return load(path, overrides)
-
-
-def print_report(document: dict[str, Any]) -> None:
-    """Print what `evaluate_recipe` returned as tables; see `unimm.evaluation.report.print_report`."""
-    from unimm.evaluation.report import print_report as show
-
-    show(document)

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from unimm.processing import CAPTION_REQUESTS
-from unimm.sampling.images import CodeSteps
-from unimm.sampling.steps import Steps, make_steps
+from unimm.models.inputs import Images
+from unimm.processing.processor import CAPTION_REQUESTS
+from unimm.sampling.decoder import Steps, make_steps
+from unimm.sampling.engine import CodeSteps
 
 if TYPE_CHECKING:
-    from unimm.pipeline import Picture, UniMM
+    from unimm.images import ImageInput
+    from unimm.pipeline import UniMM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +81,9 @@ def code_effect(
 
 
 @torch.inference_mode()
-def text_effect(reference: UniMM, other: UniMM, images: Sequence[Picture], tokens: int = 16) -> LogitsEffect:
+def text_effect(
+    reference: UniMM, other: UniMM, images: Sequence[ImageInput], tokens: int = 16
+) -> LogitsEffect:
     """Compare the text logits of captions, along the reference's greedy tokens.
 
     Args:
@@ -91,10 +95,10 @@ def text_effect(reference: UniMM, other: UniMM, images: Sequence[Picture], token
     runs: list[Steps] = []
     streams: list[Tensor] = []
     for um in (reference, other):
-        inputs = um.processor([CAPTION_REQUESTS[0]] * len(images), [[image] for image in images])
-        inputs = inputs.to(um.model.device)
-        mask = inputs.pop("attention_mask")
-        streams.append(um.model.embed(**inputs))
+        asked = um.processor([CAPTION_REQUESTS[0]] * len(images), [[image] for image in images])
+        inputs = dict(asked.to(um.model.device))
+        mask, input_ids = inputs.pop("attention_mask"), inputs.pop("input_ids")
+        streams.append(um.model.embed(input_ids, Images.from_inputs(inputs)).stream)
         runs.append(make_steps(um.model, mask, mask.shape[1] + tokens))
     found: list[tuple[Tensor, Tensor]] = []
     for _ in range(tokens):

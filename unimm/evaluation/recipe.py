@@ -11,7 +11,7 @@ from pydantic import Field
 from unimm.errors import UserError
 from unimm.sections import NotNegative, Positive, Section, near, read_yaml, validate
 
-TASK = "evaluation"
+EVALUATION_TASK = "evaluation"
 SplitName = Literal["seen", "composed", "vendor"]
 Splits = Annotated[list[SplitName], Field(min_length=1)]
 
@@ -32,7 +32,7 @@ class Questions(Section):
     splits: Splits = Field(default=["seen", "composed", "vendor"])
 
 
-class Drawing(Section):
+class DrawingSection(Section):
     """Drawings of held-out scenes from their captions, judged."""
 
     samples: Positive = 1000
@@ -64,14 +64,14 @@ class EvaluationRecipe(Section):
 
     task: Literal["evaluation"]
     model: str | None = None
-    """Folder or hub id; null: the embedded model."""
+    """Folder or hub id; null or "embedded": the embedded model."""
     output: Annotated[str, Field(min_length=1)]
     seed: NotNegative = 1
     """Of the held-out scenes and of the drawings; scenes of `train` are never used."""
     device: str = "auto"
     naming: Naming | None = Naming()
     questions: Questions | None = Questions()
-    drawing: Drawing | None = Drawing()
+    drawing: DrawingSection | None = DrawingSection()
     judge: JudgeSection = JudgeSection()
 
 
@@ -87,6 +87,8 @@ def load_evaluation(path: str | Path, overrides: Iterable[str] = ()) -> Evaluati
     """
     data = read_yaml(path, overrides)
     task = data.get("task")
-    if task != TASK:
-        raise UserError(f'{path}: task: expected "{TASK}", got "{task}"{near(task, [TASK])}')
+    if task != EVALUATION_TASK:
+        raise UserError(
+            f'{path}: task: expected "{EVALUATION_TASK}", got "{task}"{near(task, [EVALUATION_TASK])}'
+        )
     return validate(EvaluationRecipe, data, str(path))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-NAMES = {
+from unimm.console import one_line, terminal
+
+FIGURE_NAMES = {
     "both": "object and background",
     "yesno": "yes/no",
     "place_named": "place, both objects named",
@@ -18,14 +19,14 @@ NAMES = {
 
 def print_report(document: dict[str, Any]) -> None:
     """Print the tables of a report from `unimm.evaluation.evaluate_recipe` on stdout."""
-    console = Console(highlight=False)
+    console = terminal()
     for title in ("naming", "questions"):
         if title in document:
             console.print(_shares(title, document[title]))
     if "drawing" in document:
         console.print(_drawing(document["drawing"]))
     for line in document.get("files", []):
-        console.print(line, markup=False)
+        console.print(one_line(line))
 
 
 def _shares(title: str, report: dict[str, Any]) -> Table:
@@ -44,7 +45,7 @@ def _shares(title: str, report: dict[str, Any]) -> Table:
                     _percent(score["rate"]),
                     _interval(score),
                 )
-                table.add_row(split, NAMES.get(figure, figure), *cells)
+                table.add_row(split, FIGURE_NAMES.get(figure, figure), *cells)
             else:
                 table.add_row(split, "answer is yes", "", "", _percent(score), "")
     return table
@@ -62,7 +63,7 @@ def _drawing(report: dict[str, Any]) -> Table:
             drawn = scores["drawn"]
             table.add_row(
                 split,
-                NAMES.get(figure, figure),
+                FIGURE_NAMES.get(figure, figure),
                 f"{drawn['count']:,}",
                 _percent(drawn["rate"]),
                 _interval(drawn),

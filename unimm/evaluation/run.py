@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from unimm.evaluation.drawing import evaluate_drawing
-from unimm.evaluation.judge import Judge
-from unimm.evaluation.naming import evaluate_naming
-from unimm.evaluation.questions import evaluate_questions
+from unimm.errors import UserError
+from unimm.evaluation.emojiscenes.drawing import evaluate_drawing
+from unimm.evaluation.emojiscenes.judge import Judge
+from unimm.evaluation.emojiscenes.naming import evaluate_naming
+from unimm.evaluation.emojiscenes.questions import evaluate_questions
 from unimm.evaluation.recipe import EvaluationRecipe
-from unimm.images import atomic_write
-from unimm.pipeline import load
+from unimm.files import atomic_write
+from unimm.loading import load
+from unimm.outputs import check_output, document_has, is_picture
+from unimm.pipeline import UniMM
 
 
 def evaluate(recipe: EvaluationRecipe) -> dict[str, Any]:
@@ -26,11 +29,16 @@ def evaluate(recipe: EvaluationRecipe) -> dict[str, Any]:
         It is also written to `report.json` in the recipe's output, beside sheets of drawings.
 
     Raises:
-        UserError: the model cannot be loaded, or the packages of the judge are missing.
+        UserError: the output holds such files of something else, the model cannot be loaded or has no part for a
+            figure, or the packages of the judge are missing.
     """
     output = Path(recipe.output)
+    check_output(output / "report.json", "an earlier report", document_has("model", "seed"))
+    for split in () if recipe.drawing is None else recipe.drawing.splits:
+        check_output(output / f"drawings-{split}.png", "a picture", is_picture)
     output.mkdir(parents=True, exist_ok=True)
     um = load(recipe.model, device=recipe.device)
+    _check_sides(recipe, um)
     report: dict[str, Any] = {"model": recipe.model or "embedded", "seed": recipe.seed}
     if recipe.naming is not None:
         report["naming"] = evaluate_naming(um, recipe.naming, recipe.seed)
@@ -43,3 +51,17 @@ def evaluate(recipe: EvaluationRecipe) -> dict[str, Any]:
     with atomic_write(output / "report.json") as path:
         path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def _check_sides(recipe: EvaluationRecipe, um: UniMM) -> None:
+    """Refuse figures of what a model lacks, before any is taken.
+
+    Raises:
+        UserError: naming the figure.
+    """
+    if um.processor.views is None:
+        for name in ("naming", "questions"):
+            if getattr(recipe, name) is not None:
+                raise UserError(f"{name}: this model understands no images; give null")
+    if recipe.drawing is not None and um.processor.drawing_size is None:
+        raise UserError("drawing: this model cannot draw; give null")

@@ -24,11 +24,14 @@ from pydantic import BeforeValidator, Field
 
 from unimm.console import print_table, progress
 from unimm.errors import UserError
-from unimm.evaluation.drawing import prompt_for
-from unimm.evaluation.judge import Judge
+from unimm.evaluation.emojiscenes.drawing import prompt_for
+from unimm.evaluation.emojiscenes.judge import Judge
 from unimm.evaluation.recipe import JudgeSection
-from unimm.images import atomic_write, save_image
-from unimm.pipeline import UniMM, load
+from unimm.files import atomic_write
+from unimm.images import save_image
+from unimm.loading import load
+from unimm.outputs import check_output, document_has
+from unimm.pipeline import UniMM
 from unimm.preferences.candidates import (
     DrawingPrompt,
     Emphasis,
@@ -43,14 +46,13 @@ from unimm.preferences.rank import Rules, rank_candidates
 from unimm.preferences.scorers import make_scorer
 from unimm.recipes import find_recipe
 from unimm.sections import NotNegative, Positive, Section, near, read_yaml, validate
-from unimm.sheet import Card, Line, draw_sheet
-from unimm.sheet import Section as SheetSection
+from unimm.sheet import Card, Line, SheetSection, draw_sheet
 from unimm.training.recipe import load_recipe
 
-TASK = "alignment"
+ALIGNMENT_TASK = "alignment"
 ONLINE = ("grpo", "online_dpo")  # tasks that draw and score for themselves
-SECONDS = "seconds.json"
-SHOWN = 32  # prompts on the sheet of drawings before and after
+TIMES_FILE = "seconds.json"
+SHOWN_PROMPTS = 32  # prompts on the sheet of drawings before and after
 Guidance = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -101,7 +103,7 @@ class Training(Section):
 class RoundSection(Section):
     """One round, or several alike: sections that differ from the recipe's own."""
 
-    times: Positive = 1
+    times: Annotated[int, Field(gt=0, le=100)] = 1
     prompts: Prompts | None = None
     candidates: Candidates | None = None
     ranking: Ranking | None = None
@@ -121,7 +123,7 @@ class AlignmentRecipe(Section):
     task: Literal["alignment"]
     output: Annotated[str, Field(min_length=1)]
     model: str | None = None
-    """Folder or hub id of the model to align; null: the embedded model."""
+    """Folder or hub id of the model to align; null or "embedded": the embedded model."""
     seeds: Annotated[tuple[NotNegative, ...], Field(min_length=1, strict=False)] = (0,)
     """One loop for each: of prompts, candidates, training and the drawings that are judged."""
     rounds: Annotated[tuple[RoundSection, ...], Field(strict=False), BeforeValidator(_rounds)] = (
@@ -152,15 +154,19 @@ def load_alignment(path: str | Path, overrides: Iterable[str] = ()) -> Alignment
         UserError: one line naming the file and the key.
     """
     data = read_yaml(path, overrides)
-    if data.get("task") != TASK:
+    if data.get("task") != ALIGNMENT_TASK:
+        task = data.get("task")
         raise UserError(
-            f'{path}: task: expected "{TASK}", got "{data.get("task")}"{near(data.get("task"), [TASK])}'
+            f'{path}: task: expected "{ALIGNMENT_TASK}", got "{task}"{near(task, [ALIGNMENT_TASK])}'
         )
     recipe = validate(AlignmentRecipe, data, str(path))
     # What is wrong with the training recipe is said before hours of drawing.
     for number, own in enumerate(recipe.each_round()):
-        planned = Round(own, recipe.seeds[0], number, recipe.model, Path(recipe.output))
-        load_recipe(planned.training, planned.overrides())
+        try:
+            planned = Round(own, recipe.seeds[0], number, recipe.model, Path(recipe.output))
+            load_recipe(planned.training, planned.overrides())
+        except UserError as error:
+            raise UserError(f"{path}: training.recipe: {error}") from None
     return recipe
 
 
@@ -175,6 +181,7 @@ def align(recipe: AlignmentRecipe) -> dict[str, Any]:
         UserError: a step cannot be done; what was done before it is kept.
     """
     output = Path(recipe.output)
+    check_output(output / "report.json", "an earlier report", document_has("drawings", "pairs", "seconds"))
     output.mkdir(parents=True, exist_ok=True)
     loops = [Loop(recipe, seed, output) for seed in recipe.seeds]
     runs = [loop.run() for loop in loops]
@@ -243,14 +250,15 @@ class Round:
 
     def overrides(self) -> list[str]:
         """What the training recipe is told."""
-        told = [f"output={self.folder / 'training'}", f"model={self.source or 'null'}", f"seed={self.seed}"]
+        output, model = json.dumps(str(self.folder / "training")), json.dumps(self.source)
+        told = [f"output={output}", f"model={model}", f"seed={self.seed}"]
         if self.online:
             asked = self.recipe.prompts
             emphasis = ".inf" if math.isinf(asked.emphasis) else asked.emphasis
             scenes = f"{{scenes: {asked.scenes}, seed: {self.scene_seed}, emphasis: {emphasis}}}"
             told += [f"prompts={{file: {json.dumps(asked.file)}}}" if asked.file else f"prompts={scenes}"]
         else:
-            told += [f"data.file={self.pairs}"]
+            told += [f"data.file={json.dumps(str(self.pairs))}"]
         return [*told, *self.recipe.training.overrides]
 
     def train(self) -> None:
@@ -311,7 +319,7 @@ class Loop:
     def seconds(self) -> dict[str, float]:
         """What each step took, over all rounds."""
         total: dict[str, float] = {}
-        for seconds in [*self.told(SECONDS), _read(self.folder / SECONDS)]:
+        for seconds in [*self.told(TIMES_FILE), _read(self.folder / TIMES_FILE)]:
             for step, took in seconds.items():
                 total[step] = round(total.get(step, 0) + took, 1)
         return total
@@ -364,7 +372,7 @@ class Loop:
             return
         section = self.recipe.measure
         models = (load(self.recipe.model), load(source))
-        scenes, seeds = held_out(models[0], section, self.seed, range(min(SHOWN, section.prompts)))
+        scenes, seeds = held_out(models[0], section, self.seed, range(min(SHOWN_PROMPTS, section.prompts)))
         prompts = [prompt_for(scene) for scene in scenes]
         drawn = [
             um.draw(
@@ -387,7 +395,7 @@ def _timed(folder: Path, step: str) -> Iterator[None]:
     try:
         yield
     finally:
-        file = folder / SECONDS
+        file = folder / TIMES_FILE
         seconds = _read(file) if file.exists() else {}
         seconds[step] = round(seconds.get(step, 0) + time.monotonic() - start, 1)
         _write(file, seconds)

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from unimm.data.emojiscenes import CONCEPTS, EmojiScenes, Scene
-from unimm.data.encode import fingerprint
-from unimm.evaluation.batches import picture_size
-from unimm.evaluation.drawing import reconstruct
-from unimm.evaluation.judge import fit_probe, kept_probe
-from unimm.evaluation.pixels import THRESHOLD, Pixels, border_colour, cut_out, find_objects
+from unimm.data.codes import fingerprint
+from unimm.data.emojiscenes.scenes import CONCEPTS, EmojiScenes, Scene
+from unimm.evaluation.emojiscenes.batches import picture_size
+from unimm.evaluation.emojiscenes.drawing import reconstruct
+from unimm.evaluation.emojiscenes.judge import fit_probe, kept_probe
+from unimm.evaluation.emojiscenes.pixels import THRESHOLD, border_colour, cut_out, find_objects
+from unimm.images import Pixels
 
 if TYPE_CHECKING:
     from unimm.pipeline import UniMM
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 SIDE = 24  # pixels that a cut-out object is brought to
 SCENES = 6000  # it is fitted on, each as rendered and as reconstructed
 DECAY = 1e-3  # of the squared weights
-BATCH = 64
+FITTING_BATCH = 64
 
 
 class Artwork:
@@ -48,8 +49,8 @@ class Artwork:
     def _fit(self) -> tuple[Tensor, Tensor]:
         scenes = EmojiScenes("train", 0, self.size, SCENES, kinds=("single",))
         features, labels = [], []
-        for start in range(0, SCENES, BATCH):
-            shown = [scenes[index] for index in range(start, min(start + BATCH, SCENES))]
+        for start in range(0, SCENES, FITTING_BATCH):
+            shown = [scenes[index] for index in range(start, min(start + FITTING_BATCH, SCENES))]
             rendered = [scene.render() for scene in shown]
             features += [look(picture) for picture in (*rendered, *reconstruct(self.um, rendered))]
             labels += 2 * [CONCEPTS.index(scene.concept) for scene in shown]

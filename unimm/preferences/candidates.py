@@ -1,30 +1,32 @@
-"""Candidates: several drawings of each prompt, their codes kept; a file of JSON lines that can be gone on with."""
+"""Candidates: several drawings of each prompt, their codes kept; a file of JSON lines that can be resumed."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from pydantic import AfterValidator, Field
 
-from unimm.data.concepts import with_article
-from unimm.data.emojiscenes import KINDS, EmojiScenes, Kind, Question, Scene, Split
+from unimm.data.emojiscenes.concepts import with_article
+from unimm.data.emojiscenes.scenes import SCENE_KINDS, EmojiScenes, Question, Scene, SceneKind, Split
 from unimm.errors import UserError
+from unimm.files import append, check_target, open_here, open_regular
+from unimm.preferences.data import CodeRows, parse_lines, read_lines
 from unimm.sections import NotNegative, Rate, Section, show, validate
-from unimm.training.preferences.data import Codes, read_lines
 
 if TYPE_CHECKING:
     from unimm.pipeline import UniMM
 
 
-Emphasis: TypeAlias = Annotated[float, Field(gt=0)]
+Emphasis: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=True)]
 """Weight of some questions against 1 of the others; infinity (`.inf` in YAML) leaves the others out."""
 
 
-class Asked(Section):
+class DrawingQuestion(Section):
     """A question about a drawing, and the answer if the drawing is what was asked for."""
 
     question: Annotated[str, Field(min_length=1)]
@@ -33,13 +35,13 @@ class Asked(Section):
     """What the answer counts among the prompt's."""
 
 
-def _some(kinds: dict[Kind, float]) -> dict[Kind, float]:
+def _some(kinds: dict[SceneKind, float]) -> dict[SceneKind, float]:
     if not any(kinds.values()):
         raise ValueError("expected a share above 0")
     return kinds
 
 
-KindShares: TypeAlias = Annotated[dict[Kind, Rate], AfterValidator(_some)]
+KindShares: TypeAlias = Annotated[dict[SceneKind, Rate], AfterValidator(_some)]
 """Kind of scene -> its share among scenes."""
 
 
@@ -54,28 +56,28 @@ class SceneKey(Section):
 
     def scene(self) -> Scene:
         """The scene."""
-        return EmojiScenes(self.split, self.seed, kinds=self.kinds or KINDS)[self.index]
+        return EmojiScenes(self.split, self.seed, kinds=self.kinds or SCENE_KINDS)[self.index]
 
 
 class DrawingPrompt(Section):
     """What to draw, and what scorers may know of it."""
 
     prompt: Annotated[str, Field(min_length=1)]
-    questions: list[Asked] = Field(default=[])
+    questions: list[DrawingQuestion] = Field(default=[])
     scene: SceneKey | None = None
 
 
-class Drawing(Section):
+class SampledDrawing(Section):
     """One candidate."""
 
     seed: NotNegative
-    codes: Codes
+    codes: CodeRows
 
 
-class Drawn(DrawingPrompt):
+class PromptCandidates(DrawingPrompt):
     """A prompt with its candidates and how they were drawn."""
 
-    candidates: Annotated[list[Drawing], Field(min_length=1)]
+    candidates: Annotated[list[SampledDrawing], Field(min_length=1)]
     settings: dict[str, Any] = Field(default={})
 
 
@@ -104,7 +106,7 @@ def scene_prompts(
     seed: int,
     count: int,
     emphasis: float = 1.0,
-    kinds: dict[Kind, float] | None = None,
+    kinds: dict[SceneKind, float] | None = None,
 ) -> list[DrawingPrompt]:
     """Return captions of scenes of EmojiScenes, with the scenes' own questions and answers.
 
@@ -126,7 +128,7 @@ def scene_prompts(
         if not only:
             known = {one.question for one in asked}
             asked += [
-                Asked(question=one.question, answer=one.answer)
+                DrawingQuestion(question=one.question, answer=one.answer)
                 for one in scene.questions()
                 if one.question not in known
             ]
@@ -135,7 +137,7 @@ def scene_prompts(
     return prompts
 
 
-def about(scene: Scene, weight: float = 1.0) -> list[Asked]:
+def about(scene: Scene, weight: float = 1.0) -> list[DrawingQuestion]:
     """Questions about what only a scene of its kind shows, their weights summing up to `weight`.
 
     One object: whether it is there. Two: how many, and how they stand. A number of objects: how many. What is known is
@@ -150,7 +152,10 @@ def about(scene: Scene, weight: float = 1.0) -> list[Asked]:
         asked = [(count, 0.5), (yes, 0.25), (no, 0.25)]
     else:
         asked = [(count, 1.0)]
-    return [Asked(question=one.question, answer=one.answer, weight=weight * share) for one, share in asked]
+    return [
+        DrawingQuestion(question=one.question, answer=one.answer, weight=weight * share)
+        for one, share in asked
+    ]
 
 
 def draw_candidates(
@@ -170,7 +175,7 @@ def draw_candidates(
     Args:
         um: what draws.
         prompts: what to draw.
-        path: JSON lines of `Drawn`.
+        path: JSON lines of `PromptCandidates`.
         n: candidates of each prompt.
         seed: of the first candidate.
         settings: `guidance_scale`, `temperature`, `top_k`, `top_p` of `UniMM.draw`, and `model`, its name.
@@ -186,47 +191,73 @@ def draw_candidates(
     written = {**settings, "n": n, "seed": seed}
     done = _already(path, prompts, written)
     options = {key: value for key, value in settings.items() if key != "model"}
+    unlimited = {"top_k": 0, "top_p": 1.0}  # None would be the model's own
+    options |= {key: value for key, value in unlimited.items() if options.get(key) is None}
     seeds = [seed + k for k in range(n)]
     share = max(1, um.batch_size // n)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        for start in range(done, len(prompts), share):
-            part = prompts[start : start + share]
-            texts = [prompt.prompt for prompt in part]
-            codes = um.draw(texts, n=n, seed=seeds * len(part), output_type="codes", **options)
-            for prompt, drawn in zip(part, codes.view(len(part), n, *codes.shape[1:]).tolist(), strict=True):
-                candidates = [{"seed": s, "codes": one} for s, one in zip(seeds, drawn, strict=True)]
-                row = {**prompt.model_dump(), "candidates": candidates, "settings": written}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            if on_progress is not None:
-                on_progress(start + len(part), len(prompts))
+    append(path, "")  # that it can be written is known before anything is drawn
+    for start in range(done, len(prompts), share):
+        part = prompts[start : start + share]
+        texts = [prompt.prompt for prompt in part]
+        codes = um.draw_codes(texts, n=n, seed=seeds * len(part), **options)
+        lines = []
+        for prompt, drawn in zip(part, codes.view(len(part), n, *codes.shape[1:]).tolist(), strict=True):
+            candidates = [{"seed": s, "codes": one} for s, one in zip(seeds, drawn, strict=True)]
+            row = {**prompt.model_dump(), "candidates": candidates, "settings": written}
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+        append(path, "".join(lines))
+        if on_progress is not None:
+            on_progress(start + len(part), len(prompts))
     return {"candidates": str(path), "prompts": len(prompts), "drawn_before": done, "each": n}
 
 
-def read_candidates(path: str | Path) -> list[Drawn]:
+def read_candidates(path: str | Path) -> list[PromptCandidates]:
     """Read a file of candidates.
 
     Raises:
         UserError: naming file, line and field; or it is empty.
     """
-    rows = [validate(Drawn, value, where) for where, value in read_lines(Path(path))]
+    rows = [validate(PromptCandidates, value, where) for where, value in read_lines(Path(path))]
     if not rows:
         raise UserError(f"{path}: empty; draw candidates first (`unimm preferences draw`)")
     return rows
 
 
 def _already(path: Path, prompts: Sequence[DrawingPrompt], settings: Mapping[str, Any]) -> int:
-    """How many prompts a file holds; a last line that was cut off in writing is removed."""
+    """How many prompts a file holds; a last line that was cut off in writing is removed, once the file is known.
+
+    Raises:
+        UserError: it is a link or no regular file, or holds something else; it is as it was.
+    """
+    check_target(path)
     if not path.exists():
         return 0
-    whole, newline, rest = path.read_bytes().rpartition(b"\n")
+    with open_regular(path) as file:
+        whole, newline, rest = file.read().rpartition(b"\n")
+    count = _count(path, whole, prompts, settings)
     if rest:
-        with path.open("r+b") as file:
-            file.truncate(len(whole) + len(newline))
+        if count == len(prompts) or not _begins(rest, prompts[count]):
+            line = whole.count(b"\n") + len(newline) + 1
+            raise UserError(
+                f"{path}:{line}: holds something else than candidates; give another file, or remove it"
+            )
+        with os.fdopen(open_here(path, os.O_WRONLY), "wb") as out:
+            out.truncate(len(whole) + len(newline))
+    return count
+
+
+def _begins(piece: bytes, prompt: DrawingPrompt) -> bool:
+    """Whether a piece of a line may be the beginning of a prompt's."""
+    line = json.dumps({"prompt": prompt.prompt}, ensure_ascii=False)[:-1].encode()
+    return piece[: len(line)] == line[: len(piece)]
+
+
+def _count(path: Path, lines: bytes, prompts: Sequence[DrawingPrompt], settings: Mapping[str, Any]) -> int:
+    """How many of the prompts whole lines hold. Raises UserError: they hold something else."""
     count = 0
-    for where, value in read_lines(path):
-        row = validate(Drawn, value, where)
+    for where, value in parse_lines(path, lines):
+        row = validate(PromptCandidates, value, where)
         if count >= len(prompts) or row.prompt != prompts[count].prompt:
             raise UserError(f"{where}: the prompt is not that of this run; give another file, or remove it")
         if row.questions != prompts[count].questions:

@@ -17,15 +17,15 @@ from PIL import Image
 from pydantic import Field
 from torch.nn import functional as F
 
-from unimm.data.emojiscenes import EmojiScenes, Scene
-from unimm.evaluation.batches import picture_size
-from unimm.evaluation.drawing import FIGURES, Verdict, judge_pictures, prompt_for
-from unimm.evaluation.judge import Judge
-from unimm.evaluation.naming import evaluate_naming
-from unimm.evaluation.pixels import Pixels
-from unimm.evaluation.questions import evaluate_questions
+from unimm.data.emojiscenes.scenes import EmojiScenes, Scene
+from unimm.evaluation.emojiscenes.batches import picture_size
+from unimm.evaluation.emojiscenes.drawing import FIGURES, Verdict, judge_pictures, prompt_for
+from unimm.evaluation.emojiscenes.judge import Judge
+from unimm.evaluation.emojiscenes.naming import evaluate_naming
+from unimm.evaluation.emojiscenes.questions import evaluate_questions
 from unimm.evaluation.recipe import Naming, Questions, SplitName, Splits
 from unimm.evaluation.score import Z95
+from unimm.images import Pixels
 from unimm.sections import NotNegative, Positive, Section
 
 if TYPE_CHECKING:

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from unimm.errors import UserError
-from unimm.preferences.candidates import Drawn
+from unimm.outputs import check_output, first_line_has
+from unimm.preferences.candidates import PromptCandidates
+from unimm.preferences.data import write_lines
 from unimm.preferences.scorers import Candidate, Scorer, ScorerError, picture_candidates, score_candidates
-from unimm.training.preferences.data import write_lines
 
 if TYPE_CHECKING:
     from unimm.pipeline import UniMM
 
+RANKED = ("prompt", "chosen", "rejected", "source.scorer")  # what tells a ranking from votes of people
 OUTCOMES = ("pairs", "ties", "near_ties", "easy", "hard", "failed")
 
 
@@ -44,7 +46,7 @@ class Rules:
 
 def rank_candidates(
     um: UniMM,
-    rows: Sequence[Drawn],
+    rows: Sequence[PromptCandidates],
     scorer: Scorer,
     name: str,
     path: str | Path,
@@ -66,8 +68,10 @@ def rank_candidates(
         The file, the mean score, how many pairs there are, and how many prompts tied, were too easy or hard, or failed.
 
     Raises:
-        UserError: a scorer fails and `rules.on_error` says stop, or not one pair is left.
+        UserError: `path` holds something else than an earlier ranking; a scorer fails and `rules.on_error` says stop;
+            or not one pair is left.
     """
+    check_output(path, "an earlier ranking", first_line_has(*RANKED))
     counts = Counter(dict.fromkeys(OUTCOMES, 0))
     scored: list[float] = []
 
@@ -116,7 +120,7 @@ def best_and_worst(scores: Tensor, count: int) -> Tensor:
     return torch.cat([best, worst], 1)
 
 
-def candidates_of(um: UniMM, row: Drawn) -> list[Candidate]:
+def candidates_of(um: UniMM, row: PromptCandidates) -> list[Candidate]:
     """A prompt's candidates with their pictures."""
     codes = torch.tensor([drawing.codes for drawing in row.candidates])
     return picture_candidates(um, row, [drawing.seed for drawing in row.candidates], codes)
@@ -134,7 +138,9 @@ def _outcome(scores: Sequence[float], rules: Rules) -> str:
     return "pairs" if best - worst >= rules.margin else "near_ties"
 
 
-def _pairs(row: Drawn, scores: Sequence[float], scorer: str, rules: Rules) -> Iterator[dict[str, Any]]:
+def _pairs(
+    row: PromptCandidates, scores: Sequence[float], scorer: str, rules: Rules
+) -> Iterator[dict[str, Any]]:
     """Good and bad candidates as preferences, from the outer ranks inwards."""
     count = min(rules.each, len(scores) // 2)
     best, worst = best_and_worst(torch.tensor([scores], dtype=torch.float64), count)[0].chunk(2)

@@ -23,15 +23,20 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from unimm.data.emojiscenes import Scene
+from unimm.data.emojiscenes.scenes import Scene
 from unimm.errors import UserError
+from unimm.images import Pixels
+from unimm.models.inputs import Images
 from unimm.preferences.candidates import DrawingPrompt
+from unimm.processing.messages import SHOWN, Message
+from unimm.processing.processor import grids_of
+from unimm.processing.rows import branch, stack_answers
 from unimm.sections import near
-from unimm.training.branches import Branches, stack_answers
+from unimm.training.task import on_device
 
 if TYPE_CHECKING:
     from unimm.pipeline import UniMM
-    from unimm.processing import UniMMProcessor
+    from unimm.processing.processor import UniMMProcessor
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,8 @@ class ScorerContext:
             return self._kept[0]
         model = self.um.model
         assert model.vision is not None
-        pixels = self.um.processor.pixels([candidate.image for candidate in candidates])
+        pixels = self.um.processor.look([candidate.image for candidate in candidates]).pixels
+        assert pixels is not None
         features: Tensor = model.vision(pixels.to(model.device, model.dtype))
         if self._kept is not None:
             self._kept.append(features)
@@ -111,8 +117,7 @@ def picture_candidates(
 def to_pictures(um: UniMM, codes: Tensor) -> list[Image.Image]:
     """The pictures of int64 codes [B, h, w]."""
     with torch.inference_mode():
-        pixels = um.image_tokenizer.decode(codes.to(um.model.device))
-    return um.processor.to_images(pixels)
+        return um.decode_codes(codes.to(um.model.device))
 
 
 def score_candidates(scorer: Scorer, candidates: Sequence[Candidate]) -> list[float]:
@@ -209,16 +214,15 @@ def self_vqa(context: ScorerContext) -> Scorer:
     branches behind one reading of it.
     """
     um = context.um
-    if not um.processor.layout.shared:
+    if not um.processor.sees_codes:
         context.needs_encoder("self-vqa")
 
     @torch.inference_mode()
     def score(candidates: Sequence[Candidate]) -> list[float]:
-        inputs, owners = _questions(um.processor, candidates)
-        if not um.processor.layout.shared:
-            inputs["image_features"] = context.features(candidates)
-        moved = {key: value.to(um.model.device) for key, value in inputs.items()}
-        right = um.model.score(count=len(owners), **moved).log_probs.exp().cpu().numpy()
+        inputs, owners = question_rows(um.processor, candidates)
+        if not um.processor.sees_codes:
+            inputs["images"] = Images(features=context.features(candidates))
+        right = um.model.score(on_device(inputs, um.model.device), len(owners)).log_probs.exp().cpu().numpy()
         weights = [asked.weight for candidate in candidates for asked in candidate.prompt.questions]
         totals = np.bincount(owners, weights=right * weights, minlength=len(candidates))
         return list(totals / np.bincount(owners, weights=weights, minlength=len(candidates)))
@@ -226,41 +230,41 @@ def self_vqa(context: ScorerContext) -> Scorer:
     return score
 
 
-def _questions(
+def question_rows(
     processor: UniMMProcessor, candidates: Sequence[Candidate]
-) -> tuple[dict[str, Tensor], list[int]]:
+) -> tuple[dict[str, Any], list[int]]:
     """Rows of a picture and its questions, each answer numbered, and the candidate of each answer.
 
     Of the pictures, only those that are understood by their codes are among the inputs; the others are features.
     """
-    closing = processor.marks(processor.conversation.assistant)
-    inputs: dict[str, Tensor] = {}
-    grids = [processor.layout.grid] * len(candidates)
-    if processor.layout.shared:
-        pictures = [candidate.image for candidate in candidates]
-        inputs["pixel_values"], inputs["image_sizes"] = processor.sized_pixels(pictures)
-        stride = processor.stride
-        grids = [(height // stride, width // stride) for height, width in inputs["image_sizes"].tolist()]
+    images = None
+    grids = [processor.image_grid] * len(candidates)
+    if processor.sees_codes:
+        images = processor.look([candidate.image for candidate in candidates])
+        grids = grids_of(images)
     rows: list[dict[str, Any]] = []
     owners: list[int] = []
     for place, (candidate, grid) in enumerate(zip(candidates, grids, strict=True)):
-        if not candidate.prompt.questions:
+        questions = candidate.prompt.questions
+        if not questions:
             raise UserError(f"self-vqa: the prompt {candidate.prompt.prompt!r} has no questions to ask")
-        row = Branches(processor.ids(*processor.opening([grid])))
-        for asked in candidate.prompt.questions:
-            answer = [*processor.text_ids(asked.answer), processor.eos]
-            row.add(processor.ids(asked.question, *closing), answer)
-        arrays = row.arrays()
-        answers = np.maximum(arrays["branches"] - 1, 0) + len(owners)
-        rows.append({**arrays, "answers": answers})
-        owners += [place] * len(candidate.prompt.questions)
-    inputs |= stack_answers(rows, processor.pad)
-    return inputs, owners
+        row = branch(
+            [
+                processor.conversation.write(
+                    [Message("user", (SHOWN, asked.question)), Message("assistant", (asked.answer,))], [grid]
+                )
+                for asked in questions
+            ]
+        )
+        answers = row.numbered(range(len(owners), len(owners) + len(questions)))
+        rows.append({**row.arrays(), "answers": answers})
+        owners += [place] * len(questions)
+    return {**stack_answers(rows, processor.pad), "images": images}, owners
 
 
 def rules(context: ScorerContext) -> Scorer:
     """Pixel rules on scenes: the background's colour, the number of objects, and how two of them lie to each other."""
-    from unimm.evaluation.pixels import Pixels, background_name, find_objects, relation
+    from unimm.evaluation.emojiscenes.pixels import background_name, find_objects, relation
 
     def one(scene: Scene, picture: Pixels) -> float:
         boxes = find_objects(picture)
@@ -311,8 +315,8 @@ def variety(context: ScorerContext) -> Scorer:
 
 def probe(context: ScorerContext) -> Scorer:
     """The judge of drawings on scenes: the share of background, object, place and count that is right."""
-    from unimm.evaluation.drawing import judge_pictures
-    from unimm.evaluation.judge import Judge
+    from unimm.evaluation.emojiscenes.drawing import judge_pictures
+    from unimm.evaluation.emojiscenes.judge import Judge
     from unimm.evaluation.recipe import JudgeSection
 
     judge = Judge(JudgeSection(), context.folder / "judge.safetensors", str(context.um.model.device))

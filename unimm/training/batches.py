@@ -21,7 +21,7 @@ from unimm.training.task import Packs
 
 if TYPE_CHECKING:
     from unimm.training.recipe import Stage
-    from unimm.training.task import Batch, Source, Task
+    from unimm.training.task import Batch, SampleSource, Task
 
 AHEAD = 2  # steps read before they are asked for
 
@@ -40,7 +40,7 @@ def derive_seed(*parts: int) -> int:
 
 
 def read_step(
-    task: Task, source: Source, stage: Stage, step: int, rank: int = 0, world: int = 1
+    task: Task, source: SampleSource, stage: Stage, step: int, rank: int = 0, world: int = 1
 ) -> StepBatch:
     """The micro-batches of `step` (0-based, within the stage) for one rank, and the sums of their targets.
 
@@ -56,7 +56,7 @@ def read_step(
     return StepBatch(micro_batches, totals)
 
 
-def _padded(task: Task, source: Source, stage: Stage, first: int, rank: int, world: int) -> list[Batch]:
+def _padded(task: Task, source: SampleSource, stage: Stage, first: int, rank: int, world: int) -> list[Batch]:
     micro = stage.micro
     starts = range(first + rank * micro, first + stage.batch, micro * world)
     samples = [source[index] for start in starts for index in range(start, start + micro)]
@@ -64,7 +64,7 @@ def _padded(task: Task, source: Source, stage: Stage, first: int, rank: int, wor
     return [task.collate(samples[start : start + micro]) for start in range(0, len(samples), micro)]
 
 
-def _packed(task: Task, source: Source, stage: Stage, first: int, rank: int, world: int) -> list[Batch]:
+def _packed(task: Task, source: SampleSource, stage: Stage, first: int, rank: int, world: int) -> list[Batch]:
     assert stage.pack is not None and isinstance(task, Packs)
     settings = stage.pack
     samples = [source[index] for index in range(first + rank, first + stage.batch, world)]
@@ -87,7 +87,7 @@ def _packed(task: Task, source: Source, stage: Stage, first: int, rank: int, wor
 
 @contextmanager
 def read_ahead(
-    task: Task, source: Source, stage: Stage, start: int, rank: int = 0, world: int = 1
+    task: Task, source: SampleSource, stage: Stage, start: int, rank: int = 0, world: int = 1
 ) -> Iterator[Iterator[StepBatch]]:
     """The steps `start`, `start + 1`, ... of a stage, read ahead in one thread; errors come through."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="samples")

@@ -1,36 +1,77 @@
 """Checkpoints: all that a run needs to go on bit for bit, written so that a half-written one is never read.
 
-A checkpoint is a folder `step-XXXXXXXX` of safetensors files and one `state.json`, which lists the others
-with their sizes. It is written under a temporary name, flushed to disk, and renamed. Nothing is pickled.
+A checkpoint is a folder `step-XXXXXXXX` of safetensors files and one `state.json`, which lists the others with
+their sizes and SHA-256 and has a checksum of itself, so that a single flipped byte is noticed. It is written under a
+temporary name, flushed to disk, and renamed. Nothing is pickled.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
-import shutil
 import warnings
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from pydantic import Field, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from unimm.errors import UserError, UserNote
-from unimm.sections import show
+from unimm.files import neighbour, open_regular, read_json, remove_leftovers
+from unimm.folders import write_folder
+from unimm.sections import NotNegative, Section, show, validate
 from unimm.training.recipe import BaseRecipe, Checkpointing
 
 FORMAT = 1
-_TEMPORARY = ".tmp-"
 _PARTS = ("model", "optimizer", "ema", "rng")  # fields of a snapshot that are tensors, a file each
-_PLAIN = ("stage", "stage_step", "step", "recipe", "ema_updates", "python_rng")  # the others, in state.json
+_FILES = tuple(f"{part}.safetensors" for part in _PARTS)
+_PLAIN = (
+    "stage",
+    "stage_step",
+    "step",
+    "recipe",
+    "ema_updates",
+    "python_rng",
+    "data",
+)  # the others, in state.json
+
+
+class _State(Section):
+    """What `state.json` holds; earlier versions wrote no checksums."""
+
+    format: Literal[1]
+    files: dict[str, NotNegative]
+    sha256: dict[str, str] | None = None
+    checksum: str | None = None
+    score: float | None = None
+    stage: NotNegative
+    stage_step: NotNegative
+    step: NotNegative
+    recipe: dict[str, Any]
+    ema_updates: NotNegative
+    python_rng: tuple[int, list[int], float | None] = Field(strict=False)
+    data: dict[str, str] = Field(default_factory=dict)
+
+    @field_validator("python_rng")
+    @classmethod
+    def _is_a_state(cls, state: tuple[int, list[int], float | None]) -> tuple[int, list[int], float | None]:
+        version, words, gauss = state
+        try:
+            random.Random().setstate((version, tuple(words), gauss))
+        except (ValueError, TypeError, OverflowError):
+            raise ValueError("is no state of Python's random numbers") from None
+        return state
 
 
 @dataclass
@@ -39,7 +80,8 @@ class Snapshot:
 
     `stage` counts stages from 0, `stage_step` the steps done in it (the place in its data), `step` the steps
     done in all. `python_rng` and `rng` are the states of the global random generators. `score` is the metric by
-    which checkpoints are compared; None in those of earlier versions.
+    which checkpoints are compared; None in those of earlier versions. `source` is the folder it was read from, `data`
+    what `KnowsData.data_state` gave.
     """
 
     stage: int
@@ -53,6 +95,8 @@ class Snapshot:
     python_rng: list[Any] = field(default_factory=list)
     rng: dict[str, Tensor] = field(default_factory=dict)
     score: float | None = None
+    source: str = ""
+    data: dict[str, str] = field(default_factory=dict)
 
 
 def write_checkpoint(folder: Path, snapshot: Snapshot, settings: Checkpointing) -> Path:
@@ -62,29 +106,20 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, settings: Checkpointing) 
         UserError: no space or no permission; earlier checkpoints are whole.
     """
     target = folder / f"step-{snapshot.step:08d}"
-    temporary = folder / f"{_TEMPORARY}{target.name}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        for part in _PARTS:
-            save_file(_plain(getattr(snapshot, part)), temporary / f"{part}.safetensors")
-        sizes = {f"{part}.safetensors": (temporary / f"{part}.safetensors").stat().st_size for part in _PARTS}
-        state = {"format": FORMAT, "files": sizes, "score": snapshot.score}
+
+    def write(new: Path) -> None:
+        for part, file in zip(_PARTS, _FILES, strict=True):
+            save_file(_plain(getattr(snapshot, part)), new / file)
+        sizes = {file: (new / file).stat().st_size for file in _FILES}
+        state = {"format": FORMAT, "files": sizes, "sha256": _digests(new), "score": snapshot.score}
         state |= {key: getattr(snapshot, key) for key in _PLAIN}
-        (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        for name in (*sizes, "state.json"):
-            _flush(temporary / name)
-        _flush(temporary)
-        if target.exists():  # a damaged one that the run fell back from
-            _remove(target)
-        temporary.rename(target)
-        _flush(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or str(error)
-        message = f"{target}: cannot write the checkpoint: {reason}; earlier checkpoints are whole"
-        raise UserError(message) from error
+        state = json.loads(json.dumps(state))  # as it will be read
+        text = json.dumps({**state, "checksum": _checksum(state)})
+        (new / "state.json").write_text(text, encoding="utf-8")
+
+    if target.is_symlink() or target.is_file():
+        _remove(target)
+    write_folder(target, write, keep_others=False)  # a damaged one may be there, which the run fell back from
     kept = {path for stage in range(snapshot.stage + 1) for path in best_checkpoints(folder, stage, settings)}
     for old in _folders(folder)[: -settings.keep]:
         if old not in kept:
@@ -93,11 +128,34 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, settings: Checkpointing) 
     return target
 
 
+def _digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file of tensors in a checkpoint, as hexadecimal digits.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+
+    def digest(file: str) -> str:
+        with open_regular(folder / file) as opened:
+            try:
+                return hashlib.file_digest(opened, "sha256").hexdigest()
+            except OSError as error:
+                raise UserError(f"{folder / file}: damaged ({error.strerror})") from None
+
+    with ThreadPoolExecutor(len(_FILES)) as pool:
+        return dict(zip(_FILES, pool.map(digest, _FILES), strict=True))
+
+
+def _checksum(state: Mapping[str, Any]) -> str:
+    """The SHA-256 of all in `state.json` but itself."""
+    text = json.dumps({key: value for key, value in state.items() if key != "checksum"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _remove(folder: Path) -> None:
     """Remove a checkpoint: under its name it is whole or gone, whenever the process is killed."""
-    doomed = folder.with_name(f"{_TEMPORARY}old-{folder.name}")
-    folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    with neighbour(folder) as place:
+        folder.rename(place / "removed")
 
 
 def best_checkpoints(folder: Path, stage: int, settings: Checkpointing) -> list[Path]:
@@ -106,8 +164,8 @@ def best_checkpoints(folder: Path, stage: int, settings: Checkpointing) -> list[
         return []
     scored: list[tuple[float, Path]] = []
     for path in _folders(folder):
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        with suppress(ValueError, KeyError, TypeError):
+            state = read_json(path / "state.json")
             if state["stage"] == stage and state["recipe"]["checkpoint"]["metric"] == settings.metric:
                 scored.append((float(state["score"]), path))
     scored.sort(key=lambda pair: pair[0] if settings.mode == "min" else -pair[0])
@@ -125,8 +183,7 @@ def read_newest(folder: Path) -> Snapshot | None:
     """
     if not folder.is_dir():
         return None
-    for leftover in folder.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    remove_leftovers(folder)
     found = _folders(folder)
     faults: list[str] = []
     for path in reversed(found):
@@ -150,28 +207,49 @@ def read_checkpoint(path: Path) -> Snapshot:
         UserError: naming the file that is missing, cut short or not what it should be.
     """
     state_file = path / "state.json"
+    if not state_file.exists():
+        raise UserError(f"{state_file}: missing from the checkpoint")
     try:
-        state = json.loads(state_file.read_text(encoding="utf-8"))
-        written, sizes, plain = state["format"], state["files"], {key: state[key] for key in _PLAIN}
-    except FileNotFoundError:
-        raise UserError(f"{state_file}: missing from the checkpoint") from None
-    except (ValueError, KeyError, TypeError, OSError):
-        raise UserError(f"{state_file}: damaged") from None
-    if written != FORMAT:
+        document = read_json(state_file)
+    except UserError as error:
+        raise UserError(f"{state_file}: damaged ({str(error).removeprefix(f'{state_file}: ')})") from None
+    written = document.get("format")
+    if isinstance(written, int) and written > FORMAT:
         raise UserError(f"{state_file}: checkpoint format {written}, this version reads {FORMAT}")
+    if "checksum" in document and document["checksum"] != _checksum(document):
+        raise UserError(f"{state_file}: damaged (not what its checksum says)")
+    state = validate(_State, document, f"{state_file}: damaged")
+    tensors = _read_tensors(path, state)
+    plain = {key: getattr(state, key) for key in _PLAIN} | {"python_rng": [*state.python_rng]}
+    return Snapshot(**tensors, **plain, score=state.score, source=str(path))
+
+
+def _read_tensors(path: Path, state: _State) -> dict[str, Any]:
+    """The tensors of each part of a checkpoint, from files that are as they were written. Raises UserError."""
+    for file in _FILES:
+        size = state.files.get(file, 0)
+        if not (path / file).exists():
+            raise UserError(f"{path / file}: missing from the checkpoint")
+        with open_regular(path / file) as opened:
+            found = os.fstat(opened.fileno()).st_size
+        if found != size:
+            raise UserError(f"{path / file}: truncated ({found} of {size} bytes)")
+    if state.sha256 is not None:
+        for file, digest in _digests(path).items():
+            if state.sha256.get(file) != digest:
+                raise UserError(f"{path / file}: damaged (not what its checksum says)")
     tensors: dict[str, Any] = {}
-    for part in _PARTS:
-        file = path / f"{part}.safetensors"
-        size = sizes.get(file.name, 0)
-        if not file.exists():
-            raise UserError(f"{file}: missing from the checkpoint")
-        if file.stat().st_size != size:
-            raise UserError(f"{file}: truncated ({file.stat().st_size} of {size} bytes)")
+    for part, file in zip(_PARTS, _FILES, strict=True):
         try:
-            tensors[part] = load_file(file)
+            tensors[part] = load_file(path / file)
         except (SafetensorError, OSError, ValueError):
-            raise UserError(f"{file}: damaged") from None
-    return Snapshot(**tensors, **plain, score=state.get("score"))
+            raise UserError(f"{path / file}: damaged") from None
+    try:
+        torch.Generator().set_state(tensors["rng"]["torch"])
+        np.random.RandomState().set_state(_numpy_state(tensors["rng"]))
+    except (LookupError, ValueError, TypeError, RuntimeError, OverflowError):
+        raise UserError(f"{path / 'rng.safetensors'}: damaged (no states of random numbers)") from None
+    return tensors
 
 
 def distinct_state(module: nn.Module) -> dict[str, Tensor]:
@@ -233,6 +311,18 @@ def check_resumable(snapshot: Snapshot, recipe: BaseRecipe) -> None:
             raise recipe.error(key, f"{change}; put it back, or give another output folder")
 
 
+def say_changed_data(snapshot: Snapshot, now: Mapping[str, str]) -> None:
+    """Say (`UserNote`) which sources are not what they were when the checkpoint was written."""
+    for name, before in snapshot.data.items():
+        if name in now and now[name] != before:
+            warnings.warn(
+                f"data.sources.{name}: {before} when the checkpoint was written, now {now[name]}; "
+                "some items may be read twice in this pass and others not at all",
+                UserNote,
+                stacklevel=2,
+            )
+
+
 def _harmless(key: str, after: Any, snapshot: Snapshot, recipe: BaseRecipe) -> bool:
     """Whether a run may go on although `key` is another than it was."""
     if not key.startswith("stages["):
@@ -263,22 +353,13 @@ def _differences(old: Any, new: Any, key: str = "") -> Iterable[tuple[str, Any, 
 
 
 def _folders(folder: Path) -> list[Path]:
-    """Checkpoints in `folder`, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit())
+    """Checkpoints in `folder`, oldest first, and what stands in the place of one."""
+    return sorted(path for path in folder.glob("step-*") if path.name[5:].isdecimal())
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous CPU tensors that share no memory, as safetensors wants them."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _flush(path: Path) -> None:
-    """Force a file or a folder's entries to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def random_states() -> tuple[list[Any], dict[str, Tensor]]:
@@ -295,13 +376,18 @@ def random_states() -> tuple[list[Any], dict[str, Tensor]]:
     return [version, list(words), gauss], states
 
 
+def _numpy_state(states: Mapping[str, Tensor]) -> tuple[str, NDArray[np.uint32], int, int, float]:
+    """What numpy's generator takes, from what `random_states` gave."""
+    position, has_gauss, cached = states["numpy_rest"].tolist()
+    keys = states["numpy_keys"].numpy().astype(np.uint32)
+    return "MT19937", keys, int(position), int(has_gauss), cached
+
+
 def set_random_states(python: list[Any], states: dict[str, Tensor]) -> None:
     """Put back what `random_states` gave."""
     version, words, gauss = python
     random.setstate((version, tuple(words), gauss))
-    position, has_gauss, cached = states["numpy_rest"].tolist()
-    keys = states["numpy_keys"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))
+    np.random.set_state(_numpy_state(states))
     torch.set_rng_state(states["torch"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from unimm.errors import UserError
 from unimm.sections import near
 from unimm.training import checkpoint, shards
-from unimm.training.task import Packs
+from unimm.training.task import Packs, on_device
 
 if TYPE_CHECKING:
     from unimm.training.recipe import BaseRecipe, Stage
@@ -320,11 +321,7 @@ class Engine:
             batch = batches[min(position, len(batches) - 1)]
             if self._packed:  # their number varies
                 self._engine.set_gradient_accumulation_boundary(position == count - 1)
-            moved = {
-                key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
-                for key, value in batch.items()
-            }
-            loss, metrics = self._engine(moved, step, totals)
+            loss, metrics = self._engine(on_device(batch, self.device), step, totals)
             if position >= len(batches):
                 loss, metrics = 0 * loss, {}
             # The loss is divided by the whole step's totals already: undo the engine's mean over ranks, and
@@ -386,12 +383,25 @@ class Engine:
                 found |= {f"{kind}.{name}": value.detach().cpu().clone() for kind, value in state.items()}
         return found
 
-    def load_optimizer_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `optimizer_tensors` gave, whatever the stage and the ranks it was gathered from."""
+    def load_optimizer_tensors(self, tensors: Mapping[str, Tensor], source: str = "optimizer") -> None:
+        """Put back what `optimizer_tensors` gave, whatever the stage and the ranks it was gathered from.
+
+        Args:
+            tensors: by kind and parameter.
+            source: the checkpoint, for errors.
+
+        Raises:
+            UserError: it is of another model.
+        """
         position = {name: number for number, name in enumerate(self.names)}
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             kind, _, name = key.partition(".")
+            parameter = self.parameters[position[name]] if name in position else None
+            if parameter is None or (
+                value.ndim and value.shape != getattr(parameter, "ds_shape", parameter.shape)
+            ):
+                raise UserError(f"{source}: {key} fits no parameter; the checkpoint is of another model")
             state.setdefault(position[name], {})[kind] = value
         if self.zero:
             for number, values in state.items():

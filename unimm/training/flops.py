@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from unimm.modeling import UniMMModel
+from unimm.models.modeling import UniMMModel
+from unimm.models.parts import TimmEncoderConfig
 
 BEFORE_DECODER = {
     "decoder",
@@ -52,7 +53,7 @@ class Operations:
     """
 
     def __init__(self, model: UniMMModel, trained: Collection[str]) -> None:
-        config, vision = model.config.decoder_config(), model.config.vision_config()
+        config, encoder = model.config.decoder_config(), model.config.encoder_config()
         head: Any = model.decoder.get_output_embeddings()
         table: Any = model.get_input_embeddings()
         groups = set(trained)
@@ -68,8 +69,8 @@ class Operations:
         self.word = weights_of(head) * (4 + 2 * learns)
         self.code = weights_of(code_head) * (4 + 2 * bool(groups & {"decoder", "code_head"}))
         self.picture = 0
-        if model.vision is not None and vision is not None:
-            self.picture = vision.tokens * weights_of(model.vision) * (6 if "vision" in groups else 2)
+        if model.vision is not None and isinstance(encoder, TimmEncoderConfig):
+            self.picture = encoder.tokens * weights_of(model.vision) * (6 if "vision" in groups else 2)
 
     def of(self, counts: Counts) -> float:
         """Operations on what is counted."""

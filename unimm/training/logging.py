@@ -8,18 +8,22 @@ what is learnt from (`unimm.training.flops`), and `mfu` (model FLOPs utilisation
 from __future__ import annotations
 
 import json
-import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from unimm.console import one_line, terminal
+from unimm.files import atomic_write, check_target, make_folder, open_append
+from unimm.images import read_image
 from unimm.training.engine import gather_over_ranks, sum_over_ranks
+from unimm.training.recipe import VALIDATION
 from unimm.training.trackers import Tracker
 
 if TYPE_CHECKING:
@@ -44,7 +48,7 @@ class RunLog:
         self._every = recipe.logging.every
         self._total = sum(stage.steps for stage in recipe.stages)
         self._active = active
-        self._console = Console(quiet=quiet or not active, highlight=False, soft_wrap=True)
+        self._console = terminal(quiet=quiet or not active, soft_wrap=True)
         self._sums: dict[str, Any] = {}
         self._count = 0
         self._samples = 0.0
@@ -62,17 +66,19 @@ class RunLog:
     def _open(self, output: Path, tensorboard: bool, start: int) -> None:
         output.mkdir(parents=True, exist_ok=True)
         path = output / "metrics.jsonl"
-        truncate_lines(path, start)
-        self._file = path.open("a", encoding="utf-8")
+        for lines in (path, *(output / "samples").glob("*.jsonl")):
+            truncate_lines(lines, start)
+        self._file = open_append(path)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(output / "tensorboard"), purge_step=start + 1)
+            self._tensorboard = SummaryWriter(str(make_folder(output, "tensorboard")), purge_step=start + 1)
 
     def _progress(self, start: int) -> tuple[Progress, Any] | None:
         if not self._console.is_terminal or self._console.quiet:
             return None
-        columns = ("{task.description}", BarColumn(), "{task.completed}/{task.total}", TimeRemainingColumn())
+        name = TextColumn("{task.description}", markup=False)
+        columns = (name, BarColumn(), "{task.completed}/{task.total}", TimeRemainingColumn())
         progress = Progress(*columns, TextColumn("{task.fields[line]}"), console=self._console)
         progress.start()
         return progress, progress.add_task("", total=self._total, completed=start, line="")
@@ -91,7 +97,7 @@ class RunLog:
 
     def say(self, line: str) -> None:
         """One line for people."""
-        self._console.print(line, markup=False)
+        self._console.print(one_line(line))
 
     def step(
         self,
@@ -103,8 +109,19 @@ class RunLog:
         samples: int,
         targets: Mapping[str, float],
         last: bool = False,
+        epochs: Mapping[str, float] | None = None,
     ) -> dict[str, float] | None:
         """Take in one step; at every `logging.every`-th (and the `last` of a stage) write a line.
+
+        Args:
+            result: what the step gave.
+            step: steps done.
+            stage: the stage's name.
+            rates: the learning rate of each group.
+            samples: in the step.
+            targets: the step's totals over all ranks.
+            last: whether the stage ends here.
+            epochs: how often each source of a limited size has been gone through.
 
         Returns:
             The means of the line (with `loss` and `grad_norm`) where one was due, else None.
@@ -116,12 +133,43 @@ class RunLog:
         for kind, count in targets.items():
             self._targets[kind] = self._targets.get(kind, 0.0) + count
         if self._bar and not (step % self._every == 0 or last):
-            self._bar[0].update(self._bar[1], completed=step, description=stage)
+            self._bar[0].update(self._bar[1], completed=step, description=one_line(stage))
         if step % self._every and not last:
             return None
-        return self._write(step, stage, rates)
+        return self._write(step, stage, rates, epochs or {})
 
-    def _write(self, step: int, stage: str, rates: Mapping[str, float]) -> dict[str, float]:
+    def validation(self, means: Mapping[str, float], step: int, stage: str) -> None:
+        """Write a line with the losses on held-out items."""
+        if not self._active:
+            return
+        self._record({"step": step, "stage": stage, **means})
+        told = "  ".join(f"{name.removeprefix(VALIDATION)} {value:.4f}" for name, value in means.items())
+        self.say(f"{stage} {step}/{self._total}  validation: {told}")
+
+    def samples(self, folder: Path, step: int) -> None:
+        """Pass what a preview wrote into `folder` at a step on to TensorBoard: sheets, numbers and texts."""
+        if self._tensorboard is None:
+            return
+        for path in sorted(folder.glob("*.png")):
+            kind, written = kind_and_step(path)
+            if written == step:
+                pixels = np.asarray(read_image(path))
+                self._tensorboard.add_image(f"samples/{kind or 'drawings'}", pixels, step, dataformats="HWC")
+        for path in sorted(folder.glob("*.jsonl")):
+            line = _last_line(path)
+            if line.get("step") != step:
+                continue
+            for key, value in line.items():
+                tag = f"samples/{path.stem}/{key}"
+                if isinstance(value, float):
+                    self._tensorboard.add_scalar(tag, value, step)
+                elif isinstance(value, list):
+                    shown = json.dumps(value, ensure_ascii=False, indent=1)
+                    self._tensorboard.add_text(tag, f"```\n{shown}\n```", step)
+
+    def _write(
+        self, step: int, stage: str, rates: Mapping[str, float], epochs: Mapping[str, float]
+    ) -> dict[str, float]:
         means = self._means()
         elapsed = max(time.perf_counter() - self._since, 1e-9)
         samples = self._samples / elapsed
@@ -140,10 +188,9 @@ class RunLog:
                 **speed,
             }
             line |= {f"lr/{name}": rate for name, rate in rates.items()}
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
-            self._tell(line, step)
-            told = f"{samples:.1f} samples/s"
+            line |= {f"epoch/{name}": times for name, times in epochs.items()}
+            self._record(line)
+            told = f"{_epochs(epochs)}{samples:.1f} samples/s"
             if tokens:
                 told += f"  {tokens:,.0f} tokens/s"
             if "mfu" in speed:
@@ -164,8 +211,11 @@ class RunLog:
         reached = self._targets[OPERATIONS] / elapsed / torch.distributed.get_world_size() / 1e12
         return {"tflops": reached, **({"mfu": reached / self._peak} if self._peak else {})}
 
-    def _tell(self, line: Mapping[str, Any], step: int) -> None:
-        """Pass a line's numbers on to TensorBoard and trackers."""
+    def _record(self, line: Mapping[str, Any]) -> None:
+        """Write a line into the log, and pass its numbers on to TensorBoard and trackers."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        step = line["step"]
         numbers = {key: value for key, value in line.items() if isinstance(value, float)}
         if self._tensorboard is not None:
             for key, value in numbers.items():
@@ -184,7 +234,7 @@ class RunLog:
     ) -> None:
         text = f"loss {means['loss']:.4f}  lr {rate:.2e}  {speed}"
         if self._bar:
-            self._bar[0].update(self._bar[1], completed=step, description=stage, line=text)
+            self._bar[0].update(self._bar[1], completed=step, description=one_line(stage), line=text)
             return
         extra = "".join(f"  {key} {value:.4g}" for key, value in means.items() if key != "loss")
         self.say(f"{stage} {step}/{self._total}  {text}{extra}  left {_clock(left)}")
@@ -230,6 +280,7 @@ def truncate_lines(path: Path, step: int) -> None:
     """Drop the JSON lines of steps after `step`, and a last line that was cut off in writing."""
     if not path.exists():
         return
+    check_target(path)
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -237,9 +288,30 @@ def truncate_lines(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    with atomic_write(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
+
+
+def kind_and_step(path: Path) -> tuple[str, int | None]:
+    """What a sheet of samples shows and the step it is of: `seen-0000250.png` is of the kind `seen`."""
+    match = re.fullmatch(r"(?:(.*)-)?(\d+)", path.stem)
+    return (match[1] or "", int(match[2])) if match else (path.stem, None)
+
+
+def _last_line(path: Path) -> dict[str, Any]:
+    """The last of a file's JSON lines; empty where it is none."""
+    with suppress(OSError, ValueError, IndexError):
+        line = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+        return line if isinstance(line, dict) else {}
+    return {}
+
+
+def _epochs(times: Mapping[str, float]) -> str:
+    """`epoch 2.3  `; of sources that are gone through unlike often the least and the most."""
+    if not times:
+        return ""
+    least, most = (f"{pick(times.values()):.1f}" for pick in (min, max))
+    return f"epoch {least}  " if least == most else f"epoch {least} to {most}  "
 
 
 def _clock(seconds: float) -> str:

@@ -30,13 +30,13 @@ def best_fit(
     def share(index: int) -> float:
         return max(lengths[index] / length, pictures[index] / most if most else 0.0)
 
-    for index in sorted(range(len(lengths)), key=lambda i: (-share(i), i)):
+    for index in sorted(range(len(lengths)), key=lambda i: (-share(i), i)):  # the largest first
         fitting = [
             row
             for row in range(len(rows))
             if room[row] >= lengths[index] and (most is None or shown[row] + pictures[index] <= most)
         ]
-        if fitting:
+        if fitting:  # the fullest, which leaves the others their room
             chosen = min(fitting, key=lambda row: room[row])
         else:
             chosen = len(rows)

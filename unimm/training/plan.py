@@ -5,18 +5,24 @@ The model is built on the meta device, so nothing is loaded and a machine of any
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from unimm.modeling import UniMMModel
+from unimm.data.emojiscenes.settings import SAMPLE_KINDS, SCENE_NAMES
+from unimm.models.lora import add_adapters
+from unimm.models.modeling import UniMMModel
+from unimm.processing.views import make_views
 from unimm.training.flops import Counts, Operations, weights_of
-from unimm.training.lora import add_adapters
-from unimm.training.parts import describe_model, model_groups
+from unimm.training.model_builder import describe_model, model_groups
 from unimm.training.recipe import Stage
-from unimm.training.unified import UnifiedRecipe
+from unimm.training.tasks.unified import UnifiedRecipe
 
 H100 = 989.0  # TFLOP/s of dense bfloat16
 DAY = 86_400.0
@@ -25,6 +31,33 @@ MOMENTS, MASTER, GRADIENT = (
     4,
     4,
 )  # bytes a weight: AdamW's two, the optimizer's copy and its gradient, float32
+
+
+@dataclass(frozen=True)
+class Here:
+    """The machine that plans: where weights, gradients and optimizer would lie.
+
+    Attributes:
+        processes: one for each GPU, or one.
+        memory: GiB of each GPU, or of the machine where it has none.
+        what: what that memory is.
+    """
+
+    processes: int
+    memory: float
+    what: str
+
+
+def this_machine() -> Here:
+    """What there is to train on here; of memory the part that a container may use."""
+    if torch.cuda.is_available():
+        sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+        return Here(len(sizes), min(sizes) / 2**30, torch.cuda.get_device_name(0))
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # no such limit, or "max"
+            sizes.append(int(Path(file).read_text()))
+    return Here(1, min(sizes) / 2**30, "RAM, no GPU")
 
 
 @dataclass(frozen=True)
@@ -37,6 +70,7 @@ class Machines:
         peak: of each, TFLOP/s in bfloat16.
         utilisation: share of the peak that is reached.
         words: text tokens that a sample holds on average beside its picture.
+        here: this machine, with which the plan is compared too.
     """
 
     gpus: int
@@ -44,6 +78,7 @@ class Machines:
     peak: float = H100
     utilisation: float = 0.4
     words: int = 128
+    here: Here = field(default_factory=this_machine)
 
 
 def state_bytes(zero: int, trained: int, frozen: int, largest: int, ranks: int, weight: int = 4) -> int:
@@ -79,8 +114,9 @@ def plan(recipe: UnifiedRecipe, machines: Machines) -> dict[str, Any]:
     """Return what a recipe would take on these machines, as plain values.
 
     Raises:
-        UserError: the recipe names groups, adapters or files that are not there.
+        UserError: the recipe names groups, adapters, data or files that are not there.
     """
+    recipe.check_mixtures()
     model = describe_model(recipe)
     if recipe.lora is not None:
         add_adapters(model, recipe.lora)
@@ -89,8 +125,10 @@ def plan(recipe: UnifiedRecipe, machines: Machines) -> dict[str, Any]:
     if model.image_tokenizer is not None:
         parts["image_tokenizer"] = weights_of(model.image_tokenizer)
     stages = [_stage(recipe, number, model, groups, machines) for number in range(len(recipe.stages))]
+    named = asdict(machines)
     return {
-        "machines": asdict(machines),
+        "here": named.pop("here"),
+        "machines": named,
         "parameters": {**parts, "all": weights_of(model)},
         "stages": stages,
         "days": sum(stage["days"] for stage in stages),
@@ -114,7 +152,8 @@ def _stage(
     memory = {
         f"zero{zero}": state_bytes(zero, trained, frozen, largest, machines.gpus) / 2**30 for zero in range(4)
     }
-    tokens, operations = _work(model, stage, machines.words, recipe.data.size)
+    here = state_bytes(recipe.zero_stage, trained, frozen, largest, machines.here.processes) / 2**30
+    tokens, operations = _work(model, recipe, stage, machines.words)
     samples = stage.steps * stage.batch
     seconds = samples * operations / (machines.gpus * machines.peak * 1e12 * machines.utilisation)
     return {
@@ -123,18 +162,27 @@ def _stage(
         "memory_gib": memory,
         "fits": [name for name, size in memory.items() if size < machines.memory],
         "chosen": f"zero{recipe.zero_stage}",
+        "here_gib": here,
+        "fits_here": here < machines.here.memory,
         "tokens": samples * tokens,
         "flops": samples * operations,
         "days": seconds / DAY,
     }
 
 
-def _work(model: UniMMModel, stage: Stage, words: int, size: int | None) -> tuple[float, float]:
-    """Return the mean tokens and floating-point operations of a sample, whose drawings are of `size` pixels a side."""
+def _work(model: UniMMModel, recipe: UnifiedRecipe, stage: Stage, words: int) -> tuple[float, float]:
+    """Return the mean tokens and floating-point operations of a sample of a stage."""
     operations = Operations(model, stage.lr)
-    mixture = stage.mixture or {"understanding": 1.0, "generation": 1.0}
+    sides = {"understanding": model.config.views, "generation": model.config.generation}
+    mixture = recipe.mixture(stage, [kind for kind, part in sides.items() if part is not None])
+    kinds = {name: source.kind for name, source in recipe.data.sources.items()} | dict(
+        zip(SCENE_NAMES, SAMPLE_KINDS, strict=True)
+    )
     total = sum(mixture.values())
-    samples = [(share / total, _sample(model, kind, words, size)) for kind, share in mixture.items()]
+    samples = [
+        (share / total, _sample(model, kinds[name], words, recipe.data.size))
+        for name, share in mixture.items()
+    ]
     return (
         sum(share * counts.tokens for share, counts in samples),
         sum(share * operations.of(counts) for share, counts in samples),
@@ -148,7 +196,12 @@ def _sample(model: UniMMModel, kind: str, words: int, size: int | None) -> Count
     if size is not None and generation is not None:
         rows = columns = size // generation.stride
     codes = len(layout.drawing_steps(rows, columns)) if kind == "generation" else 0
-    features = (layout.features or rows * (columns + 1)) if kind == "understanding" else 0
+    features = 0
+    if kind == "understanding":
+        views = make_views(model.config)
+        grid = views.grid if views is not None and not model.sees_codes else (rows, columns)
+        parts = [part for part in layout.understanding(*grid) if not isinstance(part, str)]
+        features = sum(list(part).count(layout.feature) for part in parts)
     length = words + codes + features
     return Counts(
         tokens=length,

@@ -7,27 +7,33 @@ the recipe's `task` key. Nothing here imports torch.
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
-from pydantic import Field, PrivateAttr, field_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from unimm.errors import UserError
+from unimm.console import say
+from unimm.errors import UserError, UserNote
+from unimm.recipes import recipe_root
 from unimm.sections import Fraction, NotNegative, Positive, Rate, Section, near, read_yaml, show, validate
 
 if TYPE_CHECKING:
     from unimm.training.task import Task
 
 TASKS: dict[str, str] = {
-    "tokenizer": "unimm.tokenizers.task:TokenizerRecipe",
-    "siglip": "unimm.training.siglip:SiglipRecipe",
-    "unified": "unimm.training.unified:UnifiedRecipe",
-    "dpo": "unimm.training.preferences.recipe:PreferenceRecipe",
-    "grpo": "unimm.preferences.grpo.recipe:GrpoRecipe",
-    "online_dpo": "unimm.preferences.online_dpo.recipe:OnlineDpoRecipe",
+    "tokenizer": "unimm.training.tokenizer.task:TokenizerRecipe",
+    "siglip": "unimm.training.tasks.siglip:SiglipRecipe",
+    "unified": "unimm.training.tasks.unified:UnifiedRecipe",
+    "dpo": "unimm.preferences.dpo:PreferenceRecipe",
+    "grpo": "unimm.preferences.grpo:GrpoRecipe",
+    "online_dpo": "unimm.preferences.online_dpo:OnlineDpoRecipe",
 }
 """Task name -> "module:RecipeClass"; imported only when a recipe asks for it."""
+VALIDATION = "validation/"
+"""What the names of losses on held-out items begin with in the log."""
+Kind = TypeVar("Kind", bound=Section)
 
 
 class Optimizer(Section):
@@ -62,18 +68,40 @@ class Checkpointing(Section):
     keep_best: NotNegative = 0
     """The best of each stage that stay too, and whose best is exported beside the last weights (0: none)."""
     metric: Annotated[str, Field(min_length=1)] = "loss"
-    """What is best: a name of the log, such as text_loss; its mean over the steps since the last checkpoint."""
+    """What is best: a name of the log, such as text_loss, as its mean over the steps since the last checkpoint.
+
+    In a recipe with `data.validation` it is by default `validation/loss`, as measured at the checkpoint.
+    """
     mode: Literal["min", "max"] = "min"
     """Whether the least or the greatest is best."""
+
+
+class ValidationSection(Section, Generic[Kind]):
+    """Items that are never trained on, whose losses are measured while a run goes on."""
+
+    share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each source's items that is held out, by a hash of the item's file or key: the same in every run."""
+    sources: dict[str, Kind] = Field(default_factory=dict)
+    """Name -> data of its own to measure on, beside that share."""
+    every: Positive = 100
+    """Steps from one measurement to the next; there is one before the first step and at each stage's end too."""
+    items: Positive = 128
+    """Most items that are measured, spread evenly over what is held out."""
+
+    @model_validator(mode="after")
+    def _some(self) -> ValidationSection[Kind]:
+        if not self.share and not self.sources:
+            raise ValueError("nothing is held out; give a share, such as 0.1, or sources")
+        return self
 
 
 class Packing(Section):
     """Several samples in a row, none of which sees another."""
 
     length: Positive
-    """Tokens that a row holds; no sample may be longer."""
+    """Tokens that a row holds, and most that a sample may have; of sources, what is longer is cut or a bad item."""
     pictures: Positive | None = None
-    """Pictures to understand that a row holds; null: any number."""
+    """Pictures to understand that a row holds; null: any number. An item of a source with more is bad."""
     rows: Positive = 1
     """Rows in one forward on one device."""
 
@@ -96,6 +124,7 @@ class Stage(Section):
     lr: Annotated[dict[str, Rate], Field(min_length=1)]
     """Group -> learning rate; groups not listed are frozen."""
     warmup: NotNegative = 0
+    """Steps over which the rates rise; where the stage has fewer, they rise over all of it."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     mixture: dict[str, Rate] = Field(default_factory=dict)
@@ -167,6 +196,17 @@ class BaseRecipe(Section):
 
     _source: str = PrivateAttr(default="recipe")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _judged_by_validation(cls, recipe: Any) -> Any:
+        """Compare checkpoints by the loss on what is held out, where something is and no metric is named."""
+        data = recipe.get("data") if isinstance(recipe, Mapping) else None
+        checkpoint = recipe.get("checkpoint", {}) if isinstance(recipe, Mapping) else None
+        validates = isinstance(data, Mapping) and data.get("validation")
+        if not validates or not isinstance(checkpoint, Mapping) or "metric" in checkpoint:
+            return recipe
+        return {**recipe, "checkpoint": {**checkpoint, "metric": f"{VALIDATION}loss"}}
+
     @field_validator("stages")
     @classmethod
     def _names(cls, stages: list[Stage]) -> list[Stage]:
@@ -197,10 +237,20 @@ class BaseRecipe(Section):
         return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
 
     @property
+    def samples(self) -> int:
+        """Samples of all stages."""
+        return sum(stage.steps * stage.batch for stage in self.stages)
+
+    @property
     def offloads(self) -> bool:
         """Whether the optimizer's state is kept out of the GPUs' memory."""
         section = self.deepspeed.get("zero_optimization", {}).get("offload_optimizer")
         return isinstance(section, dict) and section.get("device", "cpu") == "cpu"
+
+    @property
+    def validation(self) -> ValidationSection[Any] | None:
+        """What is held out of training; None where nothing is."""
+        return None
 
     @property
     def source(self) -> str:
@@ -210,6 +260,13 @@ class BaseRecipe(Section):
     def error(self, key: str, message: str) -> UserError:
         """A one-line error about a key of this recipe, for a task that finds one later."""
         return UserError(f"{self._source}: {key}: {message}")
+
+    def say_unread(self, sources: Iterable[str]) -> None:
+        """Say (`UserNote`) which sources no stage reads."""
+        for name in sources:
+            if not any(stage.mixture.get(name) or not stage.mixture for stage in self.stages):
+                message = "no stage's mixture gives it a share, so it is never read"
+                warnings.warn(str(self.error(f"data.sources.{name}", message)), UserNote, stacklevel=2)
 
     @classmethod
     def shrink(cls, data: dict[str, Any]) -> None:
@@ -257,7 +314,8 @@ def smoke_recipe(path: str | Path, overrides: Iterable[str] = ()) -> BaseRecipe:
     """Read a training recipe and make it so small that two cores finish it in a minute: does it run at all?
 
     Every stage keeps its groups, rates, schedule, mixture and options, on two steps of two samples each, with
-    tiny widths and random weights; the run goes into a folder of its own.
+    tiny widths and random weights; the run goes into a folder of its own. Sources of one's own are read as they are,
+    but for those that a shipped recipe names for others to replace.
 
     Raises:
         UserError: one line naming the file and the key.
@@ -270,10 +328,57 @@ def smoke_recipe(path: str | Path, overrides: Iterable[str] = ()) -> BaseRecipe:
     for stage in data["stages"]:
         stage |= {"steps": 2, "batch": 2, "micro_batch": None, "warmup": min(stage.get("warmup", 0), 1)}
         if stage.get("pack"):
-            stage |= {"pack": {"length": 512}}
+            stage |= {"pack": {"length": max(512, stage["pack"]["length"])}}
     data |= {"device": "cpu", "checkpoint": {"every": 2}, "logging": {"every": 1, "tensorboard": False}}
+    _leave_out_stand_ins(data, Path(path))
     recipe_class.shrink(data)
     return _typed(recipe_class, data, source)
+
+
+def _leave_out_stand_ins(data: dict[str, Any], path: Path) -> None:
+    """Leave out the sources that a shipped recipe names as an example, as it names them, where there are none such."""
+    if not path.resolve().is_relative_to(recipe_root().resolve()):
+        return
+    shipped = (read_yaml(path).get("data") or {}).get("sources") or {}
+    for name, section in shipped.items():
+        place = section.get("path")
+        given = ((data.get("data") or {}).get("sources") or {}).get(name)
+        if isinstance(given, dict) and given.get("path") == place and not Path(str(place)).exists():
+            leave_out(data, name)
+            say(f"{path}: data.sources.{name}: {place}: not here; built-in scenes stand in for it")
+
+
+def leave_out(data: dict[str, Any], name: str) -> None:
+    """Take a source out of a recipe, as read from its file, and out of its mixtures."""
+    section = data["data"]
+    del section["sources"][name]
+    if not section["sources"]:
+        del section["sources"]
+        section.pop("validation", None)
+    for stage in data["stages"]:
+        (stage.get("mixture") or {}).pop(name, None)
+
+
+def smoke_data(data: dict[str, Any], scenes: Mapping[str, float]) -> dict[str, Any]:
+    """What `--smoke` keeps of a recipe's section of data: its sources, and a few of the items held out of them.
+
+    Args:
+        data: the recipe, as read from its file.
+        scenes: the mixture of stages that have no data, put there in place.
+    """
+    section = data.get("data") or {}
+    kept = {
+        key: section[key]
+        for key in ("sources", "max_bad_items", "validation")
+        if section.get(key) is not None
+    }
+    if "validation" in kept:
+        kept["validation"] = {**kept["validation"], "every": 2, "items": 4}
+    own = kept.get("sources", {})
+    for stage in data["stages"]:
+        mixture = stage.get("mixture") or {}
+        stage["mixture"] = mixture if any(mixture.values()) else {} if own else dict(scenes)
+    return kept
 
 
 def _recipe_class(data: Mapping[str, Any], source: str) -> type[BaseRecipe]:

@@ -11,51 +11,65 @@ import logging
 import threading
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from unimm.data.encode import SHARD, encode_range, fingerprint
-from unimm.data.sources import BadRecord, Reading, Record, Source, open_source
-from unimm.data.sources.rows import Pairs
-from unimm.data.stream import RowBuilder, grids_of
+from unimm.console import say
+from unimm.data.codes import StoredCodes, draws, fingerprint
+from unimm.data.samples import SampleBuilder
+from unimm.data.sources import BadRecord, Reading, Source, open_source
+from unimm.data.sources.rows import PairDirection
+from unimm.data.split import MAX_DIVIDED, hold_out
 from unimm.errors import UserError, UserNote
-from unimm.processing import CAPTION_REQUESTS, Canvas, Grid, UniMMProcessor
+from unimm.files import append
+from unimm.processing.processor import CAPTION_REQUESTS, UniMMProcessor
+from unimm.processing.views import Canvas
 from unimm.sections import Section
-from unimm.training.kept import Kept, kept_codes
+from unimm.training.recipe import VALIDATION, leave_out
+from unimm.training.sides import check_source_images
 
 if TYPE_CHECKING:
-    from unimm.training.recipe import BaseRecipe
-    from unimm.training.task import Sample
+    from unimm.data.samples import Sample
+    from unimm.training.recipe import BaseRecipe, Packing
 
-TRIES = 100  # records tried in place of a bad one
-PROBES = 64  # records looked at to see whether a source has pictures to draw
+RECORD_TRIES = 100  # records tried in place of a bad one
+STORED = 10  # times the samples of a run: codes of larger sources are made as they are needed
 
 
 class SourceSection(Section):
     """One source of a recipe: where it lies and how it is read (`unimm.data.sources`)."""
 
     path: str
-    pairs: Pairs = "image_to_text"
+    pairs: PairDirection = "image_to_text"
     """What a picture with a text is for."""
     fields: dict[str, str] = Field(default_factory=dict)
-    """Our name of a column (image, text, question ...) -> the source's."""
+    """Our name of a column (image, text, question ...) -> the source's; an empty one says that there is none."""
     images: str | None = None
     """Folder that the names of pictures are relative to; null: where the source lies."""
     split: str | None = None
-    """Which split of a Hugging Face folder."""
+    """Which split, where names of files or a Hugging Face folder say that there are several; null: train."""
+    allow_outside: bool = False
+    """Whether the data may name files outside its folder, and links may lead out of it."""
     requests: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = CAPTION_REQUESTS
     """What is asked of a picture that has only a caption."""
 
+    @property
+    def kind(self) -> str:
+        """What it is mostly for, as far as the section says: "understanding", "text" or "generation"."""
+        if self.pairs == "text_to_image":
+            return "generation"
+        return "text" if self.fields.get("image") == "" else "understanding"
+
     def reading(self) -> Reading:
         """How the source is to be read."""
-        return Reading(self.pairs, dict(self.fields), self.images, self.split)
+        return Reading(self.pairs, dict(self.fields), self.images, self.split, self.allow_outside)
 
 
 class BadItems:
@@ -93,8 +107,7 @@ class BadItems:
                 return
             line = {"source": source, "key": bad.key, "file": bad.file, "reason": bad.reason}
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            append(self.path, json.dumps(line) + "\n")
             self.known = self._read()
             count = len(self.known)
         if count > self.limit:
@@ -105,78 +118,29 @@ class BadItems:
         warnings.warn(f"{source}: {bad}; another takes its place", UserNote, stacklevel=2)
 
 
-class StoredCodes:
-    """The image codes of a source's pictures to draw, computed once and kept in one file.
-
-    Args:
-        path: the safetensors file; made again if it is of another tokenizer or of other data.
-        source: whose pictures.
-        canvas: what they are brought to.
-        tokenizer: what encodes.
-        device: where.
-
-    Raises:
-        UserError: the file is no file of image codes, or cannot be written.
-    """
-
-    def __init__(
-        self, path: Path, source: Source, canvas: Canvas, tokenizer: Any, device: torch.device
-    ) -> None:
-        mark = f"{fingerprint(tokenizer, canvas)} {source.signature()} {len(source)} by size"
-        stored, notes = kept_codes(path, mark, lambda: _compute(source, canvas, tokenizer, device))
-        self.bad: dict[str, list[str]] = json.loads(notes["bad"])
-        self.codes, self.sizes = stored["codes"], stored["sizes"].tolist()
-        self.starts, self.places = _ends(stored["counts"]), _ends(stored["sizes"].prod(1))
-
-    def get(self, index: int) -> list[Tensor]:
-        """Codes int64 [h, w] of each picture to draw of a record.
-
-        Raises:
-            BadRecord: one of them could not be read.
-        """
-        if str(index) in self.bad:
-            key, file, reason = self.bad[str(index)]
-            raise BadRecord(key, file, reason)
-        return [
-            self.codes[self.places[one] : self.places[one + 1]].view(self.sizes[one]).long()
-            for one in range(self.starts[index], self.starts[index + 1])
-        ]
+def leave_out_encoded(data: dict[str, Any]) -> None:
+    """For `--smoke`: leave out of a recipe the sources whose codes or features are of other parts than tiny ones."""
+    for name, section in list(((data.get("data") or {}).get("sources") or {}).items()):
+        with suppress(UserError):  # the run says it
+            source = open_source(section["path"], SourceSection.model_validate(section).reading())
+            if source.mark is not None or source.encoder is not None:
+                leave_out(data, name)
+                say(
+                    f"data.sources.{name}: {len(source):,} items, encoded by other parts than tiny ones; not trained on"
+                )
 
 
-def _ends(counts: Tensor) -> list[int]:
-    """Where each of some stretches begins, and where the last ends."""
-    return [0, *counts.cumsum(0).tolist()]
+class Signed(Protocol):
+    """Data that can say whether its files are what they were."""
+
+    def signature(self) -> str:
+        """A digest of the files' names, sizes and times."""
+        ...
 
 
-def _compute(source: Source, canvas: Canvas, tokenizer: Any, device: torch.device) -> Kept:
-    """Codes int32 of all M pictures in a row, their sizes [M, 2], counts for each record [N], and the bad by index."""
-    from rich.progress import track
-
-    torch.nn.Module.to(tokenizer, device)
-    codes: list[Tensor] = []
-    counts, bad = [], {}
-    starts = range(0, len(source), SHARD)
-    for start in track(starts, f"image codes of {source.location}", disable=len(starts) == 1):
-        stop = min(start + SHARD, len(source))
-        with torch.no_grad():
-            found = encode_range(source, start, stop, canvas, tokenizer, device)
-        for index, (record, drawn) in enumerate(found, start):
-            if isinstance(record, BadRecord):
-                bad[str(index)] = [record.key, record.file, record.reason]
-            counts.append(len(drawn))
-            codes += [torch.from_numpy(one) for one in drawn]
-    sizes = torch.tensor([one.shape for one in codes], dtype=torch.int64).view(-1, 2)
-    flat = torch.cat([torch.zeros(0, dtype=torch.int32), *(one.flatten() for one in codes)])
-    return {"codes": flat, "sizes": sizes, "counts": torch.tensor(counts)}, {"bad": json.dumps(bad)}
-
-
-def draws(source: Source) -> bool:
-    """Whether a source has pictures to draw that are not encoded yet, by a look at some of its records."""
-    for index in np.unique(np.linspace(0, len(source) - 1, PROBES).astype(int)).tolist():
-        with suppress(BadRecord):
-            if any(not picture.encoded for picture in source[index].pictures(draw=True)):
-                return True
-    return False
+def data_state(source: Signed, items: int) -> str:
+    """What a checkpoint keeps of a source; of very many files only their number."""
+    return f"{items:,} items" + (f", files {source.signature()[:8]}" if items <= MAX_DIVIDED else "")
 
 
 class RecordSamples:
@@ -185,38 +149,34 @@ class RecordSamples:
     Args:
         name: of the source in the recipe.
         source: its records.
-        section: how they are read.
-        processor: words and pictures to tokens and pixels.
+        builder: makes samples of them.
         codes: stored codes; None where the source has its own, or nothing to draw.
-        tokenizer: encodes a picture to draw that none of these has.
-        canvas: what such a picture is brought to.
         bad: where bad items are noted.
         seed: of the order and of all choices.
-        dropout: share of text-to-image prompts that are blanked.
+        dropout: share of text-to-image prompts that are dropped.
+        indices: which records are read; None: all.
     """
 
     def __init__(
         self,
         name: str,
         source: Source,
-        section: SourceSection,
-        processor: UniMMProcessor,
+        builder: SampleBuilder,
         codes: StoredCodes | None,
-        tokenizer: Any,
-        canvas: Canvas,
         bad: BadItems,
         seed: int,
         dropout: float,
+        indices: Sequence[int] | None = None,
     ) -> None:
         logging.getLogger("absl").setLevel(logging.ERROR)  # grain warns at import that there is no jax
         import grain
 
-        self.name, self.source, self.processor, self.codes = name, source, processor, codes
-        self.tokenizer, self.canvas, self.bad, self.dropout = tokenizer, canvas, bad, dropout
-        self.builder = RowBuilder(processor, section.requests)
+        self.name, self.source, self.builder, self.codes = name, source, builder, codes
+        self.bad, self.dropout = bad, dropout
         self.seeds = (seed, zlib.crc32(name.encode()))
+        self.indices = range(len(source)) if indices is None else indices
         order_seed = int(np.random.SeedSequence(self.seeds).generate_state(1)[0])
-        self.order = grain.MapDataset.range(len(source)).seed(order_seed).shuffle().repeat()
+        self.order = grain.MapDataset.range(len(self.indices)).seed(order_seed).shuffle().repeat()
 
     def __len__(self) -> int:
         return 2**40
@@ -227,103 +187,43 @@ class RecordSamples:
         Raises:
             UserError: too many items are bad.
         """
-        index = int(self.order[int(position)])
+        index = int(self.indices[self.order[int(position)]])
         rng = np.random.default_rng([*self.seeds, int(position)])
-        for tried in range(TRIES):
-            choice, blank, other = int(rng.integers(2**31)), rng.random() < self.dropout, rng.random()
+        for tried in range(RECORD_TRIES):
+            choice, drop, other = int(rng.integers(2**31)), rng.random() < self.dropout, rng.random()
             try:
-                return {**self.sample(index, choice, blank), "skipped": tried}
+                return {**self.sample(index, choice, drop), "skipped": tried}
             except BadRecord as error:
                 self.bad.add(self.name, error)
-            index = int(other * len(self.source))
-        raise UserError(f"{self.source.location}: {TRIES} items in a row cannot be used")
+            index = int(self.indices[int(other * len(self.indices))])
+        raise UserError(f"{self.source.location}: {RECORD_TRIES} items in a row cannot be used")
 
-    def sample(self, index: int, choice: int, blank: bool) -> Sample:
+    def sample(self, index: int, request: int, drop_prompt: bool) -> Sample:
         """The sample of one record.
 
         Raises:
             BadRecord: it cannot be used.
         """
-        record = self.source[index]
-        try:
-            return self._sample(record, index, choice, blank)
-        except BadRecord:
-            raise
-        except UserError as error:
-            raise BadRecord(record.key, self.source.location, str(error)) from None
-
-    def _sample(self, record: Record, index: int, choice: int, blank: bool) -> Sample:
-        processor = self.processor
-        codes = self._codes(record, index)
-        pixels, sizes = None, None
-        features: Tensor | None = None
-        grids: list[Grid] = []
-        shown = record.pictures(draw=False)
-        if shown and all(picture.featured for picture in shown):
-            features = torch.stack([torch.from_numpy(picture.features()) for picture in shown])
-            grids = [processor.layout.grid] * len(shown)
-        elif pictures := [picture.image() for picture in shown]:
-            if processor.layout.shared:
-                pixels, sizes = processor.sized_pixels(pictures)
-                grids = grids_of(processor, sizes.tolist())
-            else:
-                pixels, grids = processor.pixels(pictures), [processor.layout.grid] * len(pictures)
-        row = self.builder.build(record, grids, codes, choice, blank)
-        length = len(row.ids)
-        sample: Sample = {
-            "ids": np.array(row.ids, np.int64),
-            "labels": np.array(row.labels, np.int64),
-            "positions": np.arange(length, dtype=np.int64),
-            "branches": np.zeros(length, np.int64),
-        }
-        if pixels is not None and row.seen:
-            sample["pixels"] = pixels[: row.seen]
-            if sizes is not None:
-                sample["sizes"] = sizes[: row.seen]
-        if features is not None and row.seen:
-            sample["features"] = features[: row.seen]
-        if row.drawn and not processor.layout.shared:
-            sample["codes"] = torch.stack(codes[: row.drawn])
-        return sample
-
-    def _codes(self, record: Record, index: int) -> list[Tensor]:
-        """Codes of the record's pictures to draw: its own, the stored ones, or computed now."""
-        drawn = record.pictures(draw=True)
-        if not drawn:
-            return []
-        if all(picture.encoded for picture in drawn):
-            codes = [torch.from_numpy(picture.codes()) for picture in drawn]
-        elif self.codes is not None:
-            codes = self.codes.get(index)
-        else:
-            codes = self._encode(record)
-        grid = self.processor.layout.grid
-        for one in codes:
-            if not self.processor.layout.shared and tuple(one.shape) != tuple(grid):
-                raise UserError(f"image codes of {list(one.shape)}, the model draws {list(grid)}")
-        return codes
-
-    def _encode(self, record: Record) -> list[Tensor]:
-        pictures = [self.canvas.pixels(picture.image()) for picture in record.pictures(draw=True)]
-        with torch.no_grad():
-            device = next(self.tokenizer.parameters()).device
-            return [self.tokenizer.encode(pixels[None].to(device))[0].cpu() for pixels in pictures]
+        record, kept = self.source[index], self.codes
+        codes = None if kept is None else lambda: kept.get(index)
+        return self.builder.build(record, self.source.location, codes, request, drop_prompt)
 
 
 class Records:
-    """All sources of a recipe, open and with their image codes at hand.
+    """All sources of a recipe, open, divided into training and validation, and with their image codes at hand.
 
     Args:
         recipe: whose; its folder keeps the codes and the list of bad items.
         sections: name -> source.
         limit: most bad items.
         processor: of the model.
-        tokenizer: the model's image tokenizer.
-        canvas: what pictures to draw are brought to.
+        tokenizer: the model's image tokenizer; None where it does not draw.
+        canvas: what pictures to draw are brought to; None where it does not draw.
         device: where codes are made.
 
     Raises:
-        UserError: a source cannot be read or is empty, or its codes are of another tokenizer.
+        UserError: a source cannot be read, is empty or too small to hold items out, asks for what the model lacks, or
+            its codes are of another tokenizer.
     """
 
     def __init__(
@@ -333,35 +233,96 @@ class Records:
         limit: int,
         processor: UniMMProcessor,
         tokenizer: Any,
-        canvas: Canvas,
+        canvas: Canvas | None,
         device: torch.device,
     ) -> None:
-        self.sections, self.processor, self.tokenizer, self.canvas = sections, processor, tokenizer, canvas
+        self.recipe, self.processor, self.tokenizer, self.canvas = recipe, processor, tokenizer, canvas
         self.bad = BadItems(Path(recipe.output) / "bad-items.jsonl", limit, recipe.source)
+        self.sections = dict(sections)
         self.sources: dict[str, Source] = {}
         self.codes: dict[str, StoredCodes | None] = {}
-        for name, section in sections.items():
-            try:
-                source = self.sources[name] = open_source(section.path, section.reading())
-            except UserError as error:
-                raise recipe.error(f"data.sources.{name}", str(error)) from None
-            if not len(source):
-                raise recipe.error(f"data.sources.{name}", f"{section.path}: has no records")
-            if source.mark is not None and source.mark != fingerprint(tokenizer, canvas):
-                message = (
-                    "image codes of another image tokenizer, or of another size, than here; encode it anew"
-                )
-                raise recipe.error(f"data.sources.{name}", f"{section.path}: {message}")
+        self.trained: dict[str, Sequence[int]] = {}
+        """Which records of each source are trained on."""
+        self.held: dict[str, Sequence[int]] = {}
+        """Which of each are held out; those of validation's own sources too, as `validation/NAME`."""
+        for name in sections:
+            self._open(name, f"data.sources.{name}")
+            self._divide(name)
+        for name, section in (recipe.validation.sources if recipe.validation else {}).items():
+            self.sections[VALIDATION + name] = section
+            self._open(VALIDATION + name, f"data.validation.sources.{name}")
+            self.held[VALIDATION + name] = range(len(self.sources[VALIDATION + name]))
+        self.states = {name: data_state(source, len(source)) for name, source in self.sources.items()}
         for name, source in self.sources.items():
             path = Path(recipe.output) / "codes" / f"{name}.safetensors"
-            self.codes[name] = StoredCodes(path, source, canvas, tokenizer, device) if draws(source) else None
+            stored = canvas is not None and len(source) <= STORED * recipe.samples and draws(source)
+            self.codes[name] = self._stored(name, path, device) if stored else None
 
-    def samples(self, seed: int, dropout: float) -> dict[str, RecordSamples]:
-        """Endless samples of each source; see `RecordSamples` for the arguments."""
+    def _stored(self, name: str, path: Path, device: torch.device) -> StoredCodes:
+        """The image codes of a source in a file, made first where they are not there."""
+        assert self.canvas is not None
+        source, reading = self.sources[name], self.sections[name].reading()
+        return StoredCodes(path, source, reading, self.canvas, self.tokenizer, device)
+
+    def _open(self, name: str, key: str) -> None:
+        """Open a source, which the recipe has under a key."""
+        section = self.sections[name]
+        try:
+            source = self.sources[name] = open_source(section.path, section.reading())
+        except UserError as error:
+            raise self.recipe.error(key, str(error)) from None
+        if not len(source):
+            raise self.recipe.error(key, f"{section.path}: has no records")
+        check_source_images(self.recipe, key, source, self.processor)
+        if self.canvas is None or source.mark is None:
+            return
+        if source.mark != fingerprint(self.tokenizer, self.canvas):
+            message = "image codes of another image tokenizer, or of another size, than here; encode it anew"
+            raise self.recipe.error(key, f"{section.path}: {message}")
+
+    def _divide(self, name: str) -> None:
+        """Decide which records of a source are trained on and which are held out."""
+        source, validation = self.sources[name], self.recipe.validation
+        self.trained[name], self.held[name] = range(len(source)), ()
+        if validation is None or not validation.share:
+            return
+        if len(source) > MAX_DIVIDED:
+            message = f"{name} has {len(source):,} items, too many to look at each; name sources instead"
+            raise self.recipe.error("data.validation.share", message)
+        try:
+            trained, held = hold_out(source, validation.share)
+        except UserError as error:
+            raise self.recipe.error("data.validation.share", str(error)) from None
+        self.trained[name], self.held[name] = trained.tolist(), held.tolist()
+
+    def samples(self, seed: int, dropout: float, pack: Packing | None = None) -> dict[str, RecordSamples]:
+        """Endless samples to train on of each source; what a row of `pack` has no room for is a bad item.
+
+        See `RecordSamples` for the other arguments.
+        """
         return {
-            name: RecordSamples(
-                name, source, self.sections[name], self.processor, self.codes[name], self.tokenizer,
-                self.canvas, self.bad, seed, dropout,
-            )
-            for name, source in self.sources.items()
-        }  # fmt: skip
+            name: self._samples(name, indices, seed, dropout, pack) for name, indices in self.trained.items()
+        }
+
+    def makers(
+        self, indices: Mapping[str, Sequence[int]], pack: Packing | None = None
+    ) -> dict[str, RecordSamples]:
+        """Of each source with records among `indices`, what makes samples of them."""
+        return {name: self._samples(name, own, 0, 0.0, pack) for name, own in indices.items() if len(own)}
+
+    def _samples(
+        self, name: str, indices: Sequence[int], seed: int, dropout: float, pack: Packing | None
+    ) -> RecordSamples:
+        room = (pack.length, pack.pictures) if pack is not None else (None, None)
+        builder = SampleBuilder(
+            self.processor, self.canvas, self._encode, self.sections[name].requests, *room
+        )
+        return RecordSamples(
+            name, self.sources[name], builder, self.codes[name], self.bad, seed, dropout, indices
+        )
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        with torch.no_grad():
+            device = next(self.tokenizer.parameters()).device
+            codes: Tensor = self.tokenizer.encode(pixels[None].to(device))[0].cpu()
+            return codes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,12 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from unimm.errors import UserError
-from unimm.images import atomic_write
+from unimm.files import atomic_write
+from unimm.images import read_image
+from unimm.outputs import check_output, is_picture
+from unimm.training.logging import kind_and_step
+from unimm.training.recipe import VALIDATION
 
 WIDTH = 14.0  # inches
 DPI = 110
 PANEL, MARGIN = 3.1, 1.0  # inches: height of a row of panels; of the title and the caption of the figure
 WIDE = 2.0  # a sheet this much wider than high shares its row with one other, else with two
+TEXTED = ("held-out", "trained-on")  # kinds of sheets with text to read
 PLAYERS = ("reconstruction", "commitment", "generator", "discriminator")  # losses of an image tokenizer
 SMOOTHED = 20  # a curve is averaged over about this part of its points
 
@@ -34,8 +38,8 @@ class Panel:
 
 
 PANELS = (
-    Panel("Losses", "mean over a step", lambda key: "loss" in key or key in PLAYERS),
-    Panel("Reconstruction in training", "PSNR, dB", lambda key: key == "psnr"),
+    Panel("Losses", "mean over a step", lambda key: "loss" in key or key.removeprefix(VALIDATION) in PLAYERS),
+    Panel("Reconstruction", "PSNR, dB", lambda key: key.removeprefix(VALIDATION) == "psnr"),
     Panel("Codebook", "codes in use, %", lambda key: key == "codebook_use", factor=100),
     Panel("Perplexity of the codes", "codes", lambda key: key == "perplexity"),
     Panel("Preferences", "share or margin", lambda key: "accuracy" in key or "margin" in key),
@@ -46,7 +50,14 @@ PANELS = (
 )
 PREVIEWS = {  # files of numbers beside the samples
     "psnr.jsonl": Panel("Pictures never trained on", "PSNR, dB", lambda key: True, smooth=False),
+    "psnr-trained-on.jsonl": Panel(
+        "Pictures that are trained on", "PSNR, dB", lambda key: True, smooth=False
+    ),
     "captions.jsonl": Panel("Captions of scenes never trained on", "right, %", lambda key: True, False, 100),
+    "held-out.jsonl": Panel("Answers on held-out items", "like the data's, %", lambda key: True, False, 100),
+    "trained-on.jsonl": Panel(
+        "Answers on items trained on", "like the data's, %", lambda key: True, False, 100
+    ),
 }
 
 
@@ -79,10 +90,12 @@ def report(run: str | Path, file: str | Path | None = None) -> Path:
         The file.
 
     Raises:
-        UserError: there is no log, or matplotlib is missing.
+        UserError: there is no log, the file is something else than a picture, or matplotlib is missing.
     """
     folder = Path(run)
     lines = read_metrics(folder)
+    target = Path(file) if file is not None else folder / "report.png"
+    check_output(target, "a picture", is_picture, (folder / "samples").rglob("*.png"))
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -97,14 +110,15 @@ def report(run: str | Path, file: str | Path | None = None) -> Path:
         columns = slice(0, 6) if alone else slice(3 * (number % 2), 3 * (number % 2) + 3)
         _draw(figure.add_subplot(grid[number // 2, columns]), panel, series, lines)
     for place, row in enumerate(rows, len(heights) - len(rows)):
-        span = 3 if _ratio(row[0]) > WIDE else 2
+        span = 6 // _across(row[0])
         for column, sheet in enumerate(row):
             _picture(figure.add_subplot(grid[place, span * column : span * (column + 1)]), sheet)
     figure.suptitle(_title(folder, lines), fontsize=16, fontweight="bold")
     figure.supxlabel(
-        "Faint: as logged. Strong: smoothed. Dotted: where a stage ends.", fontsize=9, color="0.4"
+        "Faint: as logged. Strong: smoothed. Dots: measured on held-out items. Dotted upright: where a stage ends.",
+        fontsize=9,
+        color="0.4",
     )
-    target = Path(file) if file is not None else folder / "report.png"
     with atomic_write(target) as temporary:
         figure.savefig(temporary, format="png", dpi=DPI)
     return target
@@ -161,17 +175,22 @@ def _draw(axes: Any, panel: Panel, series: Series, lines: Sequence[Mapping[str, 
     from matplotlib.ticker import FuncFormatter
 
     values_of_all = [value for points in series.values() for _, value in points]
-    for number, (name, points) in enumerate(series.items()):
+    bases = list(dict.fromkeys(name.removeprefix(VALIDATION) for name in series))
+    for name, points in series.items():
+        base, measured = name.removeprefix(VALIDATION), name.startswith(VALIDATION)
         steps, values = zip(*points, strict=True)
-        whole = name == "loss" and len(series) > 1  # lies over its parts, dashed, so that they are seen too
-        colour = "black" if whole else f"C{number % 10}"
-        shown = smooth(values) if panel.smooth else list(values)
+        whole = base == "loss" and len(bases) > 1  # lies over its parts, dashed, so that they are seen too
+        colour = "black" if whole else f"C{bases.index(base) % 10}"  # training's and validation's the same
+        smoothed = panel.smooth and not measured
+        shown = smooth(values) if smoothed else values
         last = f"{max(shown):.3g} at most" if name.startswith("lr/") else f"{shown[-1]:.3g}"
-        label = f"{name.removeprefix('lr/').replace('_', ' ')}: {last}"
-        if panel.smooth:
+        label = f"{name.removeprefix('lr/').replace('_', ' ').replace('/', ' ')}: {last}"
+        if smoothed:
             axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
-        marker = "o" if len(points) < 30 and not panel.smooth else None
+        marker = "o" if measured or (len(points) < 30 and not panel.smooth) else None
         style = {"linestyle": "--", "zorder": 3} if whole else {"linestyle": "-"}
+        if measured:
+            style = {"linestyle": ":", "zorder": 4}
         axes.plot(steps, shown, color=colour, linewidth=2, label=label, marker=marker, markersize=4, **style)
     if min(values_of_all) > 0 and max(values_of_all) > 30 * min(values_of_all):
         axes.set_yscale("log")
@@ -199,13 +218,8 @@ def _sheet_rows(folder: Path) -> list[list[Path]]:
     """Sheets of samples, a row for each kind (`seen-0000250.png` is of the kind `seen`): early ones to late."""
     kinds: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*.png")):
-        kinds.setdefault(_kind_and_step(path)[0], []).append(path)
-    return [_spread(paths, 2 if _ratio(paths[0]) > WIDE else 3) for paths in kinds.values()]
-
-
-def _kind_and_step(path: Path) -> tuple[str, int | None]:
-    match = re.fullmatch(r"(?:(.*)-)?(\d+)", path.stem)
-    return (match[1] or "", int(match[2])) if match else (path.stem, None)
+        kinds.setdefault(kind_and_step(path)[0], []).append(path)
+    return [_spread(paths, _across(paths[0])) for paths in kinds.values()]
 
 
 def _spread(paths: Sequence[Path], most: int) -> list[Path]:
@@ -215,28 +229,28 @@ def _spread(paths: Sequence[Path], most: int) -> list[Path]:
     return [paths[round(i * (len(paths) - 1) / (most - 1))] for i in range(most)]
 
 
+def _across(path: Path) -> int:
+    """How many sheets like this stand in a row: few where there is much to see or to read."""
+    return 2 if _ratio(path) > WIDE or kind_and_step(path)[0] in TEXTED else 3
+
+
 def _ratio(path: Path) -> float:
     """Width over height of a picture."""
-    from PIL import Image
-
-    with Image.open(path) as picture:
-        return picture.width / picture.height
+    width, height = read_image(path).size
+    return width / height
 
 
 def _height(row: Sequence[Path]) -> float:
     """Inches that a row of sheets needs, with their titles."""
-    width = WIDTH / (2 if _ratio(row[0]) > WIDE else 3)
+    width = WIDTH / _across(row[0])
     return max(width / _ratio(path) for path in row) + 0.4
 
 
 def _picture(axes: Any, path: Path) -> None:
-    from PIL import Image
-
-    with Image.open(path) as picture:
-        axes.imshow(picture.convert("RGB"))
-    kind, step = _kind_and_step(path)
+    axes.imshow(read_image(path))
+    kind, step = kind_and_step(path)
     words = [kind or "drawings"] + ([f"step {step:,}"] if step is not None else [])
-    if (path.parent / "psnr.jsonl").exists():  # an image tokenizer's
+    if any(path.parent.glob("psnr*.jsonl")):  # an image tokenizer's
         words.append("originals above, reconstructions below")
     axes.set_title(", ".join(words), fontsize=12, loc="left")
     axes.axis("off")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state beside its step count
+MOMENT_KEYS = ("exp_avg", "exp_avg_sq")  # AdamW's state beside its step count
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -145,7 +145,7 @@ def full_optimizer_state(optimizer: Any, parameter: nn.Parameter) -> dict[str, T
     from deepspeed.utils import safe_get_full_optimizer_state
 
     count = _count(optimizer)
-    state = {kind: safe_get_full_optimizer_state(parameter, kind) for kind in MOMENTS}
+    state = {kind: safe_get_full_optimizer_state(parameter, kind) for kind in MOMENT_KEYS}
     return {**state, "step": count}
 
 
@@ -158,7 +158,7 @@ def allocate_optimizer_state(optimizer: Any) -> None:
     for flat in _flat_partitions(optimizer):
         optimizer.optimizer.state[flat] = {
             "step": torch.zeros((), dtype=torch.float32, device=flat.device),
-            **{kind: torch.zeros_like(flat) for kind in MOMENTS},
+            **{kind: torch.zeros_like(flat) for kind in MOMENT_KEYS},
         }
     if hasattr(optimizer, "single_partition_of_fp32_groups"):
         optimizer._lazy_init_hp_params_optimizer_state()
@@ -168,7 +168,7 @@ def set_optimizer_state(optimizer: Any, parameter: nn.Parameter, state: Mapping[
     """Put one parameter's whole state into a ZeRO optimizer's shards; the step count is everyone's."""
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-    for kind in MOMENTS:
+    for kind in MOMENT_KEYS:
         value = state[kind].to(local(parameter).device)
         if is_sharded(parameter):
             safe_set_local_optimizer_state(parameter, cut(value, parameter), kind)

@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
+    from unimm.data.samples import Sample
     from unimm.training.recipe import Stage
 
-Sample: TypeAlias = dict[str, Any]
-Batch: TypeAlias = "dict[str, Tensor]"
+Batch: TypeAlias = dict[str, Any]
 Metrics: TypeAlias = "Mapping[str, float | Tensor]"
 
 
-class Source(Protocol):
+class SampleSource(Protocol):
     """Random access to samples: a `grain.MapDataset`, or anything else that can be indexed without end."""
 
     def __getitem__(self, index: int) -> Sample:
@@ -52,7 +53,7 @@ class Task(Protocol):
         """
         ...
 
-    def dataset(self, stage: Stage, seed: int) -> Source:
+    def dataset(self, stage: Stage, seed: int) -> SampleSource:
         """Samples of a stage, already mixed by `stage.mixture`, infinite and random-access.
 
         Called once at the start of each stage, before its first loss: a task may remember the stage here.
@@ -126,6 +127,49 @@ class Packs(Protocol):
 
 
 @runtime_checkable
+class Validates(Protocol):
+    """A task that can measure its losses on items that it does not train on (`data.validation` of a recipe)."""
+
+    def held_out(self) -> Sequence[Batch]:
+        """Micro-batches of the current stage's held-out items, on the CPU, read when they are indexed.
+
+        The same in every process and at every call; empty where nothing is held out.
+        """
+        ...
+
+    def held_out_sums(self, module: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        """Of each loss a tensor [2]: its sum over a micro-batch, and how many it is a sum of.
+
+        Args:
+            module: on the device, in eval mode, its weights whole, no gradients.
+            batch: one of `held_out`, on the device.
+        """
+        ...
+
+    def held_out_loss(self, means: Mapping[str, float]) -> float:
+        """The loss as training weighs it, of the mean of each."""
+        ...
+
+
+@runtime_checkable
+class Repeats(Protocol):
+    """A task that reads sources of a limited size again and again."""
+
+    def epochs(self, stage: Stage, samples: int) -> Mapping[str, float]:
+        """How often so many samples of a stage go through each source that its mixture names."""
+        ...
+
+
+@runtime_checkable
+class KnowsData(Protocol):
+    """A task that reads sources which may change while a run is stopped."""
+
+    def data_state(self) -> Mapping[str, str]:
+        """Of each source that is open its number of items, and a digest of its files' names, sizes and times."""
+        ...
+
+
+@runtime_checkable
 class Prepares(Protocol):
     """A task whose module has settings that a stage may change (`gradient_checkpointing`, `compile`)."""
 
@@ -166,3 +210,11 @@ class Draws(Protocol):
             As many micro-batches, for `loss`.
         """
         ...
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """A batch whose tensors and bundles of tensors are on a device."""
+    return {
+        key: value.to(device, non_blocking=True) if hasattr(value, "to") else value
+        for key, value in batch.items()
+    }

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unimm.files import atomic_write, open_regular
+
 if TYPE_CHECKING:
     from unimm.training.recipe import BaseRecipe
 
@@ -63,5 +65,7 @@ def _run_id(output: Path) -> str:
     """A random name of the run, the same when it goes on."""
     path = output / ID_FILE
     if not path.exists():
-        path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
-    return path.read_text(encoding="utf-8").strip()
+        with atomic_write(path) as temporary:
+            temporary.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
+    with open_regular(path) as file:
+        return file.read().decode("utf-8", "replace").strip()

@@ -15,12 +15,13 @@ import fcntl
 import math
 import os
 import random
-import shutil
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -28,26 +29,32 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from unimm.errors import UserError
-from unimm.sections import near
+from unimm.console import replace_unencodable, say
+from unimm.errors import UserError, UserNote
+from unimm.files import check_folder, check_target, make_folder, open_here, remove_leftovers
+from unimm.folders import write_folder
 from unimm.training import checkpoint
 from unimm.training.average import Average
 from unimm.training.batches import StepBatch, derive_seed, read_ahead
 from unimm.training.engine import (
     Engine,
-    StepResult,
     check_stages,
     freeze,
     gather_over_ranks,
+    in_bfloat16,
     pick_device,
     set_modes,
     start_distributed,
 )
-from unimm.training.logging import RunLog, means_over_ranks
+from unimm.training.logging import RunLog
 from unimm.training.recipe import BaseRecipe, load_recipe
-from unimm.training.schedule import lr_factor
-from unimm.training.task import Draws, Moves, Prepares, Source
+from unimm.training.schedule import lr_factor, shortened_warmups
+from unimm.training.score import CheckpointMetric
+from unimm.training.task import Draws, KnowsData, Moves, Prepares, Repeats, SampleSource, Validates
+from unimm.training.validation import measure
 
+_FOLDERS = ("checkpoints", "samples", "tensorboard", "codes", "export", "best")  # of a run
+_APPENDED = ("metrics.jsonl", "bad-items.jsonl", "tracker-id")
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -97,19 +104,21 @@ class Run:
         self.ema: dict[str, Tensor] = {}  # between stages
         self.ema_updates = 0
         self.stopping = False
-        self.score = Score(recipe)
+        self.score = CheckpointMetric(recipe)
         self.snapshot = checkpoint.read_newest(self.output / "checkpoints")
         if self.snapshot is not None:
             self._restore(self.snapshot)
         check_stages(recipe, self.task, self.groups, self.world, self.stage)
         self.log = RunLog(recipe, self.step, active=self.rank == 0, quiet=quiet)
+        for line in shortened_warmups(recipe.stages):
+            self.log.say(line)
         if self.snapshot is not None:
             self.log.say(f"going on from step {self.step} ({self.output / 'checkpoints'})")
 
     def _restore(self, snapshot: checkpoint.Snapshot) -> None:
         checkpoint.check_resumable(snapshot, self.recipe)
         checkpoint.set_random_states(snapshot.python_rng, snapshot.rng)
-        checkpoint.load_state(self.module, snapshot.model, str(self.output / "checkpoints"))
+        checkpoint.load_state(self.module, snapshot.model, snapshot.source)
         self.stage, self.stage_step, self.step = snapshot.stage, snapshot.stage_step, snapshot.step
         self.ema, self.ema_updates = snapshot.ema, snapshot.ema_updates
 
@@ -141,6 +150,8 @@ class Run:
             return
         stage = self.recipe.stages[self.stage]
         try:
+            if self.step == 0:
+                self.score.set(self._validate(engine))
             with read_ahead(self.task, source, stage, self.stage_step, self.rank, self.world) as steps:
                 for batch in self.log.waiting(steps):
                     self._step(engine, batch.micro_batches, *self._agree(batch))
@@ -149,18 +160,20 @@ class Run:
         finally:
             engine.close()
 
-    def _start_stage(self) -> tuple[Engine | None, Source]:
+    def _start_stage(self) -> tuple[Engine | None, SampleSource]:
         """The stage's engine (its state put back in mid-stage; None where no step is left) and data."""
         recipe, stage = self.recipe, self.recipe.stages[self.stage]
         freeze(recipe, self.stage, self.groups, self.module)
         source = self.task.dataset(stage, derive_seed(recipe.seed, self.stage))
+        if self.snapshot is not None and self.rank == 0 and isinstance(self.task, KnowsData):
+            checkpoint.say_changed_data(self.snapshot, self.task.data_state())
         if self.stage_step >= stage.steps:
             return None, source
         if isinstance(self.task, Prepares):
             self.task.prepare(self.module, stage)
         engine = Engine(recipe, self.stage, self.task, self.module, self.groups, self.device)
         if self.snapshot is not None:
-            engine.load_optimizer_tensors(self.snapshot.optimizer)
+            engine.load_optimizer_tensors(self.snapshot.optimizer, self.snapshot.source)
             self.snapshot = None
         if recipe.ema is not None:
             self.average = Average(engine, recipe.ema, self.ema, self.ema_updates)
@@ -202,7 +215,6 @@ class Run:
             with engine.whole():
                 batches = self.task.draw(self.module, batches, self.step)
         result = engine.step(batches, totals, self.step, lr_factor(stage, self.stage_step), most)
-        self.score.add(result)
         self.step += 1
         self.stage_step += 1
         if self.average is not None:
@@ -216,12 +228,16 @@ class Run:
             samples=stage.batch,
             targets=totals,
             last=last,
+            epochs=self._epochs(),
         )
         saving = self.step % recipe.checkpoint.every == 0 or last or self.stopping
         if means is not None:
             self._check(means)
         elif saving:
             self._check({"grad_norm": float(result.norm)})
+        self.score.add(result)
+        if self._validates(last, saving):
+            self.score.set(self._validate(engine))
         every = recipe.logging.samples_every
         if every and (self.step % every == 0 or last):
             self._preview(engine)
@@ -232,6 +248,38 @@ class Run:
             if self.stop.number == signal.SIGINT:
                 raise KeyboardInterrupt
             raise SystemExit(0)
+
+    def _validates(self, last: bool, saving: bool) -> bool:
+        """Whether held-out items are measured after this step: checkpoints that are compared by them need it."""
+        settings = self.recipe.validation
+        if settings is None:
+            return False
+        compared = self.score.by_validation and self.recipe.checkpoint.keep_best > 0
+        return self.step % settings.every == 0 or last or (saving and compared)
+
+    def _validate(self, engine: Engine) -> dict[str, float]:
+        """The losses on held-out items, of the weights that an export would have; all ranks call this together."""
+        if not isinstance(self.task, Validates) or self.recipe.validation is None:
+            return {}
+        average = self.average.whole() if self.average is not None else {}
+        states = checkpoint.random_states()
+        with self.log.aside(), engine.whole(), self._finished_module(average):
+            measured = measure(self.task, self.module, self.device, in_bfloat16(self.recipe, self.device))
+        checkpoint.set_random_states(*states)
+        if measured:
+            self.log.validation(measured, self.step, self.recipe.stages[self.stage].name)
+        return measured
+
+    def _epochs(self) -> dict[str, float]:
+        """How often each source of a limited size has been gone through, over all stages."""
+        if not isinstance(self.task, Repeats):
+            return {}
+        found: dict[str, float] = {}
+        for number, stage in enumerate(self.recipe.stages[: self.stage + 1]):
+            steps = self.stage_step if number == self.stage else stage.steps
+            for name, times in self.task.epochs(stage, steps * stage.batch).items():
+                found[name] = found.get(name, 0.0) + times
+        return found
 
     def _check(self, means: Mapping[str, float]) -> None:
         """Stop, before anything is saved, once the loss or its gradient is no number."""
@@ -244,7 +292,8 @@ class Run:
         with self.log.aside():
             snapshot = self._snapshot(engine)
             if self.rank == 0:
-                checkpoint.write_checkpoint(self.output / "checkpoints", snapshot, self.recipe.checkpoint)
+                folder = make_folder(self.output, "checkpoints")
+                checkpoint.write_checkpoint(folder, snapshot, self.recipe.checkpoint)
             self._wait()
 
     def _snapshot(self, engine: Engine) -> checkpoint.Snapshot:
@@ -263,17 +312,18 @@ class Run:
             python_rng=python_rng,
             rng=rng,
             score=self.score.take(),
+            data=dict(self.task.data_state()) if isinstance(self.task, KnowsData) else {},
         )
 
     def _preview(self, engine: Engine) -> None:
-        folder = self.output / "samples"
         with self.log.aside():
             average = self.average.whole() if self.average is not None else {}
             with engine.whole():
                 if self.rank == 0:
-                    folder.mkdir(parents=True, exist_ok=True)
+                    folder = make_folder(self.output, "samples")
                     with self._finished_module(average):
                         self.task.preview(self.module, folder, self.step)
+                    self.log.samples(folder, self.step)
                 self._wait()
 
     def _export(self) -> Path:
@@ -282,25 +332,30 @@ class Run:
         if self.rank == 0:
             self._write_artefact(target, self.ema)
             self.log.say(f"done: {target}")
-            folder = self.output / "checkpoints"
-            for path in checkpoint.best_checkpoints(folder, self.stage, self.recipe.checkpoint)[:1]:
-                best = checkpoint.read_checkpoint(path)
-                checkpoint.load_state(self.module, best.model, str(path))
-                self._write_artefact(self.output / "best", best.ema)
-                name = self.recipe.checkpoint.metric
-                self.log.say(f"best: {self.output / 'best'} (step {best.step}, {name} {best.score:.4g})")
+            self._export_best()
         self._wait()
         return target
 
+    def _export_best(self) -> None:
+        """The artefact of the best checkpoint that reads whole, where the recipe keeps the best ones."""
+        folder, settings = self.output / "checkpoints", self.recipe.checkpoint
+        for path in checkpoint.best_checkpoints(folder, self.stage, settings):
+            try:
+                best = checkpoint.read_checkpoint(path)
+            except UserError as error:
+                warnings.warn(f"{error}; the next best is taken", UserNote, stacklevel=2)
+                continue
+            checkpoint.load_state(self.module, best.model, str(path))
+            self._write_artefact(self.output / "best", best.ema)
+            self.log.say(
+                f"best: {self.output / 'best'} (step {best.step}, {settings.metric} {best.score:.4g})"
+            )
+            return
+
     def _write_artefact(self, target: Path, averages: Mapping[str, Tensor]) -> None:
-        """Export the module, written beside and moved into place."""
-        temporary = self.output / f".{target.name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        """Export the module, into the place of an earlier artefact in one step."""
         with self._finished_module(averages):
-            self.task.export(self.module, temporary)
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
+            write_folder(target, partial(self.task.export, self.module))
 
     @contextmanager
     def _finished_module(self, averages: Mapping[str, Tensor]) -> Iterator[None]:
@@ -324,34 +379,6 @@ class Run:
             torch.distributed.barrier()
 
 
-class Score:
-    """The mean of the metric by which checkpoints are compared, over the steps since the last checkpoint."""
-
-    def __init__(self, recipe: BaseRecipe) -> None:
-        self.recipe, self.name = recipe, recipe.checkpoint.metric
-        self.sum: Tensor | float = 0.0  # on the device until it is asked for
-        self.count = 0
-
-    def add(self, result: StepResult) -> None:
-        """Take in one step.
-
-        Raises:
-            UserError: the task has no such metric.
-        """
-        values = result.values
-        if self.name not in values:
-            hint = near(self.name, values) or f"; known: {', '.join(values)}"
-            raise self.recipe.error("checkpoint.metric", f'nothing named "{self.name}" is logged{hint}')
-        self.sum = self.sum + values[self.name]
-        self.count += 1
-
-    def take(self) -> float | None:
-        """The mean over all ranks, to begin anew; all ranks call this together."""
-        mean = means_over_ranks({self.name: self.sum}, self.count).get(self.name) if self.count else None
-        self.sum, self.count = 0.0, 0
-        return mean
-
-
 @contextmanager
 def _locked(recipe: BaseRecipe) -> Iterator[None]:
     """Hold the output folder, so that two runs never write into one; a dead process holds nothing."""
@@ -363,11 +390,16 @@ def _locked(recipe: BaseRecipe) -> Iterator[None]:
     if int(os.environ.get("RANK", "0")):
         yield
         return
-    with (output / ".lock").open("w") as handle:
+    with os.fdopen(open_here(output / ".lock", os.O_WRONLY | os.O_CREAT), "w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise recipe.error("output", f"another run is writing into {output}") from None
+        for name in _FOLDERS:  # at once, not at the end of a run
+            check_folder(output / name)
+        for name in _APPENDED:
+            check_target(output / name)
+        remove_leftovers(output)
         yield
 
 
@@ -406,13 +438,14 @@ class _StopSignal:
 
 def main(arguments: Sequence[str]) -> int:
     """`RECIPE key=value ...`: train it; gives the exit status."""
+    replace_unencodable()
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: python -m unimm.training.trainer RECIPE.yaml [key=value ...]")
         return 0 if arguments else 2
     try:
         train(load_recipe(arguments[0], arguments[1:]))
     except UserError as error:
-        print(f"unimm: {error}", file=sys.stderr)
+        say(str(error))
         return 2
     except KeyboardInterrupt:
         return 130

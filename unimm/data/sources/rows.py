@@ -2,48 +2,37 @@
 
 A row is one of these; the first that fits is taken, and `fields` renames columns that are called otherwise:
 
-- `messages`: `[{"role": …, "content": text or [{"type": "text", "text": …}, {"type": "image", "image": …}]}]`;
-- `conversations`: LLaVA's and ShareGPT's `[{"from": "human", "value": "<image> what is it?"}, …]`;
-- `texts` and `images`: a document as two lists of one length, with null where the other has something;
+- `messages` or `conversations`: turns, as OpenAI, TRL, LLaVA, ShareGPT and others write them;
+- `texts` and `images`: turns `{"user", "assistant"}` about the images, as in the_cauldron and FineVision; or a document
+  as two lists of one length, with null where the other has something;
 - `input_image`, `instruction`, `output_image`: an edit;
-- `question` and `answer`, with `image` or `images`, or without;
-- `image` and `text`: a pair, read as a caption or as a drawing (`pairs`);
+- `question` and `answer`, or `answers` of which the most frequent is taken; `query` and `response`; `prompt` and
+  `completion`; Alpaca's `instruction`, `input`, `output`; with `image` or `images`, or without;
+- `image` and `text`: a pair, read as a caption or as a drawing (`pairs`); of several texts each has its turn;
 - `text`.
 
 `<image>` in a text stands for the next of the row's `image` or `images`; where no text has it, they come first.
-Pictures of the assistant are to be drawn, all others are looked at, unless a part says `"draw"` itself.
+Pictures of the assistant are to be drawn, all others are looked at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from unimm.data.sources.record import Blob, Message, Part, Picture, Record, Role
+from unimm.data.sources.columns import ANSWERED, ASKED, check_no_picture, renamed, row_key, unknown_form
+from unimm.data.sources.text import clean
+from unimm.data.sources.turns import Find, Turn, read_turns, tidy, without_marks, write_messages
 from unimm.errors import UserError
+from unimm.processing.messages import Message, Part, Picture, Record
 
-Pairs = Literal["image_to_text", "text_to_image"]
-Find = Callable[[Any], Blob]
-MARK = "<image>"
-ROLES: dict[str, Role] = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-}
-NAMES: dict[str, tuple[str, ...]] = {  # our name -> other names in use
-    "image": ("file_name", "img", "image_path", "jpg", "png", "webp"),
-    "text": ("caption", "txt", "prompt"),
-    "input_image": ("original_image", "source_image"),
-    "instruction": ("edit_prompt",),
-    "output_image": ("edited_image", "target_image"),
-}
-KEYS = ("key", "__key__", "id")
+__all__ = ["Find", "PairDirection", "Reading", "make_record", "row_key"]
+
+PairDirection = Literal["image_to_text", "text_to_image"]
+NO_ANSWER = {"instruction": "output", "query": "response"}  # what is missed beside a column that asks
+Versions = list[list[Message]]
 
 
 @dataclass(frozen=True)
@@ -52,24 +41,17 @@ class Reading:
 
     Attributes:
         pairs: what a picture with a text is for.
-        fields: our name of a column -> the source's.
+        fields: our name of a column -> the source's; an empty one: there is none.
         images: folder that names of pictures are relative to; None: where the source lies.
         split: which split of a Hugging Face folder that has several.
+        allow_outside: whether data may name files outside its folder.
     """
 
-    pairs: Pairs = "image_to_text"
+    pairs: PairDirection = "image_to_text"
     fields: Mapping[str, str] = field(default_factory=dict)
     images: str | None = None
     split: str | None = None
-
-
-def row_key(row: Any, fallback: str) -> str:
-    """The key that a row gives itself, or the fallback."""
-    if isinstance(row, Mapping):
-        for name in KEYS:
-            if isinstance(row.get(name), str | int) and row[name] != "":
-                return str(row[name])
-    return fallback
+    allow_outside: bool = False
 
 
 def make_record(key: str, row: Any, find: Find, reading: Reading) -> Record:
@@ -86,74 +68,68 @@ def make_record(key: str, row: Any, find: Find, reading: Reading) -> Record:
     """
     if not isinstance(row, Mapping):
         raise UserError(f"expected an object with columns, got {type(row).__name__}")
-    columns = _renamed(row, reading.fields)
-    messages = _messages(columns, find, reading)
-    if not any(message.role == "assistant" for message in messages):
+    columns = renamed(row, reading.fields)
+    versions = _versions(columns, find, reading)
+    if not versions:
+        raise unknown_form([str(name) for name, value in row.items() if value is not None])
+    first, *others = versions
+    if not any(message.role == "assistant" for message in first):
         raise UserError("nobody answers, so nothing can be learnt from it")
-    return Record(key, tuple(messages))
+    record = Record(key, tuple(first), tuple(map(tuple, others)))
+    if not record.pictures():
+        check_no_picture(row, reading.fields)
+    return record
 
 
-def _renamed(row: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
-    """The row's columns that hold something, under our names too."""
-    columns = {name: value for name, value in row.items() if value is not None}
-    for ours, others in NAMES.items():
-        found = next((name for name in others if name in columns), None)
-        if ours not in columns and found is not None:
-            columns[ours] = columns[found]
-    for ours, theirs in fields.items():
-        if theirs not in columns:
-            raise UserError(f"{theirs}: missing (fields says it holds {ours})")
-        columns[ours] = columns[theirs]
-    return columns
-
-
-def _messages(row: dict[str, Any], find: Find, reading: Reading) -> list[Message]:
-    if "messages" in row:
-        return _dialogue(row, "messages", ("role", "content"), find)
-    if "conversations" in row:
-        return _dialogue(row, "conversations", ("from", "value"), find)
+def _versions(row: dict[str, Any], find: Find, reading: Reading) -> Versions:
+    """What a row says, in one wording or several; none where no form fits."""
+    if "chosen" in row and "rejected" in row:
+        raise UserError("chosen and rejected: preferences, which the task dpo trains on")
+    if "completion" in row and isinstance(row.get("label"), bool):
+        raise UserError("completion and label: judged answers, of which the bad ones are not to be learnt")
+    for name in ("messages", "conversations"):
+        if name in row:
+            said = [row[name], *row["others"]] if _is_encoded(row, name) else [row[name]]
+            return [dialogue(row, read_turns(turns, name), find) for turns in said]
     if "texts" in row:
-        return [Message("assistant", tuple(_document(row, find)))]
+        return _texts(row, find, reading)
     if "output_image" in row:
-        asked = [Picture(find(row["input_image"]))] if "input_image" in row else []
-        words = [_text(row, name) for name in ("instruction", "text") if name in row][:1]
-        if not words:
-            raise UserError("instruction: missing")
-        drawn = Picture(find(row["output_image"]), draw=True)
-        return [Message("user", (*asked, *words)), Message("assistant", (drawn,))]
-    pictures = [Picture(find(value)) for value in _listed(row)]
-    if "question" in row:
-        asked_words: tuple[Part, ...] = (*pictures, _text(row, "question"))
-        return [Message("user", asked_words), Message("assistant", (_text(row, "answer"),))]
-    if "text" not in row:
-        columns = ", ".join(list(row)[:8]) or "none"
-        raise UserError(f"text: missing, and no other form of data fits (columns: {columns})")
-    text = _text(row, "text")
-    if not pictures:
-        return [Message("assistant", (text,))]
-    if reading.pairs == "image_to_text":
-        return [Message("user", tuple(pictures)), Message("assistant", (text,))]
-    drawn_parts = tuple(Picture(picture.blob, draw=True) for picture in pictures)
-    return [Message("user", (text,)), Message("assistant", drawn_parts)]
+        return [_edit(row, find)]
+    asked = next((name for name in ASKED if name in row), None)
+    answered = next((name for name in ANSWERED if name in row), None)
+    if asked is not None and (answered is not None or asked not in ("prompt", "input")):
+        return [_answer(row, asked, answered, find)]
+    return _pair(row, row["text"], "text", find, reading) if "text" in row else []
 
 
-def _listed(row: Mapping[str, Any]) -> list[Any]:
-    """What the row says of its pictures: `images`, or `image`, which may be a list too."""
-    value = row.get("images", row.get("image"))
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list | tuple) else [value]
+def _is_encoded(row: Mapping[str, Any], name: str) -> bool:
+    """Whether a row comes of `unimm data encode`, which keeps a record's other wordings."""
+    return name == "messages" and isinstance(row.get("others"), list) and "key" in row
 
 
-def _text(row: Mapping[str, Any], name: str) -> str:
-    value = row.get(name)
-    if value is None:
-        raise UserError(f"{name}: missing")
-    if not isinstance(value, str):
-        raise UserError(f"{name}: expected a text, got {type(value).__name__}")
-    if not value.strip():
-        raise UserError(f"{name}: empty")
-    return value.strip()
+def dialogue(row: Mapping[str, Any], turns: list[Turn], find: Find) -> list[Message]:
+    """The messages of turns, after the row's words for the system where they have none of their own.
+
+    Raises:
+        UserError: see `write_messages`.
+    """
+    system = row.get("system")
+    if isinstance(system, str) and system.strip() and turns[0].role != "system":
+        turns = [Turn("system", system, "system"), *turns]
+    return write_messages(turns, _listed(row), find)
+
+
+def _texts(row: Mapping[str, Any], find: Find, reading: Reading) -> Versions:
+    """A list of turns about images, a document of two lists, or several captions of one image."""
+    texts = row["texts"]
+    if isinstance(texts, Mapping | str) or (
+        isinstance(texts, list) and texts and isinstance(texts[0], Mapping)
+    ):
+        return [dialogue(row, read_turns(texts, "texts"), find)]
+    if "image" in row and "images" not in row:
+        return _pair(row, texts, "texts", find, reading)
+    parts = list(tidy(_document(row, find), "texts"))
+    return [[Message("assistant", tuple(parts))]]
 
 
 def _document(row: Mapping[str, Any], find: Find) -> Iterator[Part]:
@@ -162,84 +138,116 @@ def _document(row: Mapping[str, Any], find: Find) -> Iterator[Part]:
     if not isinstance(texts, list) or not isinstance(images, list) or len(texts) != len(images):
         raise UserError("texts: expected a list as long as images, with null where a picture stands")
     for position, (text, image) in enumerate(zip(texts, images, strict=True)):
-        if image is not None:
-            yield Picture(find(image), draw=True)
-        elif isinstance(text, str) and text.strip():
-            yield text.strip()
+        where = f"texts[{position}]"
+        if not isinstance(text, str | None):
+            raise UserError(f"{where}: expected a text, got {type(text).__name__}")
+        said = text is not None and text.strip()
+        if said and image is not None:
+            raise UserError(f"{where}: a text where images has a picture; one of the two must be null")
+        if not said and image is None:
+            raise UserError(f"{where}: neither a text nor a picture")
+        yield Picture(find(image), draw=True) if image is not None else str(text)
+
+
+def _edit(row: Mapping[str, Any], find: Find) -> list[Message]:
+    """A picture, or several or none, what to do with them, and the picture that comes of it."""
+    name = next((name for name in ("instruction", "text") if name in row), "instruction")
+    turn = Turn("user", _text(row, name), name)
+    shown = row.get("input_image")
+    listed = [] if shown is None else list(shown) if isinstance(shown, list | tuple) else [shown]
+    drawn = Picture(find(row["output_image"]), draw=True)
+    return [*write_messages([turn], listed, find), Message("assistant", (drawn,))]
+
+
+def _answer(row: Mapping[str, Any], asked: str, answered: str | None, find: Find) -> list[Message]:
+    """A question with its answer, after what was said before."""
+    if answered is None:
+        raise UserError(f"{NO_ANSWER.get(asked, 'answer')}: missing")
+    turns = question_turns(row, asked)
+    if answered == "completion" and isinstance(row[answered], list | Mapping):
+        turns += read_turns(row[answered], answered)
+    else:
+        turns.append(Turn("assistant", _most_frequent(row, answered), answered))
+    return dialogue(row, turns, find)
+
+
+def question_turns(row: Mapping[str, Any], asked: str) -> list[Turn]:
+    """What was said before and what is asked in the column `asked`: words, or turns as TRL has them.
+
+    Raises:
+        UserError: a column holds something else.
+    """
+    turns = _history(row)
+    if isinstance(row[asked], list | Mapping):
+        return turns + read_turns(row[asked], asked)
+    more = [_text(row, name) for name in ("input", "context") if name != asked and row.get(name)]
+    return [*turns, Turn("user", "\n\n".join([_text(row, asked), *more]), asked)]
+
+
+def _history(row: Mapping[str, Any]) -> list[Turn]:
+    """Earlier questions and answers, `[[question, answer], …]`."""
+    turns = []
+    for position, pair in enumerate(row.get("history") or []):
+        where = f"history[{position}]"
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(t, str) for t in pair):
+            raise UserError(f"{where}: expected a question and an answer")
+        turns += [Turn("user", pair[0], where), Turn("assistant", pair[1], where)]
+    return turns
+
+
+def _most_frequent(row: Mapping[str, Any], name: str) -> str:
+    """The answer; of several people's the one that most gave, and of those the first."""
+    value = row[name]
+    if isinstance(value, Mapping):  # as in SQuAD
+        value = value.get("text")
+    if not isinstance(value, list | tuple):
+        return _text({name: value}, name)
+    answers = [one.get("answer") if isinstance(one, Mapping) else one for one in value]
+    said = [_text({name: one}, name) for one in answers if one is not None and one != ""]
+    if not said:
+        raise UserError(f"{name}: empty")
+    return Counter(said).most_common(1)[0][0]
+
+
+def _pair(row: Mapping[str, Any], value: Any, name: str, find: Find, reading: Reading) -> Versions:
+    """A text, or several that say the same, alone or with the pictures that they describe."""
+    pictures = [Picture(find(one)) for one in _listed(row)]
+    texts = list(value) if isinstance(value, list | tuple) else [value]
+    if not texts:
+        raise UserError(f"{name}: empty")
+    versions: Versions = []
+    for text in texts:
+        words = without_marks(_text({name: text}, name), name, len(pictures))
+        said: Part = _text({name: words}, name)
+        if not pictures:
+            versions.append([Message("assistant", (said,))])
+        elif reading.pairs == "image_to_text":
+            versions.append([Message("user", tuple(pictures)), Message("assistant", (said,))])
         else:
-            raise UserError(f"texts[{position}]: neither a text nor a picture")
+            drawn = tuple(Picture(picture.blob, draw=True) for picture in pictures)
+            versions.append([Message("user", (said,)), Message("assistant", drawn)])
+    return versions
 
 
-def _dialogue(row: Mapping[str, Any], name: str, keys: tuple[str, str], find: Find) -> list[Message]:
-    """Turns, with the row's pictures at their marks, or before the first words if there are no marks."""
-    turns = row[name]
-    if not isinstance(turns, list) or not turns:
-        raise UserError(f"{name}: expected a list of turns")
-    pictures = iter(listed := _listed(row))
-    messages = []
-    for position, turn in enumerate(turns):
-        where = f"{name}[{position}]"
-        if not isinstance(turn, Mapping) or any(key not in turn for key in keys):
-            raise UserError(f"{where}: expected {keys[0]} and {keys[1]}")
-        role = ROLES.get(str(turn[keys[0]]))
-        if role is None:
-            known = "system, user (human), assistant (gpt)"
-            raise UserError(f"{where}.{keys[0]}: {turn[keys[0]]!r} is none of {known}")
-        parts = tuple(_parts(turn[keys[1]], f"{where}.{keys[1]}", role, pictures, find))
-        if not parts:
-            raise UserError(f"{where}.{keys[1]}: empty")
-        messages.append(Message(role, parts))
-    return _with_unmarked(messages, listed, list(pictures), find)
+def _listed(row: Mapping[str, Any]) -> Sequence[Any]:
+    """What the row says of its pictures: `images`, or `image`, which may be a list too."""
+    for name in ("images", "image"):
+        value = row.get(name)
+        if isinstance(value, list | tuple):
+            found = [one for one in value if one is not None]
+            if found:
+                return found
+        elif value is not None:
+            return [value]
+    return []
 
 
-def _with_unmarked(
-    messages: list[Message], listed: Sequence[Any], left: Sequence[Any], find: Find
-) -> list[Message]:
-    """The messages, with pictures that no mark stands for put before the first of the user's words."""
-    placed = any(isinstance(part, Picture) for message in messages for part in message.parts)
-    if not left or (placed and len(left) == len(listed)):  # the parts name their own
-        return messages
-    if len(left) < len(listed):
-        raise UserError(f"{len(listed)} images, but {len(listed) - len(left)} {MARK} marks")
-    first = next((i for i, message in enumerate(messages) if message.role == "user"), None)
-    if first is None:
-        raise UserError("images: there is no turn of the user for them to stand in")
-    shown = tuple(Picture(find(value)) for value in left)
-    messages[first] = Message("user", (*shown, *messages[first].parts))
-    return messages
-
-
-def _parts(content: Any, where: str, role: Role, pictures: Iterator[Any], find: Find) -> Iterator[Part]:
-    """The parts of one turn, from a text with marks or a list of typed parts."""
-    draw = role == "assistant"
-    if isinstance(content, str):
-        pieces = content.split(MARK)
-        for number, piece in enumerate(pieces):
-            if number:
-                yield Picture(find(_next(pictures, where)), draw)
-            if piece.strip():
-                yield piece.strip()
-        return
-    if not isinstance(content, list):
-        raise UserError(f"{where}: expected a text or a list of parts")
-    for position, part in enumerate(content):
-        here = f"{where}[{position}]"
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "text":
-            if isinstance(part.get("text"), str) and part["text"].strip():
-                yield part["text"].strip()
-        elif kind == "image":
-            value = next((part[name] for name in ("image", "path", "url") if part.get(name)), None)
-            flag = part.get("draw")
-            yield Picture(
-                find(_next(pictures, here) if value is None else value), draw if flag is None else bool(flag)
-            )
-        else:
-            raise UserError(f"{here}.type: expected text or image, got {kind!r}")
-
-
-def _next(pictures: Iterator[Any], where: str) -> Any:
-    value = next(pictures, None)
+def _text(row: Mapping[str, Any], name: str) -> str:
+    value = row.get(name)
     if value is None:
-        raise UserError(f"{where}: more {MARK} marks than images")
-    return value
+        raise UserError(f"{name}: missing")
+    if not isinstance(value, str):
+        raise UserError(f"{name}: expected a text, got {type(value).__name__}")
+    if not (text := clean(value, name)):
+        raise UserError(f"{name}: empty")
+    return text

@@ -1,10 +1,10 @@
-"""webdataset tars by random access, through an offset index that is built beside each (`shard.tar.index`).
+"""webdataset tars, read by random access: the place of every member is kept in an index beside each tar.
 
-A sample is the run of members whose names agree up to the first dot of the base name; what follows is the member's
-extension (webdataset's convention). Pictures are known by it (`jpg`, `0.png`), words are `txt`, everything else
-comes from `json`, in any form that `unimm.data.sources.rows` takes. The index is a safetensors file and is made anew
-when the tar's size or time differs; where the folder may not be written it is made in memory. Of many tars, one more
-file (`tars.index`) says how many samples each has, so that a process that opens them need not open every index.
+A sample is the members of one name (`unimm.data.sources.tar_scan`): pictures are known by their extension (`jpg`,
+`0.png`), words are `txt`, everything else comes from `json`, in any form that `unimm.data.sources.rows` takes. The
+index is a safetensors file, which is checked, never trusted: it is made anew when the tar's size or time differs or
+when it cannot be right; where the folder may not be written it is made in memory. Of many tars, one more file
+(`tars.index`) says how many samples each has, so that a process that opens them need not open every index.
 """
 
 from __future__ import annotations
@@ -13,108 +13,35 @@ import functools
 import json
 import os
 import re
-import tarfile
-from collections.abc import Sequence
-from contextlib import suppress
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from unimm.data.sources.lines import find_file
-from unimm.data.sources.record import CODES_SUFFIX, FEATURES_SUFFIX, BadRecord, Blob, Record, Source
-from unimm.data.sources.rows import Reading, make_record, row_key
+from unimm.data.sources.entries import RowEntry, RowSource
+from unimm.data.sources.pictures import find_file, inline_bytes
+from unimm.data.sources.reach import Reach
+from unimm.data.sources.rows import Reading, row_key
+from unimm.data.sources.tar_scan import BLOCK, NO_FILE, TEXT_EXTENSIONS, TarIndex, is_picture_member, scan_tar
+from unimm.data.sources.text import clip, decode_text, parse_strict_json
 from unimm.errors import UserError
-from unimm.images import atomic_write
+from unimm.files import atomic_write, read_json, sweep
+from unimm.processing.messages import BadRecord, Blob, digest
 
 INDEX_SUFFIX = ".index"
-INDEX_FORMAT = "1"
+INDEX_FORMAT = "2"
 PLAN_FILE = "codes.json"  # beside tars that `unimm data encode` wrote
-BLOCK = 512  # bytes; a tar is made of these
 OPEN_INDEXES = 256  # held in memory at once
 COUNTS_FILE = "tars.index"  # beside many tars: how many samples each has
 MANY = 64  # tars; for fewer it is not worth a file
-WORDS = ("txt", "text", "caption")
-_PICTURE = re.compile(r"^(?:.*\.)?(?:jpe?g|png|webp|gif|bmp|tiff?)$")
-
-
-class TarIndex(NamedTuple):
-    """Where everything lies in one tar of N samples and M members.
-
-    Attributes:
-        starts: int64 [N + 1], the first member of each sample.
-        offsets, sizes: int64 [M], of each member's bytes.
-        extensions: int64 [M], numbers of `names`.
-        names: the extensions.
-        keys: uint8 [bytes], the samples' keys one after the other, each ended by a line end.
-        key_ends: int64 [N + 1], where they end.
-    """
-
-    starts: NDArray[np.int64]
-    offsets: NDArray[np.int64]
-    sizes: NDArray[np.int64]
-    extensions: NDArray[np.int64]
-    names: list[str]
-    keys: NDArray[np.uint8]
-    key_ends: NDArray[np.int64]
-
-    def key(self, sample: int) -> str:
-        """The key of a sample."""
-        first, last = self.key_ends[sample : sample + 2].tolist()
-        return self.keys[first:last].tobytes().decode("utf-8", "surrogateescape").rstrip("\n")
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """A member's name as key and extension: `a/b.0.JPG` is `a/b` and `0.jpg`."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return folder + slash + stem, extension.lower()
-
-
-def scan_tar(path: Path) -> TarIndex:
-    """Read the headers of a tar.
-
-    Raises:
-        UserError: it is no plain tar, or damaged or cut short; the message names it.
-    """
-    members: list[tuple[str, str, int, int]] = []
-    try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                if member.isfile():
-                    members.append((*split_name(member.name), member.offset_data, member.size))
-            # tarfile takes a damaged header for the end; the true end is a block of zeros.
-            file.seek(tar.offset)
-            if file.read(BLOCK) != bytes(BLOCK):
-                raise UserError(f"{path}: damaged or cut short at byte {tar.offset}")
-    except tarfile.TarError as error:
-        packed = path.open("rb").read(2) == b"\x1f\x8b"
-        hint = "compressed, and cannot be read by random access; unpack it with gunzip" if packed else error
-        raise UserError(f"{path}: {hint if packed else f'not a whole tar ({error})'}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    return _index_members(members)
-
-
-def _index_members(members: Sequence[tuple[str, str, int, int]]) -> TarIndex:
-    """Group members (key, extension, offset, size) into samples; hidden files and names without a key are left out."""
-    kept = [m for m in members if m[0] and not m[0].rpartition("/")[2].startswith((".", "__"))]
-    starts = [i for i, member in enumerate(kept) if i == 0 or member[0] != kept[i - 1][0]]
-    names = sorted({member[1] for member in kept})
-    number = {name: i for i, name in enumerate(names)}
-    keys = [f"{kept[i][0]}\n".encode("utf-8", "surrogateescape") for i in starts]
-    return TarIndex(
-        np.array([*starts, len(kept)], np.int64),
-        np.array([member[2] for member in kept], np.int64),
-        np.array([member[3] for member in kept], np.int64),
-        np.array([number[member[1]] for member in kept], np.int64),
-        names,
-        np.frombuffer(b"".join(keys), np.uint8),
-        np.cumsum([0, *map(len, keys)]).astype(np.int64),
-    )
+INDEX_ROOM = 1 << 20  # bytes that an index may be larger than its tar
+_WRONG = (OSError, SafetensorError, ValueError, KeyError, TypeError, OverflowError, RecursionError)
 
 
 def index_file(path: Path) -> Path:
@@ -136,14 +63,27 @@ def _stamp(size: int, time: int) -> dict[str, str]:
     return {"format": INDEX_FORMAT, "size": str(size), "time": str(time)}
 
 
-def count_samples(path: Path) -> int:
-    """How many samples a tar has, from its index, which is built if it is missing or out of date."""
-    stamp = _stamp(*_state(path))
-    with suppress(OSError, SafetensorError), safe_open(index_file(path), framework="np") as stored:
-        found = stored.metadata() or {}
-        if {name: found.get(name) for name in stamp} == stamp:
-            return int(found["samples"])
-    return len(_build(path, stamp).starts) - 1
+@contextmanager
+def _opened(file: Path, size: int) -> Iterator[tuple[Any, Mapping[str, str]]]:
+    """A safetensors file of ours and its notes; anything else (a link, a pipe, a giant) is an `OSError`."""
+    state = os.lstat(file)
+    if not stat.S_ISREG(state.st_mode) or state.st_size > size:
+        raise OSError(f"{file}: no index")
+    with safe_open(file, framework="np") as stored:
+        yield stored, stored.metadata() or {}
+
+
+def count_samples(path: Path, keep: bool = True) -> int:
+    """How many samples a tar has, from its index, which is built (and kept) if it is missing, out of date or wrong."""
+    size, time = _state(path)
+    stamp = _stamp(size, time)
+    with suppress(*_WRONG), _opened(index_file(path), size + INDEX_ROOM) as (stored, notes):
+        samples = int(notes["samples"])
+        places = {name: tuple(stored.get_slice(name).get_shape()) for name in ("starts", "key_ends")}
+        honest = places == dict.fromkeys(places, (samples + 1,)) and 0 <= samples <= size // BLOCK
+        if honest and {name: notes.get(name) for name in stamp} == stamp:
+            return samples
+    return len(_build(path, stamp, keep).starts) - 1
 
 
 class TarCounts:
@@ -157,14 +97,12 @@ class TarCounts:
         self.file, self.folder = file, f"{file.parent}{os.sep}"  # names below it are kept without it
         self.known: dict[str, tuple[int, int, int]] = {}
         self.changed = False
-        with suppress(OSError, SafetensorError), safe_open(file, framework="np") as stored:
-            if (stored.metadata() or {}).get("format") == INDEX_FORMAT:
-                names = json.loads(stored.get_tensor("names").tobytes())
-                rows = stored.get_tensor("rows").tolist()
-                self.known = {name: tuple(row) for name, row in zip(names, rows, strict=True)}
+        with suppress(*_WRONG), _opened(file, INDEX_ROOM << 10) as (stored, notes):
+            if notes.get("format") == INDEX_FORMAT:
+                self.known = _read_counts(stored)
 
-    def count(self, path: Path) -> tuple[int, int, int]:
-        """A tar's samples, size and time.
+    def count(self, path: Path, keep: bool = True) -> tuple[int, int, int]:
+        """A tar's samples, size and time; `keep` writes the index of a tar that has none.
 
         Raises:
             UserError: the tar is broken.
@@ -172,8 +110,8 @@ class TarCounts:
         size, time = _state(path)
         name = os.fspath(path).removeprefix(self.folder)
         found = self.known.get(name)
-        if found is None or found[1:] != (size, time):
-            found = self.known[name] = (count_samples(path), size, time)
+        if found is None or found[1:] != (size, time) or not 0 <= found[0] <= size // BLOCK:
+            found = self.known[name] = (count_samples(path, keep), size, time)
             self.changed = True
         return found
 
@@ -188,9 +126,26 @@ class TarCounts:
             save_file(arrays, temporary, {"format": INDEX_FORMAT})
 
 
-def _build(path: Path, stamp: dict[str, str]) -> TarIndex:
-    """Scan a tar and write its index, if its folder may be written."""
+def _read_counts(stored: Any) -> dict[str, tuple[int, int, int]]:
+    """Name -> samples, size and time.
+
+    Raises:
+        ValueError: the names are no texts, or not as many as the rows.
+    """
+    names = json.loads(stored.get_tensor("names").tobytes())
+    rows: NDArray[Any] = stored.get_tensor("rows")
+    if rows.dtype != np.int64 or rows.ndim != 2 or rows.shape[1] != 3:
+        raise ValueError("rows")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("names")
+    return {name: tuple(row) for name, row in zip(names, rows.tolist(), strict=True)}
+
+
+def _build(path: Path, stamp: dict[str, str], keep: bool) -> TarIndex:
+    """Scan a tar and write its index, if that is to be kept and its folder may be written."""
     index = scan_tar(path)
+    if not keep:
+        return index
     metadata = {**stamp, "samples": str(len(index.starts) - 1), "names": json.dumps(index.names)}
     arrays = {name: value for name, value in index._asdict().items() if name != "names"}
     with suppress(UserError, OSError), atomic_write(index_file(path)) as temporary:
@@ -199,18 +154,19 @@ def _build(path: Path, stamp: dict[str, str]) -> TarIndex:
 
 
 @functools.lru_cache(maxsize=OPEN_INDEXES)
-def _load(path: Path, size: int, time: int) -> TarIndex:
-    """The index of a tar of this size and time."""
+def _load(path: Path, size: int, time: int, keep: bool) -> TarIndex:
+    """The index of a tar of this size and time, built (and kept) if there is none."""
     stamp = _stamp(size, time)
-    with suppress(OSError, SafetensorError), safe_open(index_file(path), framework="np") as stored:
-        found = stored.metadata() or {}
-        if {name: found.get(name) for name in stamp} == stamp:
-            arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-            return TarIndex(names=json.loads(found["names"]), **arrays)
-    return _build(path, stamp)
+    with suppress(*_WRONG), _opened(index_file(path), size + INDEX_ROOM) as (stored, notes):
+        if {name: notes.get(name) for name in stamp} == stamp:
+            arrays = {name: stored.get_tensor(name) for name in TarIndex._fields if name != "names"}
+            index = TarIndex(names=json.loads(notes["names"]), **arrays)
+            if index.fits(size):
+                return index
+    return _build(path, stamp, keep)
 
 
-class TarShards(Source):
+class TarShards(RowSource):
     """The samples of one or many tars.
 
     Args:
@@ -226,22 +182,24 @@ class TarShards(Source):
     form = "webdataset"
 
     def __init__(self, paths: Sequence[Path], reading: Reading, location: str, strict: bool = True) -> None:
-        super().__init__(location)
-        self.reading = reading
+        super().__init__(reading, location)
         self.paths: list[Path] = []
         kept: list[tuple[int, int, int]] = []
         counts = TarCounts(paths[0].parent / COUNTS_FILE) if paths else None
+        keeps = _keepers(paths, Path(location) if os.path.isdir(location) else _shared_folder(paths))
+        self._keeps: list[bool] = []  # of each tar, whether its index is written
         for path in paths:
             assert counts is not None
             try:
-                kept.append(counts.count(path))
+                kept.append(counts.count(path, path.parent in keeps))
             except UserError as error:
                 if strict:
                     raise
                 self.broken.append(BadRecord("", str(path), str(error).removeprefix(f"{path}: ")))
                 continue
             self.paths.append(path)
-        if counts is not None:
+            self._keeps.append(path.parent in keeps)
+        if counts is not None and paths[0].parent in keeps:
             counts.save()
         numbers = np.array(kept, np.int64).reshape(-1, 3)
         self.ends = np.cumsum(numbers[:, 0])
@@ -256,35 +214,69 @@ class TarShards(Source):
         shard = int(np.searchsorted(self.ends, index, side="right"))
         return shard, index - (int(self.ends[shard - 1]) if shard else 0)
 
-    def __getitem__(self, index: int) -> Record:
+    def place(self, index: int) -> str:
+        """The tar, and the name of the sample."""
+        path, key, _ = self.members(index)
+        return f"{path}: {key}"
+
+    def entry(self, index: int) -> RowEntry:
+        """The sample at `index` as a row; see `RowSource.entry`."""
         path, key, members = self.members(index)
         try:
             row = sample_row(members)
-            return make_record(
-                row_key(row, key), row, lambda value: find_member(members, value), self.reading
-            )
         except UserError as error:
             raise BadRecord(key, str(path), str(error).removeprefix(f"{path}: ")) from None
+        return RowEntry(row_key(row, key), str(path), row, functools.partial(find_member, members))
 
     def members(self, index: int) -> tuple[Path, str, dict[str, Blob]]:
-        """The tar, the key and the members by extension of the sample at `index`."""
+        """The tar, the key and the members by extension of the sample at `index`.
+
+        Raises:
+            BadRecord: a member is no file, or stands twice, or the tar has other samples than were counted.
+        """
         index = self.check_index(index)
         shard, sample = self.locate(index)
         path = self.paths[shard]
-        tar = _load(path, *self.states[shard].tolist())
-        key = tar.key(sample)
+        tar = _load(path, *self.states[shard].tolist(), self._keeps[shard])
+        first = int(self.ends[shard - 1]) if shard else 0
+        if len(tar.starts) - 1 != int(self.ends[shard]) - first:
+            reason = f"has other samples than {COUNTS_FILE} says; remove that file"
+            raise BadRecord(f"sample {sample}", str(path), reason)
+        key = clip(tar.key(sample), 200)
         members: dict[str, Blob] = {}
         for m in range(*tar.starts[sample : sample + 2].tolist()):
             extension = tar.names[tar.extensions[m]]
-            name = f"{path}: {key}.{extension}"
-            members[extension] = Blob(
-                name, path=str(path), offset=int(tar.offsets[m]), size=int(tar.sizes[m])
-            )
+            offset, size = int(tar.offsets[m]), int(tar.sizes[m])
+            if extension in members:
+                raise BadRecord(key, str(path), f"{clip(extension)}: stands twice under this name")
+            if size == NO_FILE:
+                raise BadRecord(key, str(path), f"{clip(extension)}: a link or a device, not a file")
+            name = f"{path}: {key}.{clip(extension)}"
+            members[extension] = Blob(name, path=str(path), offset=offset, size=size)
         return path, key, members
 
     def files(self) -> Sequence[Path]:
         """The tars."""
         return self.paths
+
+    def signature(self) -> str:
+        """A digest of the tars as they were when they were opened; no tar is looked at again."""
+        states = zip(self.paths, self.states.tolist(), strict=True)
+        return digest(f"{path} {size} {time}" for path, (size, time) in states)
+
+
+def _keepers(paths: Sequence[Path], root: Path) -> set[Path]:
+    """The folders of tars into which indexes are written: not those to which a link in the data leads, elsewhere."""
+    reach = Reach(root)
+    keepers = {folder for folder in {path.parent for path in paths} if reach.holds(folder / COUNTS_FILE)}
+    for folder in keepers:
+        sweep(folder)
+    return keepers
+
+
+def _shared_folder(paths: Sequence[Path]) -> Path:
+    """The folder that tars share."""
+    return Path(os.path.commonpath([os.path.abspath(path.parent) for path in paths] or ["."]))
 
 
 def read_marks(path: Path) -> tuple[str | None, str | None]:
@@ -292,51 +284,66 @@ def read_marks(path: Path) -> tuple[str | None, str | None]:
     if not path.is_file():
         return None, None
     try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
-        return str(plan["tokenizer"]), plan.get("encoder")
-    except (ValueError, KeyError, TypeError, OSError):
+        plan = read_json(path)
+        tokenizer, encoder = plan["tokenizer"], plan.get("encoder")
+    except (UserError, KeyError):
         raise UserError(f"{path}: damaged; write the folder again with `unimm data encode`") from None
+    return str(tokenizer), None if encoder is None else str(encoder)
 
 
 def sample_row(members: dict[str, Blob]) -> dict[str, Any]:
     """The members of one sample as a row: what its JSON says, its words as `text`, its pictures as `image(s)`."""
     row: dict[str, Any] = {}
-    if "json" in members:
+    if (name := _only(members, ("json",))) is not None:
         try:
-            said = json.loads(members["json"].read())
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"json: not JSON ({error})") from None
+            said = parse_strict_json(members[name].read())
+        except UserError as error:
+            raise UserError(f"{name}: {str(error).removeprefix(f'{members[name].name}: ')}") from None
         row = dict(said) if isinstance(said, dict) else {"messages": said}
-    for extension in WORDS:
-        if extension in members:
-            try:
-                row["text"] = members[extension].read().decode("utf-8")
-            except UnicodeDecodeError:
-                raise UserError(f"{extension}: not a text in UTF-8") from None
-            break
-    pictures = [members[extension] for extension in sorted(members, key=_natural) if is_picture(extension)]
-    named = [row[name] for name in ("images", "image") if name in row]
-    if pictures and not (named and _all_members(named[0], members)):
-        row.pop("images", None)
-        row["image" if len(pictures) == 1 else "images"] = pictures[0] if len(pictures) == 1 else pictures
+    if (name := _only(members, TEXT_EXTENSIONS)) is not None:
+        try:
+            row["text"] = decode_text(members[name].read())
+        except UserError as error:
+            raise UserError(f"{name}: {str(error).removeprefix(f'{members[name].name}: ')}") from None
+    pictures = [
+        members[extension] for extension in sorted(members, key=_natural) if is_picture_member(extension)
+    ]
+    if pictures:
+        _place_pictures(row, pictures, members)
     return row
 
 
-def is_picture(extension: str) -> bool:
-    """Whether a member of this extension is a picture, or the image codes or the features of one."""
-    stored = f".{extension}".endswith((CODES_SUFFIX, FEATURES_SUFFIX))
-    return stored or _PICTURE.match(extension) is not None
+def _place_pictures(row: dict[str, Any], pictures: Sequence[Blob], members: Mapping[str, Blob]) -> None:
+    """Put a sample's pictures where its row names pictures; names that are no members are of some other place."""
+    name = next((name for name in ("images", "image") if name in row), None)
+    named = [] if name is None else row[name] if isinstance(row[name], list) else [row[name]]
+    if named and all(value is None or (isinstance(value, str) and value in members) for value in named):
+        return
+    if name == "images" and sum(value is not None for value in named) == len(pictures):
+        left = iter(pictures)  # a document has null where a text stands
+        row["images"] = [None if value is None else next(left) for value in named]
+        return
+    row.pop("images", None)
+    row["image" if len(pictures) == 1 else "images"] = pictures[0] if len(pictures) == 1 else list(pictures)
 
 
-def _natural(extension: str) -> list[tuple[int, str]]:
-    """A sort key by which `2.jpg` comes before `10.jpg`."""
-    return [(int(digits or 0), rest) for digits, rest in re.findall(r"(\d+)|(\D+)", extension)]
+def _only(members: Mapping[str, Blob], kinds: Sequence[str]) -> str | None:
+    """The one member of some kinds: the one of no other name, where there are several.
+
+    Raises:
+        UserError: there are several, all of other names.
+    """
+    found = [extension for extension in members if extension.rpartition(".")[2] in kinds]
+    plain = [extension for kind in kinds for extension in found if extension == kind]
+    if len(found) > 1 and not plain:
+        raise UserError(f"{', '.join(map(clip, found))}: which of them counts? name one .{kinds[0]}")
+    return next(iter(plain or found), None)
 
 
-def _all_members(named: Any, members: dict[str, Blob]) -> bool:
-    """Whether the JSON's words for its pictures are members of this sample (else they are of some other place)."""
-    listed = named if isinstance(named, list) else [named]
-    return all(isinstance(value, str | None) and (value is None or value in members) for value in listed)
+def _natural(extension: str) -> list[tuple[int, str, str]]:
+    """A sort key by which `2.jpg` comes before `10.jpg`: of numbers the one of fewer digits is the smaller."""
+    found = ((digits.lstrip("0"), rest) for digits, rest in re.findall(r"(\d+)|(\D+)", extension))
+    return [(len(digits), digits, rest) for digits, rest in found]
 
 
 def find_member(members: dict[str, Blob], value: Any) -> Blob:
@@ -345,8 +352,12 @@ def find_member(members: dict[str, Blob], value: Any) -> Blob:
     Raises:
         UserError: there is no such member.
     """
+    if isinstance(value, Mapping) and not value.get("bytes"):
+        value = next((value[name] for name in ("path", "url", "image") if value.get(name)), value)
     if isinstance(value, str):
         if value.lower() in members:
             return members[value.lower()]
-        raise UserError(f"image: {value}: no such member of the sample (it has {', '.join(members)})")
+        if (data := inline_bytes(value)) is not None:
+            return Blob("a picture of this row", data)
+        raise UserError(f"image: {clip(value)}: no such member of the sample (it has {', '.join(members)})")
     return find_file(Path(), value)

@@ -1,0 +1,236 @@
+"""The commands that ask a model: `demo`, `caption`, `ask`, `draw`, `info` and `convert`.
+
+As in `unimm.cli.data`: their arguments, the calls behind them, and how a person sees the results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from unimm.cli.commands import Options, command
+from unimm.cli.options import (
+    FILE,
+    FOLDER,
+    INTEGER,
+    POSITIVE,
+    SIZE,
+    Choice,
+    hub_options,
+    loading_options,
+    model_options,
+    sampling_options,
+)
+from unimm.console import hide_loading_bars, print_table, print_text, print_tree, progress, say
+from unimm.errors import UserError
+
+_max_new_tokens = click.option(
+    "--max-new-tokens",
+    type=POSITIVE,
+    metavar="N",
+    help="most tokens of an answer (default: what the model's context has room for)",
+)
+
+
+def load(options: Options) -> Any:
+    """Load the model that `model_arguments` name."""
+    from unimm.loading import load as load_model
+
+    hide_loading_bars()
+    with progress("loading the model"):
+        return load_model(
+            options.model,
+            device=options.device,
+            dtype=options.dtype,
+            quantize=options.quantize,
+            revision=options.revision,
+            image_tokenizer=options.image_tokenizer,
+        )
+
+
+def show_demo(report: dict[str, Any]) -> None:
+    """Show what was said, and say where the sheet is."""
+    captions = [(row["split"], row["truth"], row["caption"], row["right"]) for row in report["captions"]]
+    print_table(("split", "scene", "caption", "right"), captions, "Captions of held-out scenes")
+    fields = ("split", "scene", "question", "answer", "right")
+    print_table(fields, [[row[field] for field in fields] for row in report["answers"]], "Answers")
+    print_text(f"Drew {len(report['prompts'])} prompts, such as: {report['prompts'][0]}")
+    print_text(f"Contact sheet: {report['sheet']}  ({report['seconds']:.0f} s)")
+
+
+@command("demo", "caption, ask and draw; write a contact sheet", show_demo)
+@click.option("-o", "--output", type=FOLDER, default=".", metavar="DIR", help="where the contact sheet goes")
+@loading_options
+def demo(options: Options) -> Any:
+    """Caption, ask and draw; write a contact sheet."""
+    from unimm.cli.demo import run
+
+    hide_loading_bars()
+    source = (options.model, options.device, options.dtype, options.revision, options.image_tokenizer)
+    return dataclasses.asdict(run(options.output, *source))
+
+
+def show_captions(rows: list[dict[str, Any]]) -> None:
+    """Show one caption as it is, several in a table."""
+    if len(rows) == 1:
+        print_text(rows[0]["caption"])
+    else:
+        print_table(("image", "caption"), [(row["image"], row["caption"]) for row in rows])
+
+
+@command("caption", "say what pictures show", show_captions)
+@click.argument("images", type=FILE, nargs=-1, required=True, metavar="IMAGE...", help="picture files")
+@_max_new_tokens
+@model_options
+def caption(options: Options) -> Any:
+    """Caption pictures."""
+    from unimm.images import read_image
+
+    pictures = [
+        read_image(path) for path in options.images
+    ]  # before the model is loaded: mistakes show at once
+    from unimm.processing.processor import CAPTION_REQUESTS
+
+    um, most = load(options), options.max_new_tokens
+    answers = um.answers(pictures, [CAPTION_REQUESTS[0]] * len(pictures), most)
+    return [
+        {"image": path, "caption": answer.text, "cut": answer.cut}
+        for path, answer in zip(options.images, answers, strict=True)
+    ]
+
+
+@command("ask", "ask a question about pictures", lambda row: print_text(row["answer"]))
+@click.argument(
+    "items",
+    type=FILE,
+    nargs=-1,
+    required=True,
+    metavar="[IMAGE]... QUESTION",
+    help="picture files, if any, then one question",
+)
+@_max_new_tokens
+@model_options
+def ask(options: Options) -> Any:
+    """Ask one question about any number of pictures."""
+    from unimm.images import SUFFIXES, read_image
+
+    *paths, question = options.items
+    if os.path.isfile(question) or (not paths and question.lower().endswith(SUFFIXES)):
+        raise UserError(f"ask: after the pictures comes a question; {question!r} is the last argument")
+    pictures = [read_image(path) for path in paths]
+    answers = load(options).answers([pictures], [question], options.max_new_tokens)  # one about all pictures
+    return {"images": paths, "question": question, "answer": answers[0].text, "cut": answers[0].cut}
+
+
+def show_drawings(rows: list[dict[str, Any]]) -> None:
+    """Show where the drawings are."""
+    print_table(("prompt", "image"), [(row["prompt"], row["image"]) for row in rows])
+
+
+@command("draw", "draw what prompts say", show_drawings)
+@click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...", help="what to draw")
+@click.option("-o", "--output", type=FOLDER, default=".", metavar="DIR", help="folder for the drawings")
+@click.option("-n", type=POSITIVE, default=1, metavar="N", help="drawings of each prompt (default: 1)")
+@click.option(
+    "--image",
+    type=FILE,
+    multiple=True,
+    metavar="FILE",
+    help="a picture that goes with every prompt; may be given several times",
+)
+@click.option("--seed", type=INTEGER, metavar="SEED", help="the same seed draws the same pictures")
+@sampling_options
+@click.option("--size", type=SIZE, metavar="WxH", help="in pixels, where the model draws several")
+@click.option(
+    "--batch-size",
+    type=POSITIVE,
+    default=64,
+    metavar="N",
+    help="most drawings at once; the files of each batch are written when it is done (default: 64)",
+)
+@model_options
+def draw(options: Options) -> Any:
+    """Draw prompts into files."""
+    import secrets
+
+    from unimm.cli.drawings import drawing_name, save_drawing
+    from unimm.images import read_image
+
+    pictures = [read_image(path) for path in options.image]
+    folder = Path(options.output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be used as a folder ({error.strerror})") from None
+    # Told to the user, so that the same can be drawn again.
+    seed = secrets.randbelow(2**31) if options.seed is None else options.seed
+    um = load(options)
+    um.batch_size = options.batch_size
+    rows: list[dict[str, Any]] = []
+    try:
+        with progress("drawing") as report:
+            batches = um.draw_batches(
+                options.prompts,
+                n=options.n,
+                guidance_scale=options.guidance_scale,
+                temperature=options.temperature,
+                top_k=options.top_k,
+                top_p=options.top_p,
+                seed=seed,
+                size=options.size,
+                on_progress=report,
+                images=[pictures] * len(options.prompts),
+            )
+            for drawing in itertools.chain.from_iterable(batches):
+                index = len(rows)
+                prompt = options.prompts[index // options.n]
+                path = save_drawing(drawing, folder, drawing_name(prompt, seed, index))
+                rows.append({"prompt": prompt, "seed": seed, "index": index, "image": str(path)})
+    except KeyboardInterrupt:
+        say(f"{len(rows)} of {len(options.prompts) * options.n} drawings are in {folder} (seed {seed})")
+        raise
+    return rows
+
+
+@command("info", "what a model is made of", print_tree)
+@click.argument(
+    "source",
+    type=FOLDER,
+    required=False,
+    metavar="[SOURCE]",
+    help="a folder, a hub id or embedded (the default)",
+)
+@hub_options
+def info(options: Options) -> Any:
+    """Say what a model is made of."""
+    from unimm.loading import describe
+
+    return describe(options.source, options.revision, options.image_tokenizer)
+
+
+@command(
+    "convert",
+    "write a checkpoint in another layout",
+    lambda row: print_text(f"Written to {row['folder']} in the {row['layout']} layout"),
+)
+@click.argument("source", type=FOLDER, metavar="SOURCE", help="a folder or hub id, in any supported layout")
+@click.argument("folder", type=FOLDER, metavar="FOLDER", help="where the converted checkpoint goes")
+@hub_options
+@click.option(
+    "--to", type=Choice("unimm", "transformers", "original"), required=True, help="the layout to write"
+)
+def convert(options: Options) -> Any:
+    """Write a checkpoint in another layout."""
+    from unimm.families.convert import convert as write
+    from unimm.locate import locate
+
+    file = Path(options.source)  # LlamaGen publishes one file
+    one = file.is_file()
+    source = file if one else locate(options.source, options.revision, options.image_tokenizer)
+    write(source, Path(options.folder), options.to)
+    return {"layout": options.to, "folder": options.folder}

@@ -1,0 +1,1 @@
+"""EmojiScenes: real artwork with names, composed into scenes with captions and questions."""

@@ -1,0 +1,221 @@
+"""What unimm knows of a published architecture: `Family`, and `FAMILIES`, which finds it by its `model_type`.
+
+A family is a module of this folder that holds one object, `FAMILY`, and one line of `REGISTRY`. It is imported when a
+checkpoint of its kind is opened; this module imports neither a family nor torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from unimm.errors import UserError
+from unimm.families.namesakes import namesake
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from unimm.families.keymap import KeyMap
+    from unimm.families.source import Checkpoint
+    from unimm.models.configuration import UniMMConfig
+    from unimm.processing.processor import UniMMProcessor
+
+LAYOUTS = ("unimm", "transformers", "original")
+OWN = "unimm"  # of these, ours
+
+
+@dataclasses.dataclass(frozen=True)
+class SeparateImageTokenizer:
+    """An image tokenizer that a layout has in a folder, and on the hub in a repository, of its own.
+
+    Attributes:
+        prefix: what its tensors' names begin with here.
+        folder: its name, in the model's folder or beside it.
+        hub_id: the repository that it is fetched from.
+        model_type: of its `config.json`.
+    """
+
+    prefix: str
+    folder: str
+    hub_id: str
+    model_type: str
+
+    def find(self, folder: Path) -> Path | None:
+        """Return its folder, in a model's or beside it; None if it is in neither."""
+        places = (folder / self.folder, folder.parent / self.folder)
+        return next((place for place in places if place.is_dir()), None)
+
+
+class Writer(ABC):
+    """Writes models that do not come from a layout of its family into it; the weights apart, which need a key map."""
+
+    @abstractmethod
+    def check(self, config: UniMMConfig, processor: UniMMProcessor, layout: str, where: str) -> None:
+        """Check that a layout has a place for all that a model has.
+
+        Args:
+            config: the model.
+            processor: its processor.
+            layout: `original` or `transformers`.
+            where: the model's folder, for errors.
+
+        Raises:
+            UserError: a line that names what there is no place for.
+        """
+
+    @abstractmethod
+    def write(self, config: UniMMConfig, processor: UniMMProcessor, folder: Path, layout: str) -> None:
+        """Write the files beside the weights: configuration, text tokenizer, processor, generation config.
+
+        Args:
+            config: a model that `check` let pass.
+            processor: its processor.
+            folder: where to write; a separate image tokenizer's folder is there in it.
+            layout: `original` or `transformers`.
+        """
+
+
+class Family(ABC):
+    """A published architecture: how its checkpoints are read as models of ours, and, where it can, written.
+
+    Only reading is needed. A family without a `writer` is still written back into a layout that a checkpoint came
+    from, by the files that a conversion keeps; into another it is refused in a line.
+
+    Attributes:
+        name: what `unimm info` calls it.
+        title: its name in sentences.
+        sampling: fields of `SamplingConfig`, how its models draw where a checkpoint does not say; empty: as its
+            configuration says, or it draws nothing.
+        needs: keys of `UniMMConfig` that a model must have to be written in its layouts, such as `generation`.
+        image_tokenizers: by layout, the image tokenizer that the layout has apart.
+        writer: writes models of other layouts; None: there is no such thing.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    sampling: ClassVar[Mapping[str, Any]] = {}
+    needs: ClassVar[tuple[str, ...]] = ()
+    image_tokenizers: ClassVar[Mapping[str, SeparateImageTokenizer]] = {}
+    writer: ClassVar[Writer | None] = None
+
+    @abstractmethod
+    def parts(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Return what a checkpoint is made of, as fields of `UniMMConfig`, without `conversation` and `sampling`.
+
+        Raises:
+            UserError: a line that names the file and field that is missing or not supported.
+        """
+
+    @abstractmethod
+    def conversation(self, checkpoint: Checkpoint, parts: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the turns that a checkpoint was trained on: by its chat template, or else its family's own way.
+
+        Args:
+            checkpoint: the checkpoint.
+            parts: what `parts` returned.
+
+        Returns:
+            Fields of `Turns`, None for unimm's own.
+
+        Raises:
+            UserError: its template cannot be followed, or a file that names its turns is wrong.
+        """
+
+    @abstractmethod
+    def key_map(self, layout: str, config: UniMMConfig) -> KeyMap:
+        """Return the map between the tensors of a layout and ours, for a model of this configuration."""
+
+    def text_tokenizer(self, checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+        """Build a checkpoint's text tokenizer, by default from the files that transformers knows.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+        from unimm.processing.processor import read_tokenizer
+
+        return read_tokenizer(checkpoint.folder, checkpoint.document)
+
+    def holds(self, config: UniMMConfig) -> bool:
+        """Whether a model of ours is of this architecture, so that its layouts are the ones to write it in."""
+        return False
+
+    def missing(self, config: UniMMConfig) -> list[str]:
+        """Return which of `needs` a model does not have; what lies in one that is missing is not named too."""
+        found: list[str] = []
+        for key in self.needs:
+            section, _, field = key.partition(".")
+            value = getattr(config, section)
+            if section not in found and (not value if not field else (value or {}).get(field) is None):
+                found.append(key)
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Registered:
+    """A family that can be imported.
+
+    Attributes:
+        module: its module in this folder, which holds it as `FAMILY`.
+        models: its models' names, in sentences.
+        layouts: the layout that each `model_type` of a `config.json` stands for.
+        image_tokenizer: the `model_type` of an image tokenizer that it publishes apart.
+    """
+
+    module: str
+    models: str
+    layouts: Mapping[str, str]
+    image_tokenizer: str | None = None
+
+    def family(self) -> Family:
+        """Import the family."""
+        family: Family = import_module(f"unimm.families.{self.module}").FAMILY
+        return family
+
+
+REGISTRY = (
+    Registered("own", "unimm", {"unimm": OWN}),
+    Registered("janus", "Janus, Janus-Pro", {"janus": "transformers", "multi_modality": "original"}),
+    Registered("emu3", "Emu3", {"emu3": "transformers", "Emu3": "original"}, "Emu3VisionVQ"),
+)
+FAMILIES = {kind: registered for registered in REGISTRY for kind in registered.layouts}
+"""By `model_type`."""
+
+
+def recognise(document: Mapping[str, Any], where: Path) -> tuple[Family, str]:
+    """Return the family that a `config.json` is of, and its layout (one of `LAYOUTS`).
+
+    Args:
+        document: what stands in it.
+        where: the file, for errors.
+
+    Raises:
+        UserError: it is of a kind that is not supported.
+    """
+    kind = document.get("model_type")
+    if (other := namesake(document)) is not None:
+        *names, last = (registered.models for registered in REGISTRY[1:])
+        known = f"{', '.join(names)} and {last} are"
+        raise UserError(f"{where}: a checkpoint of {other}, which is not supported; {known}")
+    if isinstance(kind, str) and kind in (registered.image_tokenizer for registered in REGISTRY):
+        raise UserError(f"{where}: an image tokenizer alone; name the model that it belongs to")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise UserError(f"{where}: model_type: {kind!r} is not supported; known are {known}")
+    return FAMILIES[kind].family(), FAMILIES[kind].layouts[kind]
+
+
+def family_of(config: UniMMConfig) -> Family:
+    """Return the family whose layouts a model of ours may be written in: its own, or one that it fits.
+
+    Raises:
+        UserError: there is none.
+    """
+    for registered in REGISTRY:
+        family = registered.family()
+        if config.family == family.name or (config.family is None and family.holds(config)):
+            return family
+    raise UserError("--to: this model is of no published architecture; the layout unimm holds it")

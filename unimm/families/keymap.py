@@ -1,0 +1,190 @@
+"""Declarative key maps: which tensor of a foreign checkpoint is which of ours, and how one becomes the other.
+
+A map is a list of `Rule`s. Names are patterns in which `{i}` stands for a number, `{end}` for `weight` or
+`bias`, and `{rest}` for anything. Shapes are checked by running the rules on tensors without data (`meta`), so
+that every fault is known before a byte is read or written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from unimm.models.weights import refuse
+
+_HOLES = {"end": "weight|bias", "rest": ".+"}  # what a placeholder may stand for; any other is a number
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """A pair of functions that undo each other to the bit: foreign tensors to one of ours, and back."""
+
+    to_ours: Callable[[Sequence[Tensor]], Tensor]
+    to_theirs: Callable[[Tensor, int], list[Tensor]]
+
+
+SAME = Op(lambda theirs: theirs[0], lambda ours, _: [ours])
+STACK = Op(lambda theirs: torch.cat(list(theirs)), lambda ours, parts: list(ours.chunk(parts)))
+"""Several matrices one above the other, as timm keeps query, key and value."""
+SQUEEZE = Op(lambda theirs: theirs[0][:, :, 0, 0], lambda ours, _: [ours[:, :, None, None]])
+"""A 1x1 convolution [O, I, 1, 1] that is a linear layer [O, I] here."""
+LEAD = Op(lambda theirs: theirs[0][None], lambda ours, _: [ours[0]])
+"""A tensor that has one more dimension here, of length 1, in front."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Our tensor `ours` is made of their tensors `theirs`; all are patterns with the same placeholders."""
+
+    ours: str
+    theirs: str | tuple[str, ...]
+    op: Op = SAME
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Their patterns, always as a tuple."""
+        return (self.theirs,) if isinstance(self.theirs, str) else self.theirs
+
+
+def under(rules: list[Rule], ours: str, theirs: str) -> list[Rule]:
+    """The same rules for a part that sits inside a larger model, under these prefixes."""
+    return [
+        Rule(ours + rule.ours, tuple(theirs + source for source in rule.sources), rule.op) for rule in rules
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One of our tensors and where it comes from."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    op: Op
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyMap:
+    """The rules of one foreign layout.
+
+    Attributes:
+        rules: the first whose pattern fits decides.
+        kept: patterns of their tensors that no module here needs (recomputable buffers, an unused branch);
+            they are carried along and written back.
+        constants: patterns of our tensors that they have none of, and the value that fills each.
+        derived: rules for our tensors that start as one of theirs and are not written back.
+        tied: our tensors that may be missing there, since they share the memory of another.
+    """
+
+    rules: tuple[Rule, ...]
+    kept: tuple[str, ...] = ()
+    constants: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    derived: tuple[Rule, ...] = ()
+    tied: tuple[str, ...] = ()
+
+    def entry(self, name: str) -> Entry:
+        """Return where our tensor `name` comes from.
+
+        Raises:
+            KeyError: no rule is for it, which is a fault of the map.
+        """
+        for rule in (*self.derived, *self.rules):
+            holes = _match(rule.ours, name)
+            if holes is not None:
+                return Entry(name, tuple(_fill(pattern, holes) for pattern in rule.sources), rule.op)
+        raise KeyError(name)
+
+    def constant(self, name: str) -> float | None:
+        """Return the value that fills our tensor `name`, None if it comes from theirs."""
+        for pattern, value in self.constants.items():
+            if _match(pattern, name) is not None:
+                return value
+        return None
+
+    def returned(self, names: Iterable[str]) -> list[Entry]:
+        """Return the entries of those of our tensors that are written back."""
+        own = (*self.constants, *(rule.ours for rule in self.derived))
+        return [self.entry(name) for name in names if not _any(own, name)]
+
+    def plan(
+        self,
+        ours: Mapping[str, Tensor],
+        theirs: Mapping[str, Tensor],
+        where: str,
+    ) -> tuple[list[Entry], list[str]]:
+        """Match our tensors with those of a checkpoint.
+
+        Args:
+            ours: names and shapes (tensors on the meta device) that the model needs.
+            theirs: names and shapes that the checkpoint has.
+            where: the checkpoint's path, for errors.
+
+        Returns:
+            An entry for each of our tensors that the checkpoint gives, and the names that are only carried along.
+
+        Raises:
+            UserError: a line that names what is missing, surplus, of another shape or of another kind of
+                numbers, and what was expected.
+        """
+        entries = []
+        missing, misshapen, mistyped = [], [], []
+        for name, wanted in ours.items():
+            if self.constant(name) is not None:
+                continue
+            entry = self.entry(name)
+            absent = [source for source in entry.theirs if source not in theirs]
+            if absent:
+                if name not in self.tied:
+                    expected = entry.op.to_theirs(wanted, len(entry.theirs))[0].shape
+                    missing += [f"{source} {list(expected)}" for source in absent]
+                continue
+            entries.append(entry)
+            expected_parts = entry.op.to_theirs(wanted, len(entry.theirs))
+            misshapen += [
+                f"{source} is {list(theirs[source].shape)}, expected {list(part.shape)}"
+                for source, part in zip(entry.theirs, expected_parts, strict=True)
+                if theirs[source].shape != part.shape
+            ]
+            mistyped += [
+                f"{source} is {str(theirs[source].dtype).removeprefix('torch.')}, expected {_kind(wanted)}"
+                for source in entry.theirs
+                if theirs[source].is_floating_point() != wanted.is_floating_point()
+            ]
+        used = {source for entry in entries for source in entry.theirs}
+        kept = [name for name in theirs if name not in used and _any(self.kept, name)]
+        surplus = [f"{n} {list(t.shape)}" for n, t in theirs.items() if n not in used and n not in kept]
+        refuse(where, missing=missing, misshapen=misshapen, mistyped=mistyped, surplus=surplus)
+        return entries, kept
+
+
+def _kind(tensor: Tensor) -> str:
+    """What numbers a tensor holds."""
+    return "floating point" if tensor.is_floating_point() else "integers"
+
+
+def _any(patterns: Iterable[str], name: str) -> bool:
+    return any(_match(pattern, name) is not None for pattern in patterns)
+
+
+def _match(pattern: str, name: str) -> dict[str, str] | None:
+    """Return what the placeholders of a pattern stand for in a name, None if it does not fit."""
+    parts = re.split(r"\{(\w+)\}", pattern)
+    expression = ""
+    seen: set[str] = set()
+    for index, part in enumerate(parts):
+        if index % 2 == 0:
+            expression += re.escape(part)
+        elif part in seen:
+            expression += f"(?P={part})"
+        else:
+            seen.add(part)
+            expression += f"(?P<{part}>{_HOLES.get(part, '[0-9]+')})"
+    found = re.fullmatch(expression, name)
+    return None if found is None else found.groupdict()
+
+
+def _fill(pattern: str, holes: Mapping[str, str]) -> str:
+    return re.sub(r"\{(\w+)\}", lambda hole: holes[hole[1]], pattern)

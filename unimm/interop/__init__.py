@@ -1,1 +1,0 @@
-"""Foreign checkpoints: one module for each family, with its key maps and configs, both ways."""

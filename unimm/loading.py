@@ -1,0 +1,118 @@
+"""Load models: `load` makes a `UniMM` of a folder, a hub id or the package; `describe` tells what one is made of."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from unimm.adapters import merge_adapter
+from unimm.devices import choose_device, choose_dtype
+from unimm.families.model import load_model
+from unimm.locate import EMBEDDED, embedded_model, locate
+from unimm.models.image_tokenizers.vq import ImageTokenizer
+from unimm.models.modeling import UniMMModel
+from unimm.models.parts import AreaViewsConfig, ViewsConfig
+from unimm.models.quantization import check_method
+from unimm.pipeline import UniMM
+from unimm.processing.processor import UniMMProcessor
+
+
+def load(
+    source: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    quantize: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    image_tokenizer: str | os.PathLike[str] | None = None,
+) -> UniMM:
+    """Load a model.
+
+    Args:
+        source: None or "embedded" for the model that ships with the package, else a folder or a hub id.
+        device: "auto" takes CUDA, then MPS, then the CPU.
+        dtype: "auto" is bfloat16 on CUDA and float32 elsewhere.
+        quantize: "int8" gives the decoder's linear layers and large heads int8 weights (`unimm.models.quantization`),
+            a quarter of float32's memory; on CPUs small batches are faster too. The model cannot be saved then.
+        adapter: folder of a peft adapter of that model, which is merged into its weights.
+        revision: of a hub id: a branch, a tag or a commit (owner/name@revision says it too).
+        image_tokenizer: folder or hub id of Emu3's vision tokenizer, which its original layout has apart; by default
+            it is looked for in the folder and beside it, and fetched for a hub id.
+
+    Raises:
+        UserError: the source is missing, broken, or not a unimm model; the adapter is, or is of another model; or
+            an option is unknown.
+    """
+    check_method(quantize)
+    place = choose_device(device)
+    number_format = choose_dtype(dtype, place)
+    model, processor = load_model(locate(source, revision, image_tokenizer), number_format)
+    if adapter is not None:
+        model = merge_adapter(model, Path(adapter))
+    if quantize is not None:  # before it moves: the device then never holds the whole weights
+        model.quantise()
+    return UniMM(nn.Module.to(model, place), processor)
+
+
+def load_processor(source: str | os.PathLike[str] | None = None) -> UniMMProcessor:
+    """Load a model's processor alone; its weights are neither fetched nor read.
+
+    Args:
+        source: what `load` takes.
+
+    Raises:
+        UserError: the source is missing or broken.
+    """
+    with locate(source, weights=False) as checkpoint:
+        return checkpoint.processor
+
+
+def describe(
+    source: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    image_tokenizer: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """Say what a model is, from its configuration alone; no weights are read, nor fetched from the hub.
+
+    Args:
+        source: as `load` takes it.
+        revision: as `load` takes it.
+        image_tokenizer: as `load` takes it.
+
+    Returns:
+        Family, parts with their parameters, context, image sizes and what the model can do.
+    """
+    with locate(source, revision, image_tokenizer, weights=False) as checkpoint:
+        config = checkpoint.config
+    with torch.device("meta"):
+        model = UniMMModel(config)
+    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts().items()}
+    if model.image_tokenizer is not None:
+        parts["image_tokenizer"] = sum(p.numel() for p in model.image_tokenizer.parameters())
+        if isinstance(model.image_tokenizer, ImageTokenizer):  # its codebook may be a buffer
+            parts["image_tokenizer"] += model.image_tokenizer.quantize.stored
+    views, generation = config.views_config(), config.generation_config()
+    decoder = config.decoder_config()
+    return {
+        "source": EMBEDDED if checkpoint.folder == embedded_model() else str(checkpoint.folder),
+        "family": checkpoint.family.name,
+        "layout": checkpoint.layout,
+        "decoder": decoder.model_type,
+        "parameters": parts,
+        "parameters_total": sum(parts.values()),
+        "context": decoder.max_position_embeddings,
+        "understands": _understood(views),
+        "draws": f"{generation.image_size}x{generation.image_size}" if generation else None,
+        "can": [*(["caption", "ask"] if views else []), *(["draw"] if generation else [])],
+    }
+
+
+def _understood(views: ViewsConfig | None) -> str | None:
+    """What sizes of images a model understands."""
+    if isinstance(views, AreaViewsConfig):
+        return f"any size, {views.least} to {views.most} pixels"
+    return None if views is None else f"{views.image_size}x{views.image_size}"

@@ -1,0 +1,1 @@
+"""Image tokenizers: images to codes, and back."""

@@ -1,0 +1,147 @@
+"""The images that go into a model with its tokens: one bundle, from the processor through training to the decoder.
+
+Shape suffixes: N images to understand, of which F come as features; M images to generate; h x w grid of codes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+INPUT_FIELDS = {
+    "pixel_values": "pixels",
+    "image_sizes": "sizes",
+    "image_features": "features",
+    "image_codes": "codes",
+}
+"""Keyword inputs as transformers' processors name them: fields of `Images`."""
+
+
+@dataclasses.dataclass
+class Images:
+    """Images in the order in which they stand in the stream; each field is None where there is nothing of its kind.
+
+    Attributes:
+        pixels: float [N - F, 3, H, W], images to understand, normalised, filled up on the right and below.
+        sizes: int64 [N - F, 2], height and width of each without that filling; None: all are of one size.
+        features: float [F, tokens, width], images to understand as their encoder's features.
+        featured: bool [N], which images come as features, where others come as pixels.
+        grids: int64 [N, 2], rows and columns that each image to understand has in the stream.
+        codes: int64 [M, h, w], images to generate.
+        owners: int64 [N], the row of the batch that each image to understand stands in.
+    """
+
+    pixels: Tensor | None = None
+    sizes: Tensor | None = None
+    features: Tensor | None = None
+    featured: Tensor | None = None
+    grids: Tensor | None = None
+    codes: Tensor | None = None
+    owners: Tensor | None = None
+
+    @classmethod
+    def from_inputs(cls, inputs: dict[str, Any]) -> Images | None:
+        """Take the images out of keyword inputs as transformers' processors give them; None where there are none."""
+        found = {field: inputs.pop(name) for name, field in INPUT_FIELDS.items() if name in inputs}
+        return cls(**found) if any(value is not None for value in found.values()) else None
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Return them as keyword inputs, as transformers' processors name them."""
+        found = {name: getattr(self, field) for name, field in INPUT_FIELDS.items()}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def __len__(self) -> int:
+        """Images to understand."""
+        return sum(len(stack) for stack in (self.pixels, self.features) if stack is not None)
+
+    def __bool__(self) -> bool:
+        """Whether there is any image, to understand or to generate."""
+        return len(self) > 0 or (self.codes is not None and len(self.codes) > 0)
+
+    def to(self, *where: Any, **how: Any) -> Images:
+        """Return them on another device, as `torch.Tensor.to` takes it; number formats stay."""
+        moved = {name: value.to(*where, **how) for name, value in self._fields().items()}
+        return dataclasses.replace(self, **moved)
+
+    def first(self, count: int) -> Images:
+        """Return the first so many images to understand, of a bundle without any other."""
+        assert self.codes is None
+        return dataclasses.replace(self, **{name: value[:count] for name, value in self._fields().items()})
+
+    def owned_by(self, row: int) -> Images:
+        """Return them as standing in a row of the batch."""
+        return dataclasses.replace(self, owners=torch.full((len(self),), row))
+
+    def _fields(self) -> dict[str, Tensor]:
+        """What there is, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    @classmethod
+    def cat(cls, bundles: Iterable[Images]) -> Images | None:
+        """Join bundles in their order; None where they hold nothing."""
+        parts = [bundle for bundle in bundles if bundle]
+        if not parts:
+            return None
+        codes = _cat([part.codes for part in parts])
+        seen = [part for part in parts if len(part)]
+        if not seen:
+            return cls(codes=codes)
+        pixels, sizes = _pad([part for part in seen if part.pixels is not None])
+        features = _cat([part.features for part in seen])
+        featured = None
+        if pixels is not None and features is not None:
+            featured = torch.cat([part._which() for part in seen])
+        grids, owners = (_cat([getattr(part, name) for part in seen]) for name in ("grids", "owners"))
+        return cls(pixels, sizes, features, featured, grids, codes, owners)
+
+    def _which(self) -> Tensor:
+        """Which images to understand come as features: bool [N]."""
+        if self.featured is not None:
+            return self.featured
+        return torch.full((len(self),), self.features is not None)
+
+
+def _cat(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """Those that are there, one after the other."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    return torch.cat(given) if given else None
+
+
+def _pad(parts: Sequence[Images]) -> tuple[Tensor | None, Tensor | None]:
+    """Pixels of bundles filled up with 0 to the largest, and the sizes without that, where any has them."""
+    stacks = [part.pixels for part in parts if part.pixels is not None]
+    if not stacks:
+        return None, None
+    height, width = (max(stack.shape[axis] for stack in stacks) for axis in (2, 3))
+    padded = [F.pad(stack, (0, width - stack.shape[3], 0, height - stack.shape[2])) for stack in stacks]
+    if all(part.sizes is None for part in parts) and len({stack.shape[2:] for stack in stacks}) == 1:
+        return torch.cat(padded), None
+    sizes = [
+        part.sizes if part.sizes is not None else torch.tensor([stack.shape[2:]] * len(stack))
+        for part, stack in zip(parts, stacks, strict=True)
+    ]
+    return torch.cat(padded), torch.cat(sizes)
+
+
+@dataclasses.dataclass
+class Rows:
+    """How the rows of a batch are read, where they are not one sequence each.
+
+    Attributes:
+        positions: int64 [B, T], the position of each token in its sample.
+        samples: int64 [B, T], which sample of its row a token belongs to; padding is -1.
+        branches: int64 [B, T], which branch of its sample; see `unimm.models.attention`.
+    """
+
+    positions: Tensor
+    samples: Tensor
+    branches: Tensor
+
+    def to(self, *where: Any, **how: Any) -> Rows:
+        """Return them on another device, as `torch.Tensor.to` takes it."""
+        return Rows(*(value.to(*where, **how) for value in (self.positions, self.samples, self.branches)))

@@ -1,1 +1,0 @@
-"""GRPO: a model draws, a scorer gives each drawing a reward, and what beat its group becomes likelier."""

@@ -1,0 +1,1 @@
+"""Votes on drawings, and the page where they are cast."""

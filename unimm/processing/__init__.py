@@ -1,0 +1,1 @@
+"""Words and images to model inputs, and back."""

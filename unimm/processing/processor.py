@@ -1,0 +1,301 @@
+"""Words and images to model inputs and back: `UniMMProcessor`.
+
+It joins a `Conversation`, which writes what is said as tokens, with `Views`, which bring images to what the model sees.
+A prompt for a drawing ends in the layout's begin token. Text of the user is never read as a special token, whatever is
+typed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import BatchFeature, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
+
+from unimm.errors import UserError
+from unimm.files import atomic_write, write_json
+from unimm.images import to_uint8
+from unimm.models.configuration import UniMMConfig
+from unimm.models.inputs import Images
+from unimm.models.layout import LayoutPart
+from unimm.models.parts import CodesEncoderConfig, TimmEncoderConfig
+from unimm.models.turns import Turns
+from unimm.processing.conversation import Conversation, Grid
+from unimm.processing.messages import SHOWN, Message
+from unimm.processing.tokenizer_files import load_tokenizer
+from unimm.processing.views import Canvas, SquareViews, make_views, square_pixels
+from unimm.sections import read_dataclass
+
+if TYPE_CHECKING:
+    from unimm.images import ImageInput
+
+CAPTION_REQUESTS = ("describe the picture", "what does the picture show?", "caption this")
+"""Ways to ask for a caption in training; `UniMM.caption` uses the first."""
+PROCESSOR_FILE = "processor_config.json"
+GENERATION_FILE = "generation_config.json"
+
+
+class UniMMProcessor:
+    """Joins a text tokenizer with the image sizes and the layout of a model.
+
+    Args:
+        config: of the model.
+        tokenizer: any fast tokenizer.
+
+    Attributes:
+        layout: how images sit among the tokens.
+        turns: what stands around what is said.
+        conversation: writes messages as tokens.
+        views: what images to understand are brought to; None where the model understands none.
+        sees_codes: whether images are understood by their codes.
+        drawing_size: pixels a side of an image to generate, None if the model cannot draw.
+        stride: pixels a side that one code stands for.
+        codes: size of the codebook, where there is one.
+        feature_shape: tokens and width of an image to understand after the encoder, where there is one.
+        end_tokens: those that end an answer.
+    """
+
+    def __init__(self, config: UniMMConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        encoder, generation = config.encoder_config(), config.generation_config()
+        self.tokenizer = tokenizer
+        self.layout = config.image_layout()
+        self.turns = read_dataclass(Turns, config.conversation or {}, "", "conversation")
+        context = config.decoder_config().max_position_embeddings
+        self.conversation = Conversation(self.turns, tokenizer, self.layout, context)
+        self.views = make_views(config)
+        self.sees_codes = isinstance(encoder, CodesEncoderConfig)
+        self.drawing_size = generation.image_size if generation else None
+        self.stride = generation.stride if generation else 1
+        self.codes = generation.codes if generation else None
+        self.feature_shape = (
+            (encoder.tokens, encoder.width) if isinstance(encoder, TimmEncoderConfig) else None
+        )
+        self.pad, self.bos, self.eos = tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
+        end = self.turns.end
+        ends = [tokenizer.convert_tokens_to_ids(end) if end else None, self.eos]
+        self.end_tokens: list[int] = list(dict.fromkeys(token for token in ends if token is not None))
+
+    @classmethod
+    def from_config(cls, config: UniMMConfig, tokenizer: PreTrainedTokenizerBase) -> UniMMProcessor:
+        """Make the processor that a model of this configuration needs."""
+        return cls(config, tokenizer)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the tokenizer's files and a note of the sizes (which themselves live in `config.json`)."""
+        self.tokenizer.chat_template = self.turns.template  # which one of its own might contradict
+        self.tokenizer.save_pretrained(folder)
+        sizes = {
+            "processor_class": "UniMMProcessor",
+            "image_size": self.image_size,
+            "drawing_size": self.drawing_size,
+        }
+        with atomic_write(Path(folder) / PROCESSOR_FILE) as temporary:
+            temporary.write_text(json.dumps(sizes, indent=2) + "\n")
+        self.write_end_tokens(Path(folder))
+
+    def write_end_tokens(self, folder: Path) -> None:
+        """Write a generation config that names the end tokens, where there is none and the tokenizer names fewer."""
+        path = folder / GENERATION_FILE
+        if self.end_tokens != [self.eos] and not path.exists():
+            write_json(path, {"eos_token_id": self.end_tokens})
+
+    def end_answers_at(self, tokens: Iterable[int]) -> None:
+        """Let answers end at these tokens too, which a checkpoint's generation config names."""
+        self.end_tokens += [token for token in dict.fromkeys(tokens) if token not in self.end_tokens]
+
+    @property
+    def context(self) -> int:
+        """Most positions of the stream."""
+        return self.conversation.context
+
+    # --- words ------------------------------------------------------------------------------------------------
+
+    def text_ids(self, text: str) -> list[int]:
+        """Return the tokens of plain text; see `Conversation.text_ids`."""
+        return self.conversation.text_ids(text)
+
+    def ids(self, *parts: LayoutPart) -> list[int]:
+        """Return the tokens of a text given in parts; see `Conversation.ids`."""
+        return self.conversation.ids(*parts)
+
+    def question_ids(self, question: str, images: int | Sequence[Grid] = 1) -> list[int]:
+        """Return a prompt for a text answer: the images first, then the question.
+
+        Args:
+            question: the user's words.
+            images: how many images, or the (rows, columns) of each where their sizes differ.
+
+        Raises:
+            UserError: the prompt leaves no room in the context for an answer.
+        """
+        grids = [self.image_grid] * images if isinstance(images, int) else images
+        message = Message("user", (*[SHOWN] * len(grids), question.strip()))
+        return self.conversation.ask([message], grids)
+
+    def drawing_ids(self, prompt: str, grid: Grid | None = None, images: Sequence[Grid] = ()) -> list[int]:
+        """Return a prompt for a drawing of this grid of codes, up to its first code.
+
+        Args:
+            prompt: the user's words.
+            grid: (rows, columns) of the drawing's codes, by default the layout's.
+            images: (rows, columns) of each image that comes before the words, as in a question.
+
+        Raises:
+            UserError: the prompt is empty or leaves too little room in the context.
+        """
+        rows, columns = grid or self.layout.grid
+        if rows * columns >= self.context:
+            what = f"size: {columns * self.stride}x{rows * self.stride} takes {rows * columns} codes"
+            raise UserError(f"{what}, the context holds {self.context}; give a smaller one")
+        return self.conversation.ask_to_draw(prompt, (rows, columns), images)
+
+    def unconditional_ids(self, prompt_ids: Sequence[int], grid: Grid | None = None) -> list[int]:
+        """Return what guidance steers away from; see `Conversation.unconditional`."""
+        return self.conversation.unconditional(prompt_ids, grid or self.layout.grid)
+
+    # --- images -----------------------------------------------------------------------------------------------
+
+    @property
+    def image_size(self) -> int | None:
+        """Pixels a side of an image to understand; None where it may have any, or there is none."""
+        return self.views.side if isinstance(self.views, SquareViews) else None
+
+    @property
+    def image_grid(self) -> Grid:
+        """Rows and columns in the stream of an image to understand of which nothing is known."""
+        return self.layout.grid if self.views is None else self.views.grid
+
+    def check_understands(self) -> None:
+        """Refuse images to understand where the model understands none.
+
+        Raises:
+            UserError: it does not.
+        """
+        if self.views is None:
+            raise UserError("images: this model understands no images")
+
+    def check_draws(self, key: str) -> None:
+        """Refuse what only a model that can draw has a use for.
+
+        Args:
+            key: what was given, for the error.
+
+        Raises:
+            UserError: it cannot.
+        """
+        if self.drawing_size is None:
+            raise UserError(f"{key}: this model cannot draw")
+
+    def look(self, images: Sequence[ImageInput]) -> Images:
+        """Return images to understand as the model takes them.
+
+        Raises:
+            UserError: one cannot be read, or the model understands no images.
+        """
+        if not images:
+            return Images()
+        self.check_understands()
+        assert self.views is not None
+        return self.views.prepare(images)
+
+    def drawn(self, codes: Sequence[Tensor]) -> Images:
+        """Return images to generate, of codes [h, w] each, as the model takes them beside its tokens."""
+        if not codes or self.layout.shared:  # which are tokens themselves
+            return Images()
+        return Images(codes=torch.stack(list(codes)))
+
+    def drawing_pixels(self, images: Sequence[ImageInput]) -> Tensor:
+        """Return images to tokenise, float [M, 3, S, S] in [-1, 1]: short side to S, cropped."""
+        if self.drawing_size is None:
+            raise UserError("images: this model has no image tokenizer")
+        return square_pixels(images, self.drawing_size)
+
+    def canvas(self, size: int | None = None, keep_ratio: bool = False) -> Canvas:
+        """Return what pictures to learn drawing are brought to.
+
+        Args:
+            size: pixels a side; None: the model's own.
+            keep_ratio: see `Canvas`.
+
+        Raises:
+            UserError: the model has no image tokenizer, or draws one size only, or the size does not fit its codes.
+        """
+        own = self.drawing_size
+        if own is None:
+            raise UserError("images: this model has no image tokenizer")
+        if not self.layout.sized and (keep_ratio or size not in (None, own)):
+            raise UserError(f"size: this model draws {own}x{own} only; leave out size and ratio")
+        return Canvas(size or own, self.stride, keep_ratio)
+
+    # --- inputs -----------------------------------------------------------------------------------------------
+
+    def __call__(self, questions: Sequence[str], images: Sequence[Sequence[ImageInput]]) -> BatchFeature:
+        """Return a batch of questions, each with its own images, padded on the left."""
+        seen = self.look([image for own in images for image in own])
+        left = iter(grids_of(seen))
+        rows = [
+            self.question_ids(text, [next(left) for _ in own])
+            for text, own in zip(questions, images, strict=True)
+        ]
+        input_ids, attention_mask = self.pad_left(rows)
+        return BatchFeature({"input_ids": input_ids, "attention_mask": attention_mask, **seen.inputs()})
+
+    def drawing_inputs(
+        self, prompt: str, images: Sequence[ImageInput] = (), grid: Grid | None = None
+    ) -> BatchFeature:
+        """Return one prompt for a drawing, with the images that come before its words: ids [1, T] and pixels.
+
+        Raises:
+            UserError: the prompt cannot be drawn, an image cannot be read, or the model cannot look at it.
+        """
+        seen = self.look(images)
+        ids = self.drawing_ids(prompt, grid, grids_of(seen))
+        return BatchFeature({"input_ids": torch.tensor([ids]), **seen.inputs()})
+
+    def pad_left(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Return input ids and attention mask [B, T] of prompts of different lengths."""
+        longest = max(map(len, rows))
+        input_ids = torch.full((len(rows), longest), self.pad)
+        attention_mask = torch.zeros_like(input_ids)
+        for i, row in enumerate(rows):
+            input_ids[i, longest - len(row) :] = torch.tensor(row)
+            attention_mask[i, longest - len(row) :] = 1
+        return input_ids, attention_mask
+
+    def decode_text(self, ids: Tensor | list[list[int]]) -> list[str]:
+        """Return the text of generated rows [B, T]."""
+        texts: list[str] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def to_images(self, pixels: Tensor) -> list[Image.Image]:
+        """Return pictures of float pixels [B, 3, H, W] in [-1, 1]."""
+        return [Image.fromarray(array) for array in to_uint8(pixels)]
+
+
+def grids_of(images: Images) -> list[Grid]:
+    """Return the rows and columns of each image to understand."""
+    return [] if images.grids is None else [(rows, columns) for rows, columns in images.grids.tolist()]
+
+
+def read_tokenizer(folder: str | Path, config: Mapping[str, Any] | None = None) -> PreTrainedTokenizerBase:
+    """Load a text tokenizer; that transformers does not know the model beside it is not worth a warning.
+
+    Args:
+        folder: holds its files.
+        config: the `config.json` beside them, where it has been read.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        return load_tokenizer(Path(folder), config)
+    finally:
+        hf_logging.set_verbosity(level)

@@ -1,1 +1,0 @@
-"""Image tokenizers: the model, its training losses and task, and its evaluation."""

@@ -1,0 +1,496 @@
+"""What a unified model is assembled from for training: the `model` section of a recipe, its files and weights.
+
+Either a whole model that `unimm.load` takes (`pretrained`), or its parts, each from nothing, from an earlier
+run's export, or with published weights. `describe_model` needs no weights, so that a run can be planned without.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from pydantic import AfterValidator, Field, model_validator
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from unimm.console import no_progress
+from unimm.errors import UserError, UserNote
+from unimm.families.image_tokenizers import load_image_tokenizer
+from unimm.files import open_regular, read_json, settled
+from unimm.loading import load
+from unimm.locate import EMBEDDED, embedded_model, locate
+from unimm.models.configuration import ImageTokenizerSizes, UniMMConfig, read_image_tokenizer
+from unimm.models.decoders import decoder_config, read_decoder
+from unimm.models.lora import is_adapter
+from unimm.models.modeling import UniMMModel
+from unimm.models.parts import VisionConfig
+from unimm.models.weights import check_finite, refuse
+from unimm.pipeline import UniMM
+from unimm.processing.processor import UniMMProcessor, read_tokenizer
+from unimm.sections import FieldError, NotNegative, Positive, Section, read_dataclass
+from unimm.training.sides import check_sides
+from unimm.training.tokens import renew_tokens
+
+if TYPE_CHECKING:
+    from unimm.training.tasks.unified import UnifiedRecipe
+
+MARKS = ("<begin_of_image>", "<end_of_image>", "<image_placeholder>", "<image>")
+
+
+def _decoder(fields: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Check a decoder's fields; what the text tokenizer decides may be left out."""
+    if fields is not None:
+        decoder_config(read_decoder(fields, key=""), key="")
+    return fields
+
+
+def _vision(described: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
+    if isinstance(described, dict):
+        read_dataclass(VisionConfig, described, "")
+    return described
+
+
+def _image_tokenizer(described: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
+    if isinstance(described, dict):
+        read_image_tokenizer(described)
+    return described
+
+
+class SamplingDefaults(Section):
+    """How a model draws where nobody says otherwise; what is left out stays as it was."""
+
+    guidance_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    top_k: NotNegative | None = None
+    """0: no limit."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+
+
+class ModelSection(Section):
+    """The model: a whole one (`pretrained`), or a decoder and two encoders that are joined by new connectors.
+
+    `image_tokenizer: null` makes one that only understands, `vision: null` one that only draws.
+    """
+
+    pretrained: str | None = None
+    """A whole model, as `unimm.load` takes it; of the other keys only those from here to `renew_tokens`, and
+    `initialize`, have a meaning then."""
+    sampling: SamplingDefaults | None = None
+    """How the exported model draws by itself; null: as the one that it starts from does."""
+    renew_tokens: bool = False
+    """Give tokens that were never trained, which new words are spelt in, distinct values at the start."""
+    decoder: Annotated[dict[str, Any] | None, AfterValidator(_decoder)] = None
+    """Config of one of transformers' language models that fit (`unimm.models.decoders`)."""
+    vision: Annotated[str | dict[str, Any] | None, AfterValidator(_vision)] = None
+    """The export of a `siglip` run, or the fields of a `VisionConfig`; null: the model sees no images, unless
+    `shared`."""
+    image_tokenizer: Annotated[str | dict[str, Any] | None, AfterValidator(_image_tokenizer)] = None
+    """A folder or file that holds an image tokenizer, or the fields of its config (`model_type: unimm_vq`); null: the
+    model does not draw."""
+    text_tokenizer: str | None = None
+    """A folder; "embedded" for that of the embedded model; null: that of the `siglip` run."""
+    weights: dict[Literal["decoder", "vision", "image_tokenizer"], str] = Field(default_factory=dict)
+    """Published weights to start parts from that are described by their fields."""
+    shared: bool = False
+    """Codes are tokens of the text vocabulary, as Emu3 has them; there is no understanding encoder then."""
+    merge: Positive = 2
+    connector_depth: Positive = 2
+    places: bool = True
+    code_depth: Positive | None = None
+    """Layers of the code connector; null: `connector_depth`."""
+    code_head_width: Positive | None = None
+    """Width between the two layers of the code head; null: the decoder's."""
+    initialize: str | None = None
+    """Folder of an earlier export, on the same codes, to start from; null: from nothing."""
+    initialize_parts: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] | None = None
+    """Which parts come from there, the others start as in any run; null: all that the model has."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> ModelSection:
+        if self.pretrained is not None:
+            return self
+        if self.decoder is None:
+            raise FieldError("decoder: missing; give it, or a whole model as pretrained")
+        if self.shared and self.vision is not None:
+            raise FieldError("vision: a model whose codes are tokens understands by them; remove it")
+        if self.shared and self.image_tokenizer is None:
+            raise FieldError("image_tokenizer: missing; codes that are tokens need one")
+        for name in ("image_tokenizer",) if self.shared else ("vision", "image_tokenizer"):
+            if name not in self.model_fields_set:
+                message = "missing; give it, or null for a model without, or a whole model as pretrained"
+                raise FieldError(f"{name}: {message}")
+        if self.vision is None and self.image_tokenizer is None:
+            raise ValueError("vision and image_tokenizer are null; give one of them")
+        for name in self.weights:
+            if getattr(self, name) is None:
+                raise FieldError(f"weights.{name}: this model has no such part; leave it out")
+        if not isinstance(self.vision, str) and self.text_tokenizer is None:
+            raise FieldError("text_tokenizer: missing; give a folder that holds one")
+        return self
+
+
+def read_vision(folder: Path, merge: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the vision section of a `UniMMConfig` and the encoder's weights, from a `siglip` export."""
+    try:
+        section = read_json(settled(folder) / "vision.json")
+        weights = load_file(folder / "vision.safetensors")
+    except (UserError, OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: no export of a siglip run ({error}); train the encoder first") from None
+    return {**section, "merge": merge}, _tower(weights)
+
+
+def _tower(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a timm encoder as those of a `VisionTower`; its pooling head serves the contrastive loss only."""
+    return {f"model.{key}": value for key, value in weights.items() if not key.startswith("attn_pool.")}
+
+
+def _load(source: str) -> UniMM:
+    """Load a whole model to go on from."""
+    return load(source, device="cpu", dtype="float32")
+
+
+class Assembly:
+    """The description, the tokenizers and the weights of the model of a recipe.
+
+    Args:
+        recipe: whose `model` section to follow.
+        weights: read weights too; without, only what `describe_model` needs.
+
+    Raises:
+        UserError: a file is missing or is something else.
+    """
+
+    def __init__(self, recipe: UnifiedRecipe, weights: bool = True) -> None:
+        self.recipe, self.section = recipe, recipe.model
+        self._whole: UniMMModel | None = None
+        self.renewed: list[int] = []  # tokens whose rows `build` gave new values
+        self.image_tokenizer: Any = None
+        self._vision_weights: dict[str, Tensor] | None = None
+        if self.section.pretrained is not None:
+            um = _load(self.section.pretrained)
+            self.config, self.processor, self._whole = um.model.config, um.processor, um.model
+            self.image_tokenizer = copy.deepcopy(um.model.image_tokenizer)
+        else:
+            self._describe(weights)
+        check_sides(recipe, self.processor)
+
+    def _describe(self, weights: bool) -> None:
+        """Say what the parts are, and read those that are not made by `build`."""
+        vision: dict[str, Any] | None = None
+        sizes: ImageTokenizerSizes | None = None
+        if self.section.vision is not None:
+            vision, self._vision_weights = self._vision(weights)
+        if self.section.image_tokenizer is not None:
+            sizes = self._image_tokenizer(weights)
+        words = self._words(weights)
+        if self.section.shared:
+            assert sizes is not None
+            self.config = self._shared(sizes, words)
+        else:
+            self.config = self._config(vision, sizes, words)
+        self.processor = UniMMProcessor.from_config(self.config, words)
+
+    def _vision(self, weights: bool) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
+        section = self.section
+        if isinstance(section.vision, str):
+            return read_vision(Path(section.vision), section.merge)
+        assert section.vision is not None
+        path = section.weights.get("vision") if weights else None
+        if path is None:
+            return {**section.vision, "merge": section.merge}, None
+        file = settled(path)
+        file = file / "model.safetensors" if file.is_dir() else file
+        try:
+            open_regular(file).close()
+            found = load_file(file)
+        except UserError as error:
+            raise self.recipe.error("model.weights.vision", str(error)) from None
+        except (OSError, SafetensorError) as error:
+            raise self.recipe.error("model.weights.vision", f"{file}: not readable ({error})") from None
+        return {**section.vision, "merge": section.merge}, _tower(found)
+
+    def _image_tokenizer(self, weights: bool) -> ImageTokenizerSizes:
+        section = self.section
+        path = section.image_tokenizer
+        if isinstance(path, dict):
+            sizes: ImageTokenizerSizes = read_image_tokenizer(path)
+            if not weights:
+                return sizes
+            path = section.weights.get("image_tokenizer")
+            if path is None:
+                self.image_tokenizer = nn.Module.eval(AutoModel.from_config(sizes))
+                return sizes
+        assert path is not None
+        if not (settled(path).is_file() or (Path(path) / "config.json").exists()):
+            message = f"{path} holds no image tokenizer; train it first"
+            raise self.recipe.error("model.image_tokenizer", message)
+        self.image_tokenizer = nn.Module.eval(load_image_tokenizer(path))
+        return self.image_tokenizer.config  # type: ignore[no-any-return]
+
+    def _words(self, weights: bool) -> PreTrainedTokenizerBase:
+        section = self.section
+        name = section.text_tokenizer or str(section.vision)
+        folder = locate(name).folder if name == EMBEDDED else settled(name)
+        if not folder.is_dir() and not weights:
+            folder = embedded_model()  # the decoder's config knows the size of the right one
+        if not folder.is_dir():
+            raise self.recipe.error("model.text_tokenizer", f"{folder}: no such folder")
+        words = read_tokenizer(folder)
+        for mark in MARKS[:3]:
+            if words.convert_tokens_to_ids(mark) in (None, words.unk_token_id):
+                raise self.recipe.error("model.text_tokenizer", f"{folder} has no token {mark}")
+        return words
+
+    def _shared(self, sizes: ImageTokenizerSizes, words: PreTrainedTokenizerBase) -> UniMMConfig:
+        """Describe a model whose codes, and what else an image needs, are tokens after those of the words."""
+        side, first = sizes.image_size // sizes.stride, len(words)
+        begin, end, feature = (words.convert_tokens_to_ids(name) for name in MARKS[:3])
+        area = sizes.image_size**2
+        decoder = dict(self.section.decoder or {})
+        return UniMMConfig(
+            decoder={
+                **decoder,
+                "vocab_size": max(first + 3 + sizes.codebook_size, decoder.get("vocab_size", 0)),
+                **_special(words),
+            },
+            generation={
+                "codes": sizes.codebook_size,
+                "dim": getattr(sizes, "codebook_dim", 0),
+                "image_size": sizes.image_size,
+                "stride": sizes.stride,
+                "shared": True,
+            },
+            views={"kind": "area", "least": area, "most": area, "stride": sizes.stride},
+            encoder={"kind": "codes"},
+            image_tokenizer=_plain(sizes),
+            layout={
+                "begin": begin,
+                "end": end,
+                "feature": feature,
+                "code": first + 3,
+                "grid": (side, side),
+                "codes": sizes.codebook_size,
+                "wrapper": first,
+                "end_of_line": first + 1,
+                "end_of_frame": first + 2,
+            },
+        )
+
+    def _config(
+        self,
+        vision: dict[str, Any] | None,
+        sizes: ImageTokenizerSizes | None,
+        words: PreTrainedTokenizerBase,
+    ) -> UniMMConfig:
+        """Describe a model with an encoder, with codes of their own, or with both."""
+        side = 1 if sizes is None else sizes.image_size // sizes.stride  # 1: nothing is drawn
+        section = self.section
+        begin, end, feature, code = (words.convert_tokens_to_ids(name) for name in MARKS)
+        decoder = dict(section.decoder or {})
+        vocabulary = max(len(words), decoder.get("vocab_size", 0))
+        if code is None or code == words.unk_token_id:  # an id beyond the text vocabulary will do
+            code = vocabulary
+        seen: dict[str, Any] = {}
+        if vision is not None:
+            seen = read_dataclass(VisionConfig, vision, "", "vision").parts()
+        return UniMMConfig(
+            decoder={**decoder, "vocab_size": vocabulary, **_special(words)},
+            **seen,
+            connector={"kind": "mlp", "depth": section.connector_depth},
+            generation=None if sizes is None else self._generation(sizes),
+            image_tokenizer=None if sizes is None else _plain(sizes),
+            layout={
+                "begin": begin,
+                "end": end,
+                "feature": feature,
+                "code": code,
+                "grid": (side, side),
+            },
+        )
+
+    def _generation(self, sizes: Any) -> dict[str, Any]:
+        """Describe codes of their own."""
+        section = self.section
+        return {
+            "codes": sizes.codebook_size,
+            "dim": sizes.codebook_dim,
+            "image_size": sizes.image_size,
+            "stride": sizes.stride,
+            "places": section.places,
+            "depth": section.code_depth,
+            "head_width": section.code_head_width,
+        }
+
+    def build(self) -> UniMMModel:
+        """The model: parts from nothing, or as they were trained."""
+        if self.section.pretrained is not None:
+            model = self._whole or _load(self.section.pretrained).model
+            self._whole = None
+        else:
+            model = self._join()
+        if self.section.initialize is not None:
+            self._take_over(model, Path(self.section.initialize))
+        if self.section.renew_tokens:
+            self.renewed = self._renew(model)
+        if self.section.sampling is not None:
+            sampling = model.config.sampling_config().updated(**self.section.sampling.model_dump())
+            model.config.sampling = dataclasses.asdict(sampling)
+        return model
+
+    def _renew(self, model: UniMMModel) -> list[int]:
+        """Give tokens that were never trained new values, and say how many.
+
+        Raises:
+            UserError: adapters would hold the tokens' rows, and ZeRO 3 the shards of the table they lie in.
+        """
+        if self.recipe.lora is not None and self.recipe.zero_stage == 3:
+            message = "does not go with lora and ZeRO stage 3; use stage 2, or leave one of them out"
+            raise self.recipe.error("model.renew_tokens", message)
+        words = self.processor.tokenizer
+        # Special tokens stay: blanked prompts are spelt in one, and the stream is marked by others.
+        special = {*words.all_special_ids, *words.get_added_vocab().values()}
+        renewed = renew_tokens(model, special, self.recipe.seed)
+        size = model.decoder.config.vocab_size
+        note = f"model.renew_tokens: {len(renewed)} of {size} tokens were never trained; they start anew"
+        warnings.warn(note, UserNote, stacklevel=3)
+        return renewed
+
+    def _join(self) -> UniMMModel:
+        model = UniMMModel(self.config)
+        if self._vision_weights is not None:
+            assert model.vision is not None
+            model.vision.load_state_dict(self._vision_weights)
+        if model.image_tokenizer is not None:
+            model.image_tokenizer.load_state_dict(self.image_tokenizer.state_dict())
+        if model.code_embedding is not None:  # codes start out as far apart as the tokenizer has them
+            table = model.code_embedding.table.weight
+            with torch.no_grad():
+                table.copy_(self.image_tokenizer.vectors)
+        if (folder := self.section.weights.get("decoder")) is not None:
+            self._load_decoder(model.decoder, folder)
+        return model
+
+    def _load_decoder(self, decoder: nn.Module, folder: str) -> None:
+        """Copy a language model's weights; rows of a larger vocabulary keep their random start."""
+        try:
+            with no_progress():
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+                )
+            model, report = loaded
+            refuse(folder, missing=report["missing_keys"])
+            check_finite(model, folder)
+        except UserError as error:
+            raise self.recipe.error("model.weights.decoder", str(error)) from None
+        except (OSError, ValueError, RuntimeError) as error:
+            line = str(error).strip().splitlines()[0]
+            raise self.recipe.error("model.weights.decoder", f"{folder}: {line}") from None
+        found = model.state_dict()
+        with torch.no_grad():
+            for name, ours in decoder.state_dict().items():
+                theirs = found.get(name)
+                if theirs is None or theirs.shape[1:] != ours.shape[1:] or len(theirs) > len(ours):
+                    shape = "nothing" if theirs is None else list(theirs.shape)
+                    message = f"{folder}: {name}: expected {list(ours.shape)}, found {shape}"
+                    raise self.recipe.error("model.weights.decoder", message)
+                ours[: len(theirs)].copy_(theirs)
+
+    def _take_over(self, model: UniMMModel, folder: Path) -> None:
+        """Copy parts of an earlier export, once it is known that they fit and speak of the same codes."""
+        error = self.recipe.error
+        if not (folder / "config.json").exists():
+            raise error("model.initialize", f"{folder} holds no exported model")
+        earlier = UniMMModel.from_pretrained(folder, dtype=torch.float32)
+        one, two = model.image_tokenizer, earlier.image_tokenizer
+        if one is not None and two is not None and not _close(one.vectors, two.vectors):
+            raise error(
+                "model.initialize", f"{folder} has another image tokenizer than model.image_tokenizer"
+            )
+        ours, theirs = model.parts(), earlier.parts()
+        for name in self.section.initialize_parts or ours:
+            if name not in ours:
+                raise error("model.initialize_parts", f"{name!r}: expected some of {', '.join(ours)}")
+            if name not in theirs:
+                message = f"{folder} has no {name}; name the parts to take in initialize_parts"
+                raise error("model.initialize", message)
+            wanted = {key: tensor.shape for key, tensor in ours[name].state_dict().items()}
+            given = theirs[name].state_dict()
+            if wanted != {key: tensor.shape for key, tensor in given.items()}:
+                raise error("model.initialize", f"{folder} has another {name} than this recipe")
+            ours[name].load_state_dict(given)
+
+
+def _special(words: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The ids that a decoder's config names."""
+    return {f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+
+
+def _plain(sizes: ImageTokenizerSizes) -> dict[str, Any]:
+    """An image tokenizer's config as plain values."""
+    return {key: value for key, value in sizes.to_dict().items() if key != "_name_or_path"}
+
+
+def _close(one: Tensor, two: Tensor) -> bool:
+    """Whether two codebooks are the same but for the rounding of an export to 16 bits."""
+    return one.shape == two.shape and torch.allclose(one, two, atol=1e-2)
+
+
+def model_groups(model: UniMMModel, adapters: bool) -> dict[str, list[nn.Parameter]]:
+    """Return what a stage's `lr` may name: one group for each part, and one for all adapters where there are any."""
+    groups = {
+        name: [weight for key, weight in part.named_parameters() if not is_adapter(key)]
+        for name, part in model.parts().items()
+    }
+    if adapters:
+        groups["lora"] = [weight for key, weight in model.named_parameters() if is_adapter(key)]
+    return groups
+
+
+def describe_model(recipe: UnifiedRecipe) -> UniMMModel:
+    """Return the recipe's model on the meta device: every shape, no weights.
+
+    Raises:
+        UserError: a part is missing, or the recipe asks for what the model lacks.
+    """
+    assembly = Assembly(recipe, weights=False)
+    with torch.device("meta"):
+        return UniMMModel(assembly.config)
+
+
+def tiny_model(section: dict[str, Any]) -> dict[str, Any]:
+    """A `model` section of the same make as this one, of tiny parts with random weights."""
+    decoder = section.get("decoder") or {"model_type": "llama"}
+    tiny: dict[str, Any] = {
+        "decoder": {
+            "model_type": decoder.get("model_type", "llama"),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 1024,
+        },
+        "image_tokenizer": {
+            "image_size": 64,
+            "patch_size": 4,
+            "block_out_channels": [8, 16],
+            "norm_num_groups": 4,
+            "latent_channels": 8,
+            "codebook_size": 32,
+            "codebook_dim": 4,
+        },
+        "text_tokenizer": EMBEDDED,
+    }
+    if section.get("shared"):
+        return {**tiny, "shared": True}
+    width = {"img_size": 64, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    sizes = {"image_size": 64, "tokens": 64, "width": 16, "kwargs": width}
+    tiny["vision"] = {"name": "vit_base_patch16_siglip_224", **sizes}
+    left_out = [] if section.get("pretrained") else [name for name, part in section.items() if part is None]
+    return tiny | {name: None for name in ("vision", "image_tokenizer") if name in left_out}

@@ -1,0 +1,1 @@
+"""What a stage can train; `unimm.training.recipe.TASKS` lists them."""
