@@ -90,9 +90,9 @@ class Side:
 
     def __init__(self, workload: str, mode: str, file: Path, model: Path | None, stack: ExitStack) -> None:
         path, overrides = WORKLOADS[workload]
-        told = [f"data.file={file}", f"output={file.parent / mode}", f"reference={{mode: {mode}}}"]
-        told += [] if model is None else [f"model={model}"]
-        recipe = load_recipe(find_recipe(path), [*told, *overrides, "device=cpu", "stages[0].steps=100000"])
+        mine = [f"data.file={file}", f"output={file.parent / mode}", f"reference={{mode: {mode}}}"]
+        mine += [] if model is None else [f"model={model}"]
+        recipe = load_recipe(find_recipe(path), [*mine, *overrides, "device=cpu", "stages[0].steps=100000"])
         assert isinstance(recipe, PreferenceRecipe)
         stage, task = recipe.stages[0], recipe.build_task()
         torch.manual_seed(recipe.seed)  # adapters start at random

@@ -231,8 +231,8 @@ def test_published_sizes_from_the_config_alone(
         if "index" not in file.name:
             shutil.copy(file, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    told = describe(tmp_path)
-    assert told["family"] == "janus" and told["layout"] == "original"
-    assert round(told["parameters"]["image_tokenizer"] / 1e6, 2) == 71.88
-    assert round((told["parameters_total"] + POOLING + RECORD) / 1e9, 3) == billions
-    assert told["understands"] == told["draws"] == "384x384" and told["context"] == 16384
+    described = describe(tmp_path)
+    assert described["family"] == "janus" and described["layout"] == "original"
+    assert round(described["parameters"]["image_tokenizer"] / 1e6, 2) == 71.88
+    assert round((described["parameters_total"] + POOLING + RECORD) / 1e9, 3) == billions
+    assert described["understands"] == described["draws"] == "384x384" and described["context"] == 16384

@@ -234,9 +234,9 @@ def test_a_missing_vision_tokenizer_is_named(folder: Path, tmp_path: Path) -> No
 
 
 def test_what_it_is_without_its_weights(folder: Path) -> None:
-    told = describe(folder / "transformers")
-    assert (told["family"], told["layout"]) == ("emu3", "transformers")
-    assert told["can"] == ["caption", "ask", "draw"]
+    described = describe(folder / "transformers")
+    assert (described["family"], described["layout"]) == ("emu3", "transformers")
+    assert described["can"] == ["caption", "ask", "draw"]
 
 
 def test_published_sizes_from_the_config_alone(tmp_path: Path) -> None:
@@ -259,8 +259,10 @@ def test_published_sizes_from_the_config_alone(tmp_path: Path) -> None:
     named = ["<|image token|>", "<|image start|>", "<|image end|>"]
     named += [f"<|visual token {code:06d}|>" for code in range(32768)]
     (tmp_path / "emu3_vision_tokens.txt").write_text("\n".join(named))
-    told = describe(tmp_path)
-    assert (told["family"], told["layout"]) == ("emu3", "original")
-    assert round(told["parameters"]["decoder"] / 1e9, 3) == 8.492  # published as 8.49B
-    assert round(told["parameters"]["image_tokenizer"] * 4 / 1e9, 2) == 1.08  # GB of its file, in float32
-    assert told["draws"] == "720x720" and told["context"] == 131072
+    described = describe(tmp_path)
+    assert (described["family"], described["layout"]) == ("emu3", "original")
+    assert round(described["parameters"]["decoder"] / 1e9, 3) == 8.492  # published as 8.49B
+    assert (
+        round(described["parameters"]["image_tokenizer"] * 4 / 1e9, 2) == 1.08
+    )  # GB of its file, in float32
+    assert described["draws"] == "720x720" and described["context"] == 131072

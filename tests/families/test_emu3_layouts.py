@@ -68,10 +68,10 @@ def test_every_tensor_arrives_in_the_other_layout(folder: Path, tmp_path: Path, 
 
 
 def test_transformers_runs_what_came_from_the_original(folder: Path) -> None:
-    loaded, told = Emu3ForConditionalGeneration.from_pretrained(
+    loaded, loading = Emu3ForConditionalGeneration.from_pretrained(
         folder / "new-transformers", output_loading_info=True
     )
-    assert not told["missing_keys"] and not told["unexpected_keys"] and not told["mismatched_keys"]
+    assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
     theirs = loaded.eval()
     assert (
         theirs.config.vocabulary_map["<image>"]
@@ -146,9 +146,9 @@ def test_the_written_original_is_laid_out_as_the_published_one(folder: Path) -> 
             for layout in ("original", "new-original")
         )
         assert wanted.items() <= got.items()
-    told = describe(folder / "new-original")
-    assert (told["family"], told["layout"]) == ("emu3", "original")
-    assert told["understands"] == "any size, 256 to 1024 pixels"
+    described = describe(folder / "new-original")
+    assert (described["family"], described["layout"]) == ("emu3", "original")
+    assert described["understands"] == "any size, 256 to 1024 pixels"
 
 
 def test_the_vision_tokenizer_may_lie_beside_the_model(folder: Path, tmp_path: Path) -> None:
@@ -254,8 +254,8 @@ def test_the_published_size_has_the_published_number_of_parameters(folder: Path,
         shutil.copy(folder / "original" / name, tmp_path)
     images = [*IMAGES[:3], *(f"<|visual token {code:06d}|>" for code in range(32768))]
     (tmp_path / "emu3_vision_tokens.txt").write_text("\n".join(images))
-    told = describe(tmp_path)
-    assert told["parameters"]["decoder"] == 8_492_011_520
+    described = describe(tmp_path)
+    assert described["parameters"]["decoder"] == 8_492_011_520
     with torch.device("meta"):
         reference = Emu3ForConditionalGeneration(
             Emu3Config(text_config=Emu3TextConfig(), vq_config=Emu3VQVAEConfig(), vocabulary_map={})
@@ -264,6 +264,6 @@ def test_the_published_size_has_the_published_number_of_parameters(folder: Path,
         name: sum(p.numel() for p in part.parameters())
         for name, part in (("all", reference), ("vq", reference.model.vqmodel))
     }
-    assert told["parameters"]["image_tokenizer"] == counts["vq"]
-    assert told["parameters_total"] == counts["all"]
-    assert told["context"] == 9216 and told["draws"] == "720x720"
+    assert described["parameters"]["image_tokenizer"] == counts["vq"]
+    assert described["parameters_total"] == counts["all"]
+    assert described["context"] == 9216 and described["draws"] == "720x720"

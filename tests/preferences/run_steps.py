@@ -29,15 +29,15 @@ def look_and_step(path: Path) -> None:
     freeze(recipe, last, groups, module)
     sources = [task.dataset(stage, 0) for stage in recipe.stages]
     engine = Engine(recipe, last, task, module, groups, torch.device("cpu"))
-    told = {
+    metrics = {
         stage.name: step(engine, task, sources[i], stage, 0, 0.0) for i, stage in enumerate(recipe.stages)
     }
-    told |= {f"step {n}": step(engine, task, sources[last], recipe.stages[last], n, 1.0) for n in (0, 1)}
+    metrics |= {f"step {n}": step(engine, task, sources[last], recipe.stages[last], n, 1.0) for n in (0, 1)}
     state = engine.model_tensors(rank == 0)
     engine.release()
     engine.close()
     if rank == 0:
-        path.with_name("told.json").write_text(json.dumps(told))
+        path.with_name("metrics.json").write_text(json.dumps(metrics))
         save_file(state, path.with_name("end.safetensors"))
 
 

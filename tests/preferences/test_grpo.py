@@ -166,12 +166,12 @@ def test_several_updates_use_one_batch_of_drawings(recipe_file: Path) -> None:
         "objective.epsilon_high=0.01",
     ]
     folder = train(load_recipe(recipe_file, overrides), quiet=True)
-    told = lines(folder.parent)
+    logged = lines(folder.parent)
     for fresh, again in ((0, 1), (2, 3)):
-        assert told[fresh]["reward"] == told[again]["reward"]
-        assert told[fresh]["ratio"] == 1 and told[fresh]["clipped"] == 0
-        assert told[again]["ratio"] != 1 and told[again]["clipped"] > 0
-    assert told[1]["reward"] != told[2]["reward"]
+        assert logged[fresh]["reward"] == logged[again]["reward"]
+        assert logged[fresh]["ratio"] == 1 and logged[fresh]["clipped"] == 0
+        assert logged[again]["ratio"] != 1 and logged[again]["clipped"] > 0
+    assert logged[1]["reward"] != logged[2]["reward"]
 
 
 @pytest.mark.parametrize(

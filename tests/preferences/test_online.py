@@ -61,10 +61,10 @@ def test_what_is_drawn_comes_from_the_distribution_that_learns(
     ("task", "overrides"), [("grpo", ["objective.beta=0.001"]), ("online_dpo", ["pairs.each=4"])]
 )
 def test_the_reward_rises(tiny: Path, tmp_path: Path, task: str, overrides: list[str]) -> None:
-    told = ["scorer=tests.preferences.rewards.zeros", "sampling.group=8", "stages[0].steps=12",
+    overrides = ["scorer=tests.preferences.rewards.zeros", "sampling.group=8", "stages[0].steps=12",
             "stages[0].lr={code_head: 0.02}", "checkpoint.every=99", "logging.samples_every=12",
             *overrides]  # fmt: skip
-    folder = train(load_recipe(write_recipe(task, tiny, tmp_path), told), quiet=True)
+    folder = train(load_recipe(write_recipe(task, tiny, tmp_path), overrides), quiet=True)
     rewards = [line["reward"] for line in lines(folder.parent)]
     assert sum(rewards[:3]) / 3 < 0.1  # 1 of 32 codes
     assert sum(rewards[-3:]) / 3 > 0.8
@@ -169,15 +169,15 @@ def test_in_16_bits_every_weight_is_reached(recipe_file: Path, tiny: Path) -> No
         ("online_dpo", "rules", ("reference.mode=none",)),
     ],
 )
-def test_rewards_are_told_by_kind_of_scene(
+def test_rewards_are_logged_by_kind_of_scene(
     tiny: Path, tmp_path: Path, task: str, scorer: str, overrides: tuple[str, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr("unimm.preferences.artwork.SCENES", 64)
     recipe_file = write_recipe(task, tiny, tmp_path)
-    told = ["prompts={scenes: 16}", f"scorer={scorer}", "stages[0].steps=2", "stages[0].batch=2",
+    overrides = ["prompts={scenes: 16}", f"scorer={scorer}", "stages[0].steps=2", "stages[0].batch=2",
             "stages[0].mixture={pair: 1, single: 1}", *overrides]  # fmt: skip
-    folder = train(load_recipe(recipe_file, told), quiet=True)
+    folder = train(load_recipe(recipe_file, overrides), quiet=True)
     for line in lines(folder.parent):
         assert line["reward"] == pytest.approx((line["reward/pair"] + line["reward/single"]) / 2, abs=1e-6)
         assert "reward/count" not in line

@@ -44,7 +44,7 @@ def test_pairs_that_differ_too_little_do_not_count(recipe_file: Path) -> None:
     assert metrics["counted"] == pytest.approx(5 / 8)
     assert metrics["pairs/margin"].tolist() == [0, 5]
     assert metrics["entropy"][1] == metrics["kl"][1] == 10 * SIZE
-    # One pair is kept, and told of nowhere.
+    # One pair is kept, and counted nowhere.
     task, module, batch, totals = drawn(recipe_file, "pairs.margin=1000")
     loss, metrics = task.loss(module, batch, 0, totals)
     assert len(batch["images"].codes) == 2 and loss == 0
@@ -65,9 +65,9 @@ def test_pairs_may_count_as_much_as_their_scores_differ(recipe_file: Path) -> No
 def test_ties_do_not_count(recipe_file: Path, tiny: Path, weighted: str) -> None:
     overrides = ["scorer=tests.preferences.rewards.same", f"pairs.weighted={weighted}", "stages[0].steps=1"]
     folder = train(load_recipe(recipe_file, overrides), quiet=True)
-    (told,) = lines(folder.parent)
-    assert (told["counted"], told["loss"], told["grad_norm"]) == (0, 0, 0)
-    assert "pairs/margin" not in told
+    (logged,) = lines(folder.parent)
+    assert (logged["counted"], logged["loss"], logged["grad_norm"]) == (0, 0, 0)
+    assert "pairs/margin" not in logged
     assert_same(load_file(folder / "model.safetensors"), load_file(tiny / "model.safetensors"))
 
 

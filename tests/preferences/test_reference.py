@@ -97,9 +97,9 @@ def newest(folder: Path, step: int = 5) -> dict[str, Tensor]:
     return load_file(folder / "run" / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
 
 
-def told(folder: Path) -> dict[str, dict[str, float]]:
+def metrics(folder: Path) -> dict[str, dict[str, float]]:
     """What `look_and_step` wrote."""
-    read: dict[str, dict[str, float]] = json.loads((folder / "told.json").read_text())
+    read: dict[str, dict[str, float]] = json.loads((folder / "metrics.json").read_text())
     return read
 
 
@@ -107,7 +107,7 @@ def told(folder: Path) -> dict[str, dict[str, float]]:
 def test_the_first_loss_is_ln_2_and_every_reward_0(runs: Path, name: str) -> None:
     most = 2e-6 if "precomputed" in name else 0  # precomputed scores were taken in other batches
     for kind in KINDS:
-        line = told(runs / name)[kind]
+        line = metrics(runs / name)[kind]
         assert line["loss"] == pytest.approx(math.log(2), abs=1e-6), kind
         for modality in ("text", "image"):
             shown = kind in (modality, "mixed")
@@ -133,8 +133,8 @@ def test_the_reference_keeps_its_bits_and_steps_are_the_same(runs: Path, tiny: P
     assert (len(copied) > 20) == form.endswith("copy")
     for kept in (rests, copied):
         assert all(torch.equal(one, start[key]) for key, one in kept.items())
-    first = told(runs / f"{form}-one-0")
-    for step, mine in told(runs / name).items():
+    first = metrics(runs / f"{form}-one-0")
+    for step, mine in metrics(runs / name).items():
         for key in ("loss", "text/margin", "image/margin"):
             assert mine[key] == pytest.approx(first[step][key], abs=1e-6), (step, key)
         assert mine["norm"] == pytest.approx(first[step]["norm"], rel=1e-4)
@@ -142,7 +142,7 @@ def test_the_reference_keeps_its_bits_and_steps_are_the_same(runs: Path, tiny: P
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_every_form_gives_the_same_steps(runs: Path, kind: str) -> None:
-    first, *others = [told(runs / f"{form}-one-0") for form in FORMS if form.startswith(kind)]
+    first, *others = [metrics(runs / f"{form}-one-0") for form in FORMS if form.startswith(kind)]
     for other in others:
         for step, line in other.items():
             assert line["loss"] == pytest.approx(first[step]["loss"], abs=1e-6)

@@ -196,10 +196,10 @@ def test_keys_clicks_reload_and_the_end(
     loaded = "return [...document.images].every((image) => image.complete && image.naturalWidth > 0)"
     assert browser.driver.execute_script(loaded)
     assert [entry for entry in browser.driver.get_log("browser") if entry["level"] == "SEVERE"] == []
-    told = run.end(signal.SIGINT)
+    said = run.end(signal.SIGINT)
     assert run.process.returncode == 0
-    assert f"16 votes are kept in {output} (0 ties, 0 pairs left)" in told
-    assert f"unimm train training/dpo-embedded.yaml data.file={output}" in told
+    assert f"16 votes are kept in {output} (0 ties, 0 pairs left)" in said
+    assert f"unimm train training/dpo-embedded.yaml data.file={output}" in said
 
 
 def test_two_tabs_vote_once(voting: Callable[..., Voting], browser: Browser, tmp_path: Path) -> None:
@@ -277,9 +277,9 @@ def test_killed_again_and_again_while_votes_pour_in(
         browser.wait(lambda: browser.driver.execute_script("return window.kept") >= 8)
         os.kill(run.process.pid, signal.SIGKILL)
         run.process.wait()
-        told = run.done + browser.driver.execute_script("return window.kept")
-        assert len(output.read_bytes().splitlines()) >= told  # what the page was told is on disk
-        seen = told
+        acknowledged = run.done + browser.driver.execute_script("return window.kept")
+        assert len(output.read_bytes().splitlines()) >= acknowledged  # what the page was told is on disk
+        seen = acknowledged
     last = voting(candidates, output)
     voted = [frozenset((one.chosen.text, one.rejected.text)) for one in read_preferences(output)]
     assert len(voted) == len(set(voted)) == last.done >= seen

@@ -19,6 +19,7 @@ from unimm.errors import UserError
 from unimm.evaluation.recipe import EvaluationRecipe
 from unimm.evaluation.run import evaluate
 from unimm.families.convert import convert
+from unimm.loading import describe
 from unimm.locate import EMBEDDED
 from unimm.training.model_builder import describe_model
 from unimm.training.plan import Here, Machines, plan
@@ -102,14 +103,11 @@ def test_scenes_are_trained_on_and_shown_by_what_there_is(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("side", SIDES)
 def test_info_plan_and_smoke_know_one_side(folder: Path, side: str) -> None:
-    told = unimm.describe(folder / side / "export") if hasattr(unimm, "describe") else None
-    from unimm.loading import describe
-
-    told = describe(folder / side / "export")
+    described = describe(folder / side / "export")
     draws = side == "draws"
-    assert (told["understands"], told["draws"]) == ((None, "32x32") if draws else ("32x32", None))
-    assert told["can"] == (["draw"] if draws else ["caption", "ask"])
-    assert ("image_tokenizer" in told["parameters"]) == draws
+    assert (described["understands"], described["draws"]) == ((None, "32x32") if draws else ("32x32", None))
+    assert described["can"] == (["draw"] if draws else ["caption", "ask"])
+    assert ("image_tokenizer" in described["parameters"]) == draws
     recipe = load_recipe(recipe_file(folder, side, data={}), ["stages[0].mixture={emojiscenes: 1}"])
     assert isinstance(recipe, UnifiedRecipe)
     planned = plan(recipe, Machines(1, 80.0, here=Here(1, 80.0, "a GPU")))

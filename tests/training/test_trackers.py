@@ -22,7 +22,7 @@ def tracked(folder: Path, steps: int, *trackers: str) -> Any:
     return recipe(folder, stage, logging=logging)
 
 
-def told_to_wandb(run: Path) -> dict[int, dict[str, float]]:
+def logged_to_wandb(run: Path) -> dict[int, dict[str, float]]:
     """The numbers of an offline run's file, by step."""
     from wandb.proto.wandb_internal_pb2 import Record
 
@@ -52,10 +52,10 @@ def test_wandb_gets_the_log_and_one_run(tmp_path: Path, monkeypatch: pytest.Monk
     name = (tmp_path / "out/tracker-id").read_text().strip()
     runs = sorted((tmp_path / "out/wandb").glob("offline-run-*/*.wandb"))
     assert [run.name for run in runs] == [f"run-{name}.wandb"] * 2
-    told = {step: numbers for run in runs for step, numbers in told_to_wandb(run).items()}
-    assert [*told] == [2, 4, 6, 8]
+    logged = {step: numbers for run in runs for step, numbers in logged_to_wandb(run).items()}
+    assert [*logged] == [2, 4, 6, 8]
     for line in lines(tmp_path):
-        numbers = told[line["step"]]
+        numbers = logged[line["step"]]
         assert numbers["loss"] == line["loss"] and numbers["lr/head"] == line["lr/head"]
 
 

@@ -188,7 +188,7 @@ def align(recipe: AlignmentRecipe) -> dict[str, Any]:
     report = {
         **compare(runs),
         "seeds": {loop.seed: compare([run]) for loop, run in zip(loops, runs, strict=True)},
-        "pairs": {loop.seed: loop.told("ranking.json") for loop in loops},
+        "pairs": {loop.seed: loop.read_each("ranking.json") for loop in loops},
         "seconds": {loop.seed: loop.seconds() for loop in loops},
     }
     _write(output / "report.json", report)
@@ -234,14 +234,14 @@ class Round:
         prompts = read_prompts(recipe.prompts.file) if recipe.prompts.file else self._scenes()
         drawn = recipe.candidates.model_dump()
         settings = {"model": self.source or "embedded", **{k: v for k, v in drawn.items() if k != "n"}}
-        with _timed(self.folder, "draw"), progress("candidates") as told:
-            draw_candidates(um, prompts, file, recipe.candidates.n, self.seed, settings, told)
+        with _timed(self.folder, "draw"), progress("candidates") as on_progress:
+            draw_candidates(um, prompts, file, recipe.candidates.n, self.seed, settings, on_progress)
         asked = recipe.ranking.model_dump()
         name = asked.pop("scorer")
-        with _timed(self.folder, "rank"), progress("scores") as told:
+        with _timed(self.folder, "rank"), progress("scores") as on_progress:
             scorer = make_scorer(name, um, self.folder.parents[1])
             rows = read_candidates(file)
-            counts = rank_candidates(um, rows, scorer, name, self.pairs, Rules(**asked), told)
+            counts = rank_candidates(um, rows, scorer, name, self.pairs, Rules(**asked), on_progress)
         _write(self.folder / "ranking.json", counts)
 
     def _scenes(self) -> list[DrawingPrompt]:
@@ -249,17 +249,19 @@ class Round:
         return scene_prompts("train", self.scene_seed, asked.scenes, asked.emphasis, asked.kinds)
 
     def overrides(self) -> list[str]:
-        """What the training recipe is told."""
+        """What the training recipe is overridden with."""
         output, model = json.dumps(str(self.folder / "training")), json.dumps(self.source)
-        told = [f"output={output}", f"model={model}", f"seed={self.seed}"]
+        overrides = [f"output={output}", f"model={model}", f"seed={self.seed}"]
         if self.online:
             asked = self.recipe.prompts
             emphasis = ".inf" if math.isinf(asked.emphasis) else asked.emphasis
             scenes = f"{{scenes: {asked.scenes}, seed: {self.scene_seed}, emphasis: {emphasis}}}"
-            told += [f"prompts={{file: {json.dumps(asked.file)}}}" if asked.file else f"prompts={scenes}"]
+            overrides += [
+                f"prompts={{file: {json.dumps(asked.file)}}}" if asked.file else f"prompts={scenes}"
+            ]
         else:
-            told += [f"data.file={json.dumps(str(self.pairs))}"]
-        return [*told, *self.recipe.training.overrides]
+            overrides += [f"data.file={json.dumps(str(self.pairs))}"]
+        return [*overrides, *self.recipe.training.overrides]
 
     def train(self) -> None:
         """Train, in processes of its own, from the newest checkpoint."""
@@ -311,7 +313,7 @@ class Loop:
         self.show(source)
         return before, after
 
-    def told(self, name: str) -> list[Any]:
+    def read_each(self, name: str) -> list[Any]:
         """A file of each round, where it has one."""
         files = [one.folder / name for one in self.rounds]
         return [_read(file) for file in files if file.exists()]
@@ -319,7 +321,7 @@ class Loop:
     def seconds(self) -> dict[str, float]:
         """What each step took, over all rounds."""
         total: dict[str, float] = {}
-        for seconds in [*self.told(TIMES_FILE), _read(self.folder / TIMES_FILE)]:
+        for seconds in [*self.read_each(TIMES_FILE), _read(self.folder / TIMES_FILE)]:
             for step, took in seconds.items():
                 total[step] = round(total.get(step, 0) + took, 1)
         return total
@@ -331,8 +333,8 @@ class Loop:
             return kept
         section, um = self.recipe.measure, load(source)
         judge = Judge(self.recipe.judge, self.output / "judge.safetensors", str(um.model.device))
-        with _timed(self.folder, f"measure {name}"), progress(f"drawings {name}") as told:
-            drawings = measure_drawings(um, judge, section, self.seed, told)
+        with _timed(self.folder, f"measure {name}"), progress(f"drawings {name}") as on_progress:
+            drawings = measure_drawings(um, judge, section, self.seed, on_progress)
             words = self._words(um, name)
         asked = section.model_dump(mode="json")
         figures = {"measure": asked, "drawings": drawings, "words": words}

@@ -256,11 +256,11 @@ class PreferenceTask(PolicyTask):
             used = chosen.per_position() if section.per_position else chosen
             losses = objective(used, section.losses, section.options)
             loss = loss + section.weight * losses.sum() / count
-            told = {"loss": losses, "entropy": entropy[where], **told_of_pairs(chosen, used, section.beta)}
+            own = {"loss": losses, "entropy": entropy[where], **pair_metrics(chosen, used, section.beta)}
             if moved is not None:
-                told["kl"] = moved[where]
+                own["kl"] = moved[where]
             share = max(totals[f"{name}_pairs"], 1)
-            metrics |= {f"{name}/{key}": value.detach().sum() / share for key, value in told.items()}
+            metrics |= {f"{name}/{key}": value.detach().sum() / share for key, value in own.items()}
         return loss.float(), metrics
 
     def score(self, model: UniMMModel, batch: Batch) -> AnswerScores:
@@ -348,7 +348,7 @@ def _mean_of_pairs(values: Tensor, batch: Batch) -> Tensor:
     return (sum_answers(values, batch) / lengths).view(2, -1).mean(0)
 
 
-def told_of_pairs(pairs: Pairs, used: Pairs, beta: float) -> dict[str, Tensor]:
+def pair_metrics(pairs: Pairs, used: Pairs, beta: float) -> dict[str, Tensor]:
     """What is logged of N pairs, each [N]: `pairs` as sums over positions, `used` as the losses see them."""
     chosen, rejected = beta * used.chosen_ratio, beta * used.rejected_ratio
     return {

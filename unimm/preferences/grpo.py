@@ -109,6 +109,9 @@ class GrpoTask(OnlineTask):
         advantage = batch["advantages"].flatten().repeat_interleave(self.codes)
         epsilon = (settings.epsilon_low, settings.epsilon_high)
         terms = position_terms(scores.log_probs, old, reference, advantage, epsilon, settings.beta)
-        metrics = {"kl": terms.kl, "ratio": terms.ratio, "clipped": terms.clipped, "entropy": scores.entropy}
-        told = {name: value.double().sum() / totals["code_tokens"] for name, value in metrics.items()}
-        return (terms.loss.sum() / totals["code_tokens"]).float(), {**told, **self.told(batch, totals)}
+        values = {"kl": terms.kl, "ratio": terms.ratio, "clipped": terms.clipped, "entropy": scores.entropy}
+        metrics = {name: value.double().sum() / totals["code_tokens"] for name, value in values.items()}
+        return (terms.loss.sum() / totals["code_tokens"]).float(), {
+            **metrics,
+            **self.reward_metrics(batch, totals),
+        }

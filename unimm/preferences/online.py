@@ -356,11 +356,11 @@ class OnlineTask(PolicyTask):
         count, temperature = batch["taken"].numel() * self.codes, self.recipe.sampling.temperature
         return model.score(batch, count, temperature, self.lockstep)
 
-    def told(self, batch: Batch, totals: Mapping[str, float]) -> dict[str, Tensor]:
+    def reward_metrics(self, batch: Batch, totals: Mapping[str, float]) -> dict[str, Tensor]:
         """What is logged of rewards [P, G]; of each kind of prompt as sum and count, since a step may have none."""
         rewards, prompts = batch["rewards"], totals["prompts"]
         spread, means = rewards.std(1), rewards.mean(1)
-        told = {
+        metrics = {
             "reward": means.sum() / prompts,
             "reward_std": spread.sum() / prompts,
             "no_spread": (rewards == rewards[:, :1]).all(1).double().sum() / prompts,
@@ -368,8 +368,8 @@ class OnlineTask(PolicyTask):
         kinds = [self.kinds[number] for number in batch["prompt"].tolist()]
         for kind in dict.fromkeys(self.kinds):
             where = torch.tensor([one == kind for one in kinds], device=means.device)
-            told[f"reward/{kind}"] = sum_and_count(means, where)
-        return told
+            metrics[f"reward/{kind}"] = sum_and_count(means, where)
+        return metrics
 
     @torch.no_grad()
     def preview(self, module: nn.Module, folder: Path, step: int) -> None:

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from unimm.preferences.dpo import told_of_pairs
+from unimm.preferences.dpo import pair_metrics
 from unimm.preferences.losses import Objective, Pairs, k3, objective
 from unimm.preferences.online import DrawingPolicy, OnlineRecipe, OnlineTask, sum_and_count
 from unimm.preferences.rank import best_and_worst
@@ -96,15 +96,15 @@ class OnlineDpoTask(OnlineTask):
         used = pairs.per_position() if section.per_position else pairs
         losses = objective(used, section.losses, section.options) * weights
         codes = counted.repeat_interleave(2 * self.codes)
-        told = {
+        metrics = {
             "entropy": sum_and_count(scores.entropy, codes),
             "counted": counted.double().sum() / totals["pairs"],
         }
         if reference is not None:
-            told["kl"] = sum_and_count(k3(scores.log_probs.detach(), reference), codes)
-        for name, value in told_of_pairs(pairs, used, section.beta).items():
-            told[f"pairs/{name}"] = sum_and_count(value, counted)
-        return (losses.sum() / totals["pairs"]).float(), {**told, **self.told(batch, totals)}
+            metrics["kl"] = sum_and_count(k3(scores.log_probs.detach(), reference), codes)
+        for name, value in pair_metrics(pairs, used, section.beta).items():
+            metrics[f"pairs/{name}"] = sum_and_count(value, counted)
+        return (losses.sum() / totals["pairs"]).float(), {**metrics, **self.reward_metrics(batch, totals)}
 
     def _pairs(self, log_probs: Tensor, reference: Tensor | None) -> Pairs:
         """Pairs [R] from log-probabilities of every code [R 2 h w]."""

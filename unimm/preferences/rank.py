@@ -93,10 +93,10 @@ def rank_candidates(
                 on_progress(done, len(rows))
 
     found = list(pairs())
-    told = ", ".join(f"{counts[key]} {key.replace('_', ' ')}" for key in OUTCOMES[1:])
+    outcomes = ", ".join(f"{counts[key]} {key.replace('_', ' ')}" for key in OUTCOMES[1:])
     if not found:
         raise UserError(
-            f"{path}: no pair is left of {len(rows)} prompts ({told}); lower the margin or draw more"
+            f"{path}: no pair is left of {len(rows)} prompts ({outcomes}); lower the margin or draw more"
         )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_lines(Path(path), found)

@@ -143,8 +143,8 @@ class RunLog:
         if not self._active:
             return
         self._record({"step": step, "stage": stage, **means})
-        told = "  ".join(f"{name.removeprefix(VALIDATION)} {value:.4f}" for name, value in means.items())
-        self.say(f"{stage} {step}/{self._total}  validation: {told}")
+        losses = "  ".join(f"{name.removeprefix(VALIDATION)} {value:.4f}" for name, value in means.items())
+        self.say(f"{stage} {step}/{self._total}  validation: {losses}")
 
     def samples(self, folder: Path, step: int) -> None:
         """Pass what a preview wrote into `folder` at a step on to TensorBoard: sheets, numbers and texts."""
@@ -190,12 +190,12 @@ class RunLog:
             line |= {f"lr/{name}": rate for name, rate in rates.items()}
             line |= {f"epoch/{name}": times for name, times in epochs.items()}
             self._record(line)
-            told = f"{_epochs(epochs)}{samples:.1f} samples/s"
+            speeds = f"{_epochs(epochs)}{samples:.1f} samples/s"
             if tokens:
-                told += f"  {tokens:,.0f} tokens/s"
+                speeds += f"  {tokens:,.0f} tokens/s"
             if "mfu" in speed:
-                told += f"  {speed['mfu']:.1%} MFU"
-            self._show(step, stage, means, max(rates.values()), told, left)
+                speeds += f"  {speed['mfu']:.1%} MFU"
+            self._show(step, stage, means, max(rates.values()), speeds, left)
         self._sums, self._targets, self._samples, self._count, self._waited = {}, {}, 0.0, 0, 0.0
         self._since = time.perf_counter()
         return means

@@ -76,8 +76,10 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 def test_two_processes_take_the_steps_of_one(runs: Path, kind: str) -> None:
     one, two = lines(runs / f"one-{kind}"), lines(runs / f"two-{kind}")
     assert len(one) == len(two) == 6
-    told = 6 if kind == "average" else 2  # signs turn at roundings, and then the steps that follow are others
-    for mine, theirs in list(zip(two, one, strict=True))[:told]:
+    compared = (
+        6 if kind == "average" else 2
+    )  # signs turn at roundings, and then the steps that follow are others
+    for mine, theirs in list(zip(two, one, strict=True))[:compared]:
         for name in ("loss", "commitment", "psnr", "codebook_use", "perplexity", "discriminator"):
             assert mine[name] == pytest.approx(theirs[name], abs=1e-3, rel=1e-3), name
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-2)

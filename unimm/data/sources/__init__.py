@@ -152,9 +152,9 @@ def _open_folder(folder: Path, reading: Reading, location: str, strict: bool) ->
             source: Source = (TarShards if suffix == ".tar" else ParquetRows)(
                 files, reading, location, strict
             )
-            return inside.told(source, strict)
+            return inside.report_left_out(source, strict)
     if (file := inside.list_file(names)) is not None:
-        return inside.told(_open_list(file, reading, location), strict)
+        return inside.report_left_out(_open_list(file, reading, location), strict)
     if not any(Path(name).suffix.lower() in SUFFIXES for name in names):
         chosen = split_folder(folder, reading.split, location)
         if chosen is not None and inside.allows(chosen, strict):
@@ -163,7 +163,7 @@ def _open_folder(folder: Path, reading: Reading, location: str, strict: bool) ->
     if not len(pictures):
         refused = f"; {pictures.broken[0]}" if pictures.broken else ""
         raise UserError(f"{location}: holds no data; {_WAYS_OUT}{refused}")
-    return inside.told(pictures, strict)
+    return inside.report_left_out(pictures, strict)
 
 
 class _Inside:
@@ -228,7 +228,7 @@ class _Inside:
             self.reach.check(file)
         return next(iter(found), None)
 
-    def told(self, source: Source, strict: bool) -> Source:
+    def report_left_out(self, source: Source, strict: bool) -> Source:
         """The source, which now names what was left out."""
         source.broken[:0] = self.bad
         if strict:
