@@ -239,10 +239,7 @@ class PreferenceTask(PolicyTask):
         self, module: nn.Module, batch: Batch, step: int, totals: Mapping[str, float]
     ) -> tuple[Tensor, Metrics]:
         """Mean over pairs of the weighted losses of their modality."""
-        assert isinstance(module, PolicyModel)
-        module.eval()  # no dropout
-        reference = self.reference_log_probs(module, batch)
-        scores = self.score(module.policy, batch)
+        scores, reference = self.score_both(module, batch)
         pairs = self._pairs(scores, reference, batch)
         entropy = _mean_of_pairs(scores.entropy, batch)
         moved = None if reference is None else _mean_of_pairs(k3(reference, scores.log_probs.detach()), batch)

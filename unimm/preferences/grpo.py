@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from unimm.preferences.losses import advantages, most_varied, position_terms
-from unimm.preferences.online import DrawingPolicy, DrawingSampling, OnlineRecipe, OnlineTask
+from unimm.preferences.online import DrawingSampling, OnlineRecipe, OnlineTask
 from unimm.sections import Positive, Rate, Section
 
 if TYPE_CHECKING:
@@ -100,11 +100,8 @@ class GrpoTask(OnlineTask):
         self, module: nn.Module, batch: Batch, step: int, totals: Mapping[str, float]
     ) -> tuple[Tensor, Metrics]:
         """Mean over codes of the clipped loss and the divergence from the reference."""
-        assert isinstance(module, DrawingPolicy)
-        module.eval()  # no dropout
         settings = self.recipe.objective
-        reference = self.reference_log_probs(module, batch)
-        scores = self.score(module.policy, batch)
+        scores, reference = self.score_both(module, batch)
         old = batch.get("old", scores.log_probs.detach())
         advantage = batch["advantages"].flatten().repeat_interleave(self.codes)
         epsilon = (settings.epsilon_low, settings.epsilon_high)

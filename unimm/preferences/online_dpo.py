@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from unimm.preferences.dpo import pair_metrics
 from unimm.preferences.losses import Objective, Pairs, k3, objective
-from unimm.preferences.online import DrawingPolicy, OnlineRecipe, OnlineTask, sum_and_count
+from unimm.preferences.online import OnlineRecipe, OnlineTask, sum_and_count
 from unimm.preferences.rank import best_and_worst
 from unimm.sections import Positive, Section
 
@@ -86,10 +86,7 @@ class OnlineDpoTask(OnlineTask):
         self, module: nn.Module, batch: Batch, step: int, totals: Mapping[str, float]
     ) -> tuple[Tensor, Metrics]:
         """Mean over possible pairs of their losses times what each counts; of those that differ too little it is 0."""
-        assert isinstance(module, DrawingPolicy)
-        module.eval()  # no dropout
-        reference = self.reference_log_probs(module, batch)
-        scores = self.score(module.policy, batch)
+        scores, reference = self.score_both(module, batch)
         pairs = self._pairs(scores.log_probs, reference)
         section, weights = self.recipe.objective, batch["weights"]
         counted = weights > 0

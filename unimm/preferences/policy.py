@@ -168,6 +168,13 @@ class PolicyTask(ABC):
         with torch.no_grad(), module.as_reference() as reference:
             return self.score(reference, batch).log_probs
 
+    def score_both(self, module: nn.Module, batch: Batch) -> tuple[AnswerScores, Tensor | None]:
+        """What every loss begins with: the policy's scores, and the reference's log-probabilities, without dropout."""
+        assert isinstance(module, PolicyModel)
+        module.eval()
+        reference = self.reference_log_probs(module, batch)
+        return self.score(module.policy, batch), reference
+
     def groups(self, module: nn.Module) -> dict[str, list[nn.Parameter]]:
         """One group for each part of the policy, and one for all adapters where it has some."""
         assert isinstance(module, PolicyModel)
