@@ -67,7 +67,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         layout=vars(ImageLayout(begin, end, feature, code, grid=(4, 4))),
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("tiny")
-    UniMM(UniMMModel(config), UniMMProcessor.from_config(config, words)).save(folder)
+    UniMM(UniMMModel(config), UniMMProcessor(config, words)).save(folder)
     return folder
 
 

@@ -53,7 +53,7 @@ def without(um: UniMM, kind: str) -> UniMM:
     model = UniMMModel(config)
     state = um.model.state_dict()
     model.load_state_dict({name: state[name] for name in model.state_dict()})
-    return UniMM(nn.Module.eval(model), UniMMProcessor.from_config(config, um.processor.tokenizer))
+    return UniMM(nn.Module.eval(model), UniMMProcessor(config, um.processor.tokenizer))
 
 
 @pytest.mark.parametrize("to", ["transformers", "original"])

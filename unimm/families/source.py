@@ -208,7 +208,7 @@ class Checkpoint:
         config = self.config
         words = complete(self.text_tokenizer, config.decoder)
         check_vocabulary(words, config.decoder_config().vocab_size, self.folder)
-        processor = UniMMProcessor.from_config(config, words)
+        processor = UniMMProcessor(config, words)
         if not (layout := processor.layout).shared:
             placeholders = {"feature": layout.feature, "code": layout.code}
             check_placeholders(words, placeholders, processor.turns.words(), self.folder)

@@ -81,11 +81,6 @@ class UniMMProcessor:
         ends = [tokenizer.convert_tokens_to_ids(end) if end else None, self.eos]
         self.end_tokens: list[int] = list(dict.fromkeys(token for token in ends if token is not None))
 
-    @classmethod
-    def from_config(cls, config: UniMMConfig, tokenizer: PreTrainedTokenizerBase) -> UniMMProcessor:
-        """Make the processor that a model of this configuration needs."""
-        return cls(config, tokenizer)
-
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the tokenizer's files and a note of the sizes (which themselves live in `config.json`)."""
         self.tokenizer.chat_template = self.turns.template  # which one of its own might contradict

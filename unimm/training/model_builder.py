@@ -194,7 +194,7 @@ class Assembly:
             self.config = self._shared(sizes, words)
         else:
             self.config = self._config(vision, sizes, words)
-        self.processor = UniMMProcessor.from_config(self.config, words)
+        self.processor = UniMMProcessor(self.config, words)
 
     def _vision(self, weights: bool) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
         section = self.section
