@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import unimm
-from tests.families import emu3_checkpoints, janus_checkpoints
+from tests.families.both_families import write_checkpoints
 from tests.families.sixteen_bits import save_in_16_bits
 from unimm.errors import UserError
 from unimm.families.convert import convert
@@ -34,10 +34,7 @@ def named(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of each layout, saved from 16 bits, in whose configs every section names a format."""
     folder = tmp_path_factory.mktemp("formats")
     shutil.copytree(tiny, folder / "unimm")
-    janus_checkpoints.original(
-        folder / "janus/original", janus_checkpoints.janus(folder / "janus/transformers")
-    )
-    emu3_checkpoints.original(folder / "emu3/original", emu3_checkpoints.emu3(folder / "emu3/transformers"))
+    write_checkpoints(folder)
     save_in_16_bits(folder)
     return folder
 

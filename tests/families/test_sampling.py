@@ -11,13 +11,12 @@ import pytest
 from transformers import GenerationConfig
 
 import unimm
-from tests.families import emu3_checkpoints, janus_checkpoints
+from tests.families.both_families import LAYOUTS, write_checkpoints
 from unimm.errors import UserError
 from unimm.families.convert import convert
 from unimm.families.source import Checkpoint
 from unimm.processing.processor import GENERATION_FILE
 
-LAYOUTS = ("janus/transformers", "janus/original", "emu3/transformers", "emu3/original")
 PUBLISHED: dict[str, dict[str, Any]] = {
     "janus": {"guidance_scale": 5.0, "temperature": 1.0, "top_k": None, "top_p": None},
     "emu3": {"guidance_scale": 3.0, "temperature": 1.0, "top_k": 2048, "top_p": None},
@@ -28,12 +27,7 @@ OWN = {"guidance_scale": 2.0, "temperature": 0.5, "top_k": None, "top_p": 0.9}
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small random checkpoints of both families in both layouts."""
-    folder = tmp_path_factory.mktemp("published")
-    janus_checkpoints.original(
-        folder / "janus/original", janus_checkpoints.janus(folder / "janus/transformers")
-    )
-    emu3_checkpoints.original(folder / "emu3/original", emu3_checkpoints.emu3(folder / "emu3/transformers"))
-    return folder
+    return write_checkpoints(tmp_path_factory.mktemp("published"))
 
 
 def sampling(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from transformers import Emu3ForConditionalGeneration, JanusForConditionalGenera
 
 import unimm
 from tests.data import forms
-from tests.families import emu3_checkpoints, janus_checkpoints
+from tests.families.both_families import LAYOUTS, write_checkpoints
 from tests.families.sixteen_bits import save_in_16_bits
 from unimm.families.convert import convert
 from unimm.models.layout import IGNORED
@@ -26,7 +26,6 @@ from unimm.training.recipe import load_recipe
 from unimm.training.tasks.unified import UnifiedTask
 from unimm.training.trainer import train
 
-LAYOUTS = ("janus/transformers", "janus/original", "emu3/transformers", "emu3/original")
 THEIRS = {"janus": JanusForConditionalGeneration, "emu3": Emu3ForConditionalGeneration}
 TRAINED = {"janus": ("decoder", "connector", "code_head"), "emu3": ("decoder",)}
 LORA = {"r": 2, "modules": ["q_proj", "v_proj"]}
@@ -45,12 +44,7 @@ GRIDS = [
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small random checkpoints of both families in both layouts."""
-    folder = tmp_path_factory.mktemp("published")
-    janus_checkpoints.original(
-        folder / "janus/original", janus_checkpoints.janus(folder / "janus/transformers")
-    )
-    emu3_checkpoints.original(folder / "emu3/original", emu3_checkpoints.emu3(folder / "emu3/transformers"))
-    return folder
+    return write_checkpoints(tmp_path_factory.mktemp("published"))
 
 
 def recipe_file(folder: Path, model: Path, groups: tuple[str, ...], **changes: Any) -> Path:
