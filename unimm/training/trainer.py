@@ -33,8 +33,7 @@ from unimm.console import replace_unencodable, say
 from unimm.errors import UserError, UserNote
 from unimm.files import check_folder, check_target, make_folder, open_here, remove_leftovers
 from unimm.folders import write_folder
-from unimm.training import checkpoint
-from unimm.training.average import Average
+from unimm.training import checkpoint, shards
 from unimm.training.batches import StepBatch, derive_seed, read_ahead
 from unimm.training.engine import (
     Engine,
@@ -42,13 +41,14 @@ from unimm.training.engine import (
     freeze,
     gather_over_ranks,
     in_bfloat16,
+    lr_factor,
     pick_device,
     set_modes,
+    shortened_warmups,
     start_distributed,
 )
 from unimm.training.logging import RunLog
 from unimm.training.recipe import BaseRecipe, load_recipe
-from unimm.training.schedule import lr_factor, shortened_warmups
 from unimm.training.score import CheckpointMetric
 from unimm.training.task import Draws, KnowsData, Moves, Prepares, Repeats, SampleSource, Validates
 from unimm.training.validation import measure
@@ -100,7 +100,7 @@ class Run:
             self.module.to(self.device)
         self.groups: Mapping[str, Sequence[nn.Parameter]] = self.task.groups(self.module)
         self.stage, self.stage_step, self.step = 0, 0, 0
-        self.average: Average | None = None  # while a stage runs
+        self.average: shards.Average | None = None  # while a stage runs
         self.ema: dict[str, Tensor] = {}  # between stages
         self.ema_updates = 0
         self.stopping = False
@@ -176,7 +176,7 @@ class Run:
             engine.load_optimizer_tensors(self.snapshot.optimizer, self.snapshot.source)
             self.snapshot = None
         if recipe.ema is not None:
-            self.average = Average(engine, recipe.ema, self.ema, self.ema_updates)
+            self.average = shards.Average(engine, recipe.ema, self.ema, self.ema_updates)
             self.ema = {}
         return engine, source
 

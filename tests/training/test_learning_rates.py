@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
+from unimm.training.engine import lr_factor, shortened_warmups
 from unimm.training.recipe import Stage
-from unimm.training.schedule import lr_factor, shortened_warmups
 
 DECAYS = ("linear", "cosine")
 
