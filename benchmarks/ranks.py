@@ -85,9 +85,9 @@ def open_mixture(folder: Path, tars: dict[str, list[Path]]) -> tuple[Any, dict[s
     """Open all sources, as one rank does."""
     sources = {name: TarShards(paths, Reading(), name) for name, paths in tars.items()}
     bad, processor = BadItems(folder / "bad-items.jsonl", 0, "ranks.py"), load_processor()
-    canvas = processor.canvas()
+    target_size = processor.target_size()
     samples = {
-        name: Places(name, source, SourceSection(path=name), processor, None, None, canvas, bad, 7, 0.1)
+        name: Places(name, source, SourceSection(path=name), processor, None, None, target_size, bad, 7, 0.1)
         for name, source in sources.items()
     }
     return mix(samples, SHARES, 7, shuffle=False), sources

@@ -26,7 +26,7 @@ from unimm.models.image_tokenizers.vq import ImageTokenizer, ImageTokenizerConfi
 from unimm.models.modeling import UniMMModel
 from unimm.models.vision import VisionTower
 from unimm.pipeline import UniMM
-from unimm.processing.processor import Canvas, UniMMProcessor
+from unimm.processing.processor import TargetSize, UniMMProcessor
 
 MARK = "tokenizer and data"
 OLD, NEW = torch.arange(12).view(3, 2, 2), torch.ones(4, 2, 2, dtype=torch.int64)
@@ -103,13 +103,13 @@ def test_codes_of_a_source_that_is_read_otherwise_are_made_again(tmp_path: Path,
     def stored(reading: Reading) -> list[Tensor]:
         file = tmp_path / "codes.safetensors"
         codes = StoredCodes(
-            file, open_source(rows, reading), reading, Canvas(64, 8), tokenizer, torch.device("cpu")
+            file, open_source(rows, reading), reading, TargetSize(64, 8), tokenizer, torch.device("cpu")
         )
         return codes.get(0)
 
     def direct(reading: Reading) -> list[Tensor]:
         pictures = open_source(rows, reading)[0].pictures(draw=True)
-        pixels = [Canvas(64, 8).pixels(picture.image()) for picture in pictures]
+        pixels = [TargetSize(64, 8).pixels(picture.image()) for picture in pictures]
         return [tokenizer.encode(one[None])[0] for one in pixels]
 
     for one in (Reading("text_to_image", {"image": "first"}), reading):
@@ -139,11 +139,19 @@ def test_a_quantiser_without_weights_is_known_by_its_settings() -> None:
 
 
 @pytest.mark.parametrize(
-    "canvas", [Canvas(64, 4), Canvas(32, 8), Canvas(64, 8, keep_ratio=True)], ids=["stride", "side", "ratio"]
+    "target_size",
+    [TargetSize(64, 4), TargetSize(32, 8), TargetSize(64, 8, keep_ratio=True)],
+    ids=["stride", "side", "ratio"],
 )
-def test_pictures_of_another_size_have_another_fingerprint(canvas: Canvas) -> None:
-    assert fingerprint(canvas) == fingerprint(Canvas(canvas.side, canvas.stride, canvas.keep_ratio))
-    assert fingerprint(canvas) != fingerprint(Canvas(64, 8))
+def test_pictures_of_another_size_have_another_fingerprint(target_size: TargetSize) -> None:
+    assert fingerprint(target_size) == fingerprint(
+        TargetSize(target_size.side, target_size.stride, target_size.keep_ratio)
+    )
+    assert fingerprint(target_size) != fingerprint(TargetSize(64, 8))
+
+
+def test_data_encoded_by_earlier_versions_keep_their_fingerprint() -> None:
+    assert fingerprint(TargetSize(64, 8)) == "99c63f2bad9a34f3"
 
 
 @pytest.mark.parametrize(

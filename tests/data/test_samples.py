@@ -71,8 +71,8 @@ def mixed(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def samples(tiny_model: UniMM) -> SampleBuilder:
-    canvas = tiny_model.processor.canvas()
-    return SampleBuilder(tiny_model.processor, canvas, blank_codes(canvas))
+    target_size = tiny_model.processor.target_size()
+    return SampleBuilder(tiny_model.processor, target_size, blank_codes(target_size))
 
 
 def test_every_record_becomes_a_sample_or_says_why(mixed: Path, samples: SampleBuilder) -> None:
@@ -194,8 +194,10 @@ def test_codes_that_the_model_does_not_have_are_bad(
 
 
 def test_long_turns_are_cut_to_a_shorter_row_too(tiny_model: UniMM, mixed: Path) -> None:
-    canvas = tiny_model.processor.canvas()
-    samples = SampleBuilder(tiny_model.processor, canvas, blank_codes(canvas), context=60, pictures=1)
+    target_size = tiny_model.processor.target_size()
+    samples = SampleBuilder(
+        tiny_model.processor, target_size, blank_codes(target_size), context=60, pictures=1
+    )
     source = open_source(mixed)
     assert len(samples.build(source[7], "mixed")["ids"]) == 60
     shown = {"images": ["0.png", "1.png"], **chat(("user", "<image><image>"), ("assistant", "a"))}

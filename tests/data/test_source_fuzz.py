@@ -134,8 +134,8 @@ def test_a_row_is_a_record_or_a_line(row: dict[str, Any], pairs: Any, field: str
 )
 def test_a_record_is_a_sample_or_bad(tiny_model: UniMM, row: dict[str, Any], pairs: Any, number: int) -> None:
     processor = tiny_model.processor
-    canvas = processor.canvas()
-    builder = SampleBuilder(processor, canvas, blank_codes(canvas))
+    target_size = processor.target_size()
+    builder = SampleBuilder(processor, target_size, blank_codes(target_size))
     try:
         record = make_record("k", row, lambda value: find_file(Path("root"), value), Reading(pairs))
         sample = builder.build(record, "here")

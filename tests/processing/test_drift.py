@@ -89,7 +89,7 @@ def test_the_prompt_that_guidance_subtracts_is_the_one_that_is_trained(um: UniMM
     assert subtracted != prompt
 
     exchange = (Message("user", ("a red apple",)), Message("assistant", (DRAWN,)))
-    builder = SampleBuilder(processor, processor.canvas(), lambda pixels: pixels)
+    builder = SampleBuilder(processor, processor.target_size(), lambda pixels: pixels)
     kept, dropped = (
         builder.build(Record("k", exchange), "here", lambda: [codes], drop_prompt=drop)["ids"].tolist()
         for drop in (False, True)

@@ -44,9 +44,9 @@ def shown(
     return task, task.shown
 
 
-def square(pixels: Any, canvas: Any) -> Any:
+def square(pixels: Any, target_size: Any) -> Any:
     """A picture as it is trained on."""
-    return to_uint8(canvas.pixels(Image.fromarray(pixels))[None])[0]
+    return to_uint8(target_size.pixels(Image.fromarray(pixels))[None])[0]
 
 
 def test_held_out_items_are_shown_and_no_scenes(tiny: Path, tmp_path: Path) -> None:
@@ -144,15 +144,15 @@ def test_drawings_stand_beside_the_pictures_of_the_data(
         "changes": {"path": str(folder / "changes.jsonl")},
     }
     task, items = shown(tmp_path / "r", tiny, sources)
-    found = items.prompts(tiny_model, task.canvas)
+    found = items.prompts(tiny_model, task.target_size)
     by_key: dict[str, list[Any]] = {}
     for one in found:
         by_key.setdefault(one.key, []).append(one)
     assert len(found) == 7
     coded, plain = by_key["000.png"]
     assert plain.prompt == coded.prompt == forms.caption(forms.SCENES[0])
-    assert np.array_equal(plain.original, square(forms.SCENES[0].render(), task.canvas))
-    codes = tiny_model.image_tokenizer.encode(task.canvas.pixels(plain.original)[None])
+    assert np.array_equal(plain.original, square(forms.SCENES[0].render(), task.target_size))
+    codes = tiny_model.image_tokenizer.encode(task.target_size.pixels(plain.original)[None])
     again = tiny_model.processor.to_images(tiny_model.image_tokenizer.decode(codes))[0]
     assert np.abs(np.asarray(again, int) - np.asarray(coded.original, int)).mean() < 20
     [changed] = by_key["line 1"]
@@ -168,7 +168,7 @@ def test_features_have_no_picture_to_show(tiny: Path, tmp_path: Path, tiny_model
         EncodingJob(str(forms.llava(tmp_path / "llava", 3)), tmp_path / "tars", str(tiny), features="float32")
     )
     task, items = shown(tmp_path / "r", tiny, {"mine": {"path": str(tmp_path / "tars")}})
-    assert items.asked and items.questions() == [] and items.prompts(tiny_model, task.canvas) == []
+    assert items.asked and items.questions() == [] and items.prompts(tiny_model, task.target_size) == []
     task.preview(tiny_model.model, tmp_path / "samples", 1)
     assert not (tmp_path / "samples").exists()
 

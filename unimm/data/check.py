@@ -33,7 +33,7 @@ def check_source(
         model: whose processor counts tokens; None: the embedded model's.
         on_progress: called with records done and records in all.
         size: pixels a side that pictures to draw are brought to; None: the model's.
-        keep_ratio: keep their ratio, in an area of that side squared (`unimm.processing.views.Canvas`).
+        keep_ratio: keep their ratio, in an area of that side squared (`unimm.processing.views.TargetSize`).
 
     Returns:
         Form, records (good ones), kinds, pictures, tokens, bad (how many) and bad_items.
@@ -80,8 +80,8 @@ def _builder(processor: UniMMProcessor, size: int | None, keep_ratio: bool) -> S
     """What makes samples for a model, but for the codes of pictures to draw, of which only the number counts."""
     if processor.drawing_size is None:
         return SampleBuilder(processor, None, lambda pixels: pixels)
-    canvas = processor.canvas(size, keep_ratio)
-    return SampleBuilder(processor, canvas, blank_codes(canvas))
+    target_size = processor.target_size(size, keep_ratio)
+    return SampleBuilder(processor, target_size, blank_codes(target_size))
 
 
 class _Findings:

@@ -29,7 +29,7 @@ from unimm.files import atomic_write
 from unimm.models.configs import own_keys
 from unimm.processing.messages import digest
 from unimm.processing.processor import UniMMProcessor
-from unimm.processing.views import Canvas
+from unimm.processing.views import TargetSize
 
 ENCODING_BATCH = 32  # pictures that go through the tokenizer at once
 SHARD = 1000  # records
@@ -54,7 +54,7 @@ def fingerprint(*parts: Any) -> str:
 
 
 def _description(value: Any) -> Any:
-    """A value as JSON has it: of what has fields, its class and every field."""
+    """A value as JSON has it: of what has fields, its class (or `fingerprint_name`) and every field."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
@@ -70,7 +70,7 @@ def _description(value: Any) -> Any:
     else:
         cached = {name for name, own in vars(type(value)).items() if isinstance(own, cached_property)}
         fields = {name: own for name, own in vars(value).items() if name not in cached}
-    return {"class": type(value).__name__, **_description(fields)}
+    return {"class": getattr(value, "fingerprint_name", type(value).__name__), **_description(fields)}
 
 
 def _weights_digest(module: nn.Module) -> str:
@@ -95,7 +95,7 @@ def _tokenizer_fields(tokenizer: Any) -> dict[str, Any]:
 
 
 def encode_range(
-    source: Source, start: int, stop: int, canvas: Canvas, tokenizer: Any, device: torch.device
+    source: Source, start: int, stop: int, target_size: TargetSize, tokenizer: Any, device: torch.device
 ) -> list[tuple[Record | BadRecord, list[CodeArray]]]:
     """The records of a stretch, each with the codes [h, w] of its pictures to draw; a bad one says why.
 
@@ -114,7 +114,7 @@ def encode_range(
     for index in range(start, stop):
         try:
             record = source[index]
-            drawn = [_load(picture, canvas) for picture in record.pictures(draw=True)]
+            drawn = [_load(picture, target_size) for picture in record.pictures(draw=True)]
         except BadRecord as error:
             found.append((error, []))
             continue
@@ -134,11 +134,11 @@ def encode_range(
     return found
 
 
-def _load(picture: Picture, canvas: Canvas) -> Tensor | CodeArray:
+def _load(picture: Picture, target_size: TargetSize) -> Tensor | CodeArray:
     """A picture to draw: float [3, H, W] in [-1, 1], or its codes [h, w] where those are stored."""
     if picture.encoded:
         return picture.codes().astype(np.int32)
-    return canvas.pixels(picture.image())
+    return target_size.pixels(picture.image())
 
 
 def feature_range(
@@ -216,7 +216,7 @@ class StoredCodes:
         path: the safetensors file; made again if it is of another tokenizer or of other data.
         source: whose pictures.
         reading: how it is read.
-        canvas: what they are brought to.
+        target_size: what they are brought to.
         tokenizer: what encodes.
         device: where.
 
@@ -229,12 +229,12 @@ class StoredCodes:
         path: Path,
         source: Source,
         reading: Reading,
-        canvas: Canvas,
+        target_size: TargetSize,
         tokenizer: Any,
         device: torch.device,
     ) -> None:
-        mark = fingerprint(tokenizer, canvas, source.signature(), len(source), reading)
-        stored, notes = kept_codes(path, mark, lambda: _compute(source, canvas, tokenizer, device))
+        mark = fingerprint(tokenizer, target_size, source.signature(), len(source), reading)
+        stored, notes = kept_codes(path, mark, lambda: _compute(source, target_size, tokenizer, device))
         self.bad: dict[str, list[str]] = json.loads(notes["bad"])
         self.codes, self.sizes = stored["codes"], stored["sizes"].tolist()
         self.starts, self.places = _ends(stored["counts"]), _ends(stored["sizes"].prod(1))
@@ -259,7 +259,7 @@ def _ends(counts: Tensor) -> list[int]:
     return [0, *counts.cumsum(0).tolist()]
 
 
-def _compute(source: Source, canvas: Canvas, tokenizer: Any, device: torch.device) -> Kept:
+def _compute(source: Source, target_size: TargetSize, tokenizer: Any, device: torch.device) -> Kept:
     """Codes int32 of all M pictures in a row, their sizes [M, 2], counts for each record [N], and the bad by index."""
     from rich.progress import track
 
@@ -270,7 +270,7 @@ def _compute(source: Source, canvas: Canvas, tokenizer: Any, device: torch.devic
     for start in track(starts, f"image codes of {source.location}", disable=len(starts) == 1):
         stop = min(start + SHARD, len(source))
         with torch.no_grad():
-            found = encode_range(source, start, stop, canvas, tokenizer, device)
+            found = encode_range(source, start, stop, target_size, tokenizer, device)
         for index, (record, drawn) in enumerate(found, start):
             if isinstance(record, BadRecord):
                 bad[str(index)] = [record.key, record.file, record.reason]

@@ -31,7 +31,7 @@ from unimm.errors import UserError, UserNote
 from unimm.files import atomic_write, remove_leftovers, write_json
 from unimm.processing.messages import CODES_SUFFIX, FEATURES_SUFFIX
 from unimm.processing.processor import UniMMProcessor
-from unimm.processing.views import Canvas
+from unimm.processing.views import TargetSize
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class EncodingJob:
         features: store pictures to look at as the features of the model's understanding encoder, in this number
             format; None: as pictures.
         size: pixels a side that pictures to draw are brought to; None: the model's.
-        keep_ratio: keep their ratio, in an area of that side squared (`unimm.processing.views.Canvas`).
+        keep_ratio: keep their ratio, in an area of that side squared (`unimm.processing.views.TargetSize`).
     """
 
     location: Location
@@ -122,14 +122,14 @@ def encode_source(
 
 def _plan(job: EncodingJob, source: Source) -> Plan:
     """What the tars will be of."""
-    canvas, tokenizer, _ = _coder(job.model, "cpu", 0, job.size, job.keep_ratio)
+    target_size, tokenizer, _ = _coder(job.model, "cpu", 0, job.size, job.keep_ratio)
     reading, encoder = job.reading, None
     if job.features is not None:
         processor, vision, _ = _viewer(job.model, "cpu", 0)
         encoder = fingerprint(vision, processor.views)
     return Plan(
         _resolved(job.location), source.signature(), len(source), job.shard, reading.pairs,
-        dict(reading.fields), reading.images, reading.split, fingerprint(tokenizer, canvas), job.features, encoder,
+        dict(reading.fields), reading.images, reading.split, fingerprint(tokenizer, target_size), job.features, encoder,
     )  # fmt: skip
 
 
@@ -178,7 +178,7 @@ def _die_with_parent() -> None:
 @functools.lru_cache(maxsize=2)
 def _coder(
     model: str | None, device: str, number: int, size: int | None, keep_ratio: bool
-) -> tuple[Canvas, Any, torch.device]:
+) -> tuple[TargetSize, Any, torch.device]:
     """What pictures are brought to, and the image tokenizer (float32, on a device) of a model."""
     from unimm.families.image_tokenizers import is_image_tokenizer, load_image_tokenizer
     from unimm.loading import load
@@ -186,13 +186,13 @@ def _coder(
     place = _place(device, number)
     if model is not None and is_image_tokenizer(Path(model)):
         alone = load_image_tokenizer(model)
-        canvas = Canvas(size or int(alone.config.image_size), int(alone.config.stride), keep_ratio)
-        return canvas, nn.Module.to(nn.Module.eval(alone), place), place
+        target_size = TargetSize(size or int(alone.config.image_size), int(alone.config.stride), keep_ratio)
+        return target_size, nn.Module.to(nn.Module.eval(alone), place), place
     um = load(model, "cpu", "float32")
     if um.processor.drawing_size is None or um.model.image_tokenizer is None:
         raise UserError(f"{model}: this model has no image tokenizer, so it has no image codes")
-    canvas = um.processor.canvas(size, keep_ratio)
-    return canvas, nn.Module.to(um.model.image_tokenizer.eval(), place), place
+    target_size = um.processor.target_size(size, keep_ratio)
+    return target_size, nn.Module.to(um.model.image_tokenizer.eval(), place), place
 
 
 def _place(device: str, number: int) -> torch.device:
@@ -245,11 +245,11 @@ def write_shard(job: EncodingJob, number: int) -> int:
         (reading.images, reading.split, reading.allow_outside),
     )  # fmt: skip
     place = number % max(torch.cuda.device_count(), 1)
-    canvas, tokenizer, device = _coder(job.model, job.device, place, job.size, job.keep_ratio)
+    target_size, tokenizer, device = _coder(job.model, job.device, place, job.size, job.keep_ratio)
     start = number * job.shard
     stop = min(start + job.shard, len(source))
     with torch.no_grad():
-        found = encode_range(source, start, stop, canvas, tokenizer, device)
+        found = encode_range(source, start, stop, target_size, tokenizer, device)
         if job.features is not None:
             found = [(record, codes) if isinstance(record, BadRecord) else (_readable(record) or record, codes)
                      for record, codes in found]  # fmt: skip

@@ -18,7 +18,7 @@ from unimm.processing.conversation import Grid, ImageSlot
 from unimm.processing.messages import BadRecord, Message, Picture, Record
 from unimm.processing.processor import CAPTION_REQUESTS, UniMMProcessor, grids_of
 from unimm.processing.rows import Row
-from unimm.processing.views import Canvas
+from unimm.processing.views import TargetSize
 
 Sample = dict[str, Any]
 Encode = Callable[[Tensor], Tensor]  # pixels [3, H, W] in [-1, 1] to codes int64 [h, w]
@@ -29,7 +29,7 @@ class SampleBuilder:
 
     Args:
         processor: of the model.
-        canvas: what images to draw are brought to; None where the model cannot draw.
+        target_size: what images to draw are brought to; None where the model cannot draw.
         encode: gives the codes of such an image.
         requests: what is asked of an image that has only a caption.
         context: most tokens of a sample; None: what the model holds.
@@ -39,13 +39,18 @@ class SampleBuilder:
     def __init__(
         self,
         processor: UniMMProcessor,
-        canvas: Canvas | None,
+        target_size: TargetSize | None,
         encode: Encode,
         requests: Sequence[str] = CAPTION_REQUESTS,
         context: int | None = None,
         pictures: int | None = None,
     ) -> None:
-        self.processor, self.canvas, self.encode, self.pictures = processor, canvas, encode, pictures
+        self.processor, self.target_size, self.encode, self.pictures = (
+            processor,
+            target_size,
+            encode,
+            pictures,
+        )
         self.requests = tuple(requests)
         self.context = processor.context if context is None else min(context, processor.context)
 
@@ -164,14 +169,14 @@ class SampleBuilder:
         drawn = record.pictures(draw=True)
         if not drawn:
             return []
-        if self.canvas is None:
+        if self.target_size is None:
             raise UserError("a picture to draw, but this model cannot draw")
         if all(picture.encoded for picture in drawn):
             codes: Sequence[Tensor] = [torch.from_numpy(picture.codes()) for picture in drawn]
         elif stored is not None:
             codes = stored()
         else:
-            codes = [self.encode(self.canvas.pixels(picture.image())) for picture in drawn]
+            codes = [self.encode(self.target_size.pixels(picture.image())) for picture in drawn]
         for one in codes:
             self._check_codes(one)
         return codes
@@ -186,10 +191,10 @@ class SampleBuilder:
             raise UserError(f"image codes of {least} to {most}, the model has 0 to {(known or 0) - 1}")
 
 
-def blank_codes(canvas: Canvas) -> Encode:
+def blank_codes(target_size: TargetSize) -> Encode:
     """An encoder that only says how many codes a picture has; all of them are 0."""
     return lambda pixels: torch.zeros(
-        pixels.shape[1] // canvas.stride, pixels.shape[2] // canvas.stride, dtype=torch.int64
+        pixels.shape[1] // target_size.stride, pixels.shape[2] // target_size.stride, dtype=torch.int64
     )
 
 

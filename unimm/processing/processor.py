@@ -29,7 +29,7 @@ from unimm.models.turns import Turns
 from unimm.processing.conversation import Conversation, Grid
 from unimm.processing.messages import SHOWN, Message
 from unimm.processing.tokenizer_files import load_tokenizer
-from unimm.processing.views import Canvas, SquareViews, make_views, square_pixels
+from unimm.processing.views import SquareViews, TargetSize, make_views, square_pixels
 from unimm.sections import read_dataclass
 
 if TYPE_CHECKING:
@@ -211,12 +211,12 @@ class UniMMProcessor:
             raise UserError("images: this model has no image tokenizer")
         return square_pixels(images, self.drawing_size)
 
-    def canvas(self, size: int | None = None, keep_ratio: bool = False) -> Canvas:
+    def target_size(self, size: int | None = None, keep_ratio: bool = False) -> TargetSize:
         """Return what pictures to learn drawing are brought to.
 
         Args:
             size: pixels a side; None: the model's own.
-            keep_ratio: see `Canvas`.
+            keep_ratio: see `TargetSize`.
 
         Raises:
             UserError: the model has no image tokenizer, or draws one size only, or the size does not fit its codes.
@@ -226,7 +226,7 @@ class UniMMProcessor:
             raise UserError("images: this model has no image tokenizer")
         if not self.layout.sized and (keep_ratio or size not in (None, own)):
             raise UserError(f"size: this model draws {own}x{own} only; leave out size and ratio")
-        return Canvas(size or own, self.stride, keep_ratio)
+        return TargetSize(size or own, self.stride, keep_ratio)
 
     # --- inputs -----------------------------------------------------------------------------------------------
 

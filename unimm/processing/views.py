@@ -1,7 +1,7 @@
 """How an image becomes what a model sees: brought to a size, as pixels, with the rows and columns it has in the stream.
 
 `SquareViews` bring every image to one square (Janus), `AreaViews` keep its ratio within an area (Emu3). Images to
-generate are brought to a `Canvas`.
+learn drawing from are brought to a `TargetSize`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -154,7 +154,7 @@ def square_pixels(images: Sequence[ImageInput], side: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Canvas:
+class TargetSize:
     """What pictures to learn drawing are brought to.
 
     Attributes:
@@ -166,6 +166,8 @@ class Canvas:
     Raises:
         UserError: the side is no multiple of the stride.
     """
+
+    fingerprint_name: ClassVar[str] = "Canvas"  # its name when data that people have was encoded
 
     side: int
     stride: int

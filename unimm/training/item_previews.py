@@ -27,7 +27,7 @@ from unimm.files import append
 from unimm.images import save_image
 from unimm.models.layout import IGNORED
 from unimm.pipeline import UniMM
-from unimm.processing.views import Canvas
+from unimm.processing.views import TargetSize
 from unimm.sampling.text import generate_text
 from unimm.sheet import Card, Line, SheetSection, draw_sheet
 from unimm.training.held_out import Items, Place, spread
@@ -109,7 +109,7 @@ class PreviewItems:
         words = _words([message for message in first.messages if message.role == "user"])
         return PreviewQuestion(record.key, words, images, answers, BatchFeature(inputs))
 
-    def prompts(self, um: UniMM, canvas: Canvas | None) -> list[PreviewDrawing]:
+    def prompts(self, um: UniMM, target_size: TargetSize | None) -> list[PreviewDrawing]:
         """The prompts of the items that are drawn; those that have no room, as with images, are left out."""
         found = []
         for place in self.drawn:
@@ -126,8 +126,8 @@ class PreviewItems:
                     codes = torch.from_numpy(original.codes())[None].to(um.model.device)
                     image = um.decode_codes(codes)[0]
                 else:
-                    assert canvas is not None
-                    image = um.processor.to_images(canvas.pixels(original.image())[None])[0]
+                    assert target_size is not None
+                    image = um.processor.to_images(target_size.pixels(original.image())[None])[0]
                 found.append(PreviewDrawing(record.key, words, images, image))
         return found
 
@@ -147,13 +147,15 @@ def _words(messages: Sequence[Message]) -> str:
     return " ".join(part.strip() for message in messages for part in message.parts if isinstance(part, str))
 
 
-def preview_items(um: UniMM, shown: PreviewItems, canvas: Canvas | None, folder: Path, step: int) -> None:
+def preview_items(
+    um: UniMM, shown: PreviewItems, target_size: TargetSize | None, folder: Path, step: int
+) -> None:
     """Answer and draw items.
 
     Args:
         um: the model, in eval mode, and its processor.
         shown: the items.
-        canvas: the size of drawings; None where the model does not draw.
+        target_size: the size of drawings; None where the model does not draw.
         folder: where a sheet is written, and a line of `held-out.jsonl` (or `trained-on.jsonl`).
         step: which they are named after.
     """
@@ -162,14 +164,14 @@ def preview_items(um: UniMM, shown: PreviewItems, canvas: Canvas | None, folder:
         generate_text(um.model, um.processor, one.inputs, max_new_tokens=MAX_ANSWER_TOKENS)[0]
         for one in asked
     ]
-    prompts = shown.prompts(um, canvas)
+    prompts = shown.prompts(um, target_size)
     drawings: list[Image.Image] = []
     if prompts:
-        assert canvas is not None
+        assert target_size is not None
         with warnings.catch_warnings():
             if any(one.images for one in prompts):  # that few models draw from them
                 warnings.simplefilter("ignore", UserNote)
-            drawings = draw(um, [one.prompt for one in prompts], canvas, [one.images for one in prompts])
+            drawings = draw(um, [one.prompt for one in prompts], target_size, [one.images for one in prompts])
     if not asked and not prompts:
         return
     name = "held-out" if shown.held_out else "trained-on"

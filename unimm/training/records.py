@@ -30,7 +30,7 @@ from unimm.data.split import MAX_DIVIDED, hold_out
 from unimm.errors import UserError, UserNote
 from unimm.files import append
 from unimm.processing.processor import CAPTION_REQUESTS, UniMMProcessor
-from unimm.processing.views import Canvas
+from unimm.processing.views import TargetSize
 from unimm.sections import Section
 from unimm.training.recipe import VALIDATION, leave_out
 from unimm.training.sides import check_source_images
@@ -218,7 +218,7 @@ class Records:
         limit: most bad items.
         processor: of the model.
         tokenizer: the model's image tokenizer; None where it does not draw.
-        canvas: what pictures to draw are brought to; None where it does not draw.
+        target_size: what pictures to draw are brought to; None where it does not draw.
         device: where codes are made.
 
     Raises:
@@ -233,10 +233,15 @@ class Records:
         limit: int,
         processor: UniMMProcessor,
         tokenizer: Any,
-        canvas: Canvas | None,
+        target_size: TargetSize | None,
         device: torch.device,
     ) -> None:
-        self.recipe, self.processor, self.tokenizer, self.canvas = recipe, processor, tokenizer, canvas
+        self.recipe, self.processor, self.tokenizer, self.target_size = (
+            recipe,
+            processor,
+            tokenizer,
+            target_size,
+        )
         self.bad = BadItems(Path(recipe.output) / "bad-items.jsonl", limit, recipe.source)
         self.sections = dict(sections)
         self.sources: dict[str, Source] = {}
@@ -255,14 +260,14 @@ class Records:
         self.states = {name: data_state(source, len(source)) for name, source in self.sources.items()}
         for name, source in self.sources.items():
             path = Path(recipe.output) / "codes" / f"{name}.safetensors"
-            stored = canvas is not None and len(source) <= STORED * recipe.samples and draws(source)
+            stored = target_size is not None and len(source) <= STORED * recipe.samples and draws(source)
             self.codes[name] = self._stored(name, path, device) if stored else None
 
     def _stored(self, name: str, path: Path, device: torch.device) -> StoredCodes:
         """The image codes of a source in a file, made first where they are not there."""
-        assert self.canvas is not None
+        assert self.target_size is not None
         source, reading = self.sources[name], self.sections[name].reading()
-        return StoredCodes(path, source, reading, self.canvas, self.tokenizer, device)
+        return StoredCodes(path, source, reading, self.target_size, self.tokenizer, device)
 
     def _open(self, name: str, key: str) -> None:
         """Open a source, which the recipe has under a key."""
@@ -274,9 +279,9 @@ class Records:
         if not len(source):
             raise self.recipe.error(key, f"{section.path}: has no records")
         check_source_images(self.recipe, key, source, self.processor)
-        if self.canvas is None or source.mark is None:
+        if self.target_size is None or source.mark is None:
             return
-        if source.mark != fingerprint(self.tokenizer, self.canvas):
+        if source.mark != fingerprint(self.tokenizer, self.target_size):
             message = "image codes of another image tokenizer, or of another size, than here; encode it anew"
             raise self.recipe.error(key, f"{section.path}: {message}")
 
@@ -315,7 +320,7 @@ class Records:
     ) -> RecordSamples:
         room = (pack.length, pack.pictures) if pack is not None else (None, None)
         builder = SampleBuilder(
-            self.processor, self.canvas, self._encode, self.sections[name].requests, *room
+            self.processor, self.target_size, self._encode, self.sections[name].requests, *room
         )
         return RecordSamples(
             name, self.sources[name], builder, self.codes[name], self.bad, seed, dropout, indices

@@ -32,7 +32,7 @@ from unimm.models.lora import LoraSection, add_adapters, save_model
 from unimm.models.modeling import UniMMModel
 from unimm.pipeline import UniMM
 from unimm.processing.rows import stack_rows
-from unimm.processing.views import Canvas
+from unimm.processing.views import TargetSize
 from unimm.sections import Fraction, NotNegative, Positive, Rate, Section, near, validate
 from unimm.training.batches import mix
 from unimm.training.engine import pick_device
@@ -174,10 +174,10 @@ class UnifiedTask:
         self._assembly = Assembly(recipe)
         self.config, self.processor = self._assembly.config, self._assembly.processor
         self.image_tokenizer: Any = self._assembly.image_tokenizer
-        self.canvas: Canvas | None = None  # what images to draw are brought to
+        self.target_size: TargetSize | None = None  # what images to draw are brought to
         if self.processor.drawing_size is not None:
             try:
-                self.canvas = self.processor.canvas(recipe.data.size, recipe.data.keep_ratio)
+                self.target_size = self.processor.target_size(recipe.data.size, recipe.data.keep_ratio)
             except UserError as error:
                 raise recipe.error("data", str(error)) from None
         self.scenes: EmojiScenesSource | None = None
@@ -250,7 +250,7 @@ class UnifiedTask:
 
     def mixture(self, stage: Stage) -> dict[str, float]:
         """A stage's mixture, of what the model can learn where it names `emojiscenes`."""
-        sides = {"understanding": self.processor.views, "generation": self.canvas}
+        sides = {"understanding": self.processor.views, "generation": self.target_size}
         return self.recipe.mixture(stage, [kind for kind, part in sides.items() if part is not None])
 
     def _open_scenes(self) -> EmojiScenesSource:
@@ -259,7 +259,7 @@ class UnifiedTask:
 
         if self.scenes is None:
             recipe = self.recipe
-            side = self.processor.image_size if self.canvas is None else self.canvas.side
+            side = self.processor.image_size if self.target_size is None else self.target_size.side
             assert side is not None
             parts = (self.processor, self.image_tokenizer, side, recipe.seed, Path(recipe.output))
             self.scenes = EmojiScenesSource(recipe.data.emojiscenes, *parts, pick_device(recipe))
@@ -269,7 +269,7 @@ class UnifiedTask:
         """The sources of one's own."""
         if self.records is None:
             data = self.recipe.data
-            parts = (self.processor, self.image_tokenizer, self.canvas, pick_device(self.recipe))
+            parts = (self.processor, self.image_tokenizer, self.target_size, pick_device(self.recipe))
             self.records = Records(self.recipe, data.sources, data.max_bad_items, *parts)
         return self.records
 
@@ -412,12 +412,12 @@ class UnifiedTask:
             prompts = prompts or held_out_prompts(PREVIEW_PROMPTS)
         um = UniMM(module, self.processor)
         with plain_attention(module):
-            if prompts and self.canvas is not None:
-                draw_prompts(um, prompts, self.canvas, folder, step)
+            if prompts and self.target_size is not None:
+                draw_prompts(um, prompts, self.target_size, folder, step)
             if scenes and self.processor.views is not None:
                 caption_held_out(module, self.processor, folder, step)
             if self.shown is not None:
-                preview_items(um, self.shown, self.canvas, folder, step)
+                preview_items(um, self.shown, self.target_size, folder, step)
 
     def export(self, module: nn.Module, folder: Path) -> None:
         """Write a folder that `unimm.load` takes."""
