@@ -67,24 +67,25 @@ class AnswerScores(NamedTuple):
 
 
 class CodeEmbedding(nn.Module):
-    """Embeds image codes: a small table, a learned place in the grid, and a connector to the decoder's width.
+    """Embeds image codes: a small table, a learned position in the grid, and a connector to the decoder's width.
 
     Args:
         codes: size of the code vocabulary K.
         dim: dimension of the table.
         width: the decoder's width C.
         depth: linear layers of the connector.
-        places: length of the table of places, 0 for none (Janus has none and leaves places to the decoder).
+        learned_positions: length of the table of positions, 0 for none (Janus leaves positions to the decoder).
     """
 
-    def __init__(self, codes: int, dim: int, width: int, depth: int, places: int) -> None:
+    def __init__(self, codes: int, dim: int, width: int, depth: int, learned_positions: int) -> None:
         super().__init__()
         self.table = nn.Embedding(codes, dim)
         self.connector = mlp(dim, width, depth)
-        self.places = nn.Embedding(places, width) if places else None
+        # called `places` in the files of models, and so in their state
+        self.places = nn.Embedding(learned_positions, width) if learned_positions else None
 
     def forward(self, codes: Tensor, start: int = 0) -> Tensor:
-        """Return [B, L, C] for codes [B, L] that begin at place `start` of their image."""
+        """Return [B, L, C] for codes [B, L] that begin at position `start` of their image."""
         embedded: Tensor = self.connector(self.table(codes))
         if self.places is not None:
             embedded = embedded + self.places.weight[start : start + codes.shape[1]]
@@ -121,10 +122,12 @@ class UniMMModel(StrictModel):
             self.connector = Connector(encoder.width, width, depth, config.reducer_config().side)
         self.sees_codes = isinstance(encoder, CodesEncoderConfig)
         if (generation := config.generation_config()) is not None and not generation.shared:
-            places = generation.grid**2 if generation.places else 0
+            learned_positions = generation.grid**2 if generation.places else 0
             depth = generation.depth or depth
             inner = generation.head_width or width
-            self.code_embedding = CodeEmbedding(generation.codes, generation.dim, width, depth, places)
+            self.code_embedding = CodeEmbedding(
+                generation.codes, generation.dim, width, depth, learned_positions
+            )
             self.code_head = nn.Sequential(
                 nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, generation.codes)
             )
@@ -294,7 +297,7 @@ class UniMMModel(StrictModel):
         return torch.cat(tokens)
 
     def embed_codes(self, codes: Tensor, start: int = 0) -> Tensor:
-        """Return [B, L, C] for codes [B, L] that begin at place `start` of their image."""
+        """Return [B, L, C] for codes [B, L] that begin at position `start` of their image."""
         if self.layout.shared:
             tokens: Tensor = self.get_input_embeddings()(codes + self.layout.code)
             return tokens

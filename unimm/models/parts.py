@@ -155,7 +155,7 @@ class ImageGenerationConfig:
         dim: dimension of a code embedding before its connector.
         image_size: pixels a side of a drawing.
         stride: pixels a side that one code stands for.
-        places: whether a code's place in the grid is embedded too (Janus leaves that to the decoder).
+        places: whether there are learned positions of codes in the grid (Janus leaves positions to the decoder).
         depth: linear layers of the code connector; None: as many as the connector has.
         head_width: width between the two layers of the code head; None: the decoder's.
         shared: whether codes are tokens of the text vocabulary (Emu3); there are then no layers of their own.

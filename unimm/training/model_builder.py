@@ -101,7 +101,8 @@ class ModelSection(Section):
     """Codes are tokens of the text vocabulary, as Emu3 has them; there is no understanding encoder then."""
     merge: Positive = 2
     connector_depth: Positive = 2
-    places: bool = True
+    learned_positions: bool = True
+    """Whether a code's position in the grid is embedded too; Janus leaves positions to the decoder."""
     code_depth: Positive | None = None
     """Layers of the code connector; null: `connector_depth`."""
     code_head_width: Positive | None = None
@@ -322,7 +323,7 @@ class Assembly:
             "dim": sizes.codebook_dim,
             "image_size": sizes.image_size,
             "stride": sizes.stride,
-            "places": section.places,
+            "places": section.learned_positions,
             "depth": section.code_depth,
             "head_width": section.code_head_width,
         }
