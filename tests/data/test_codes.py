@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import unimm
-from unimm.data.codes import Kept, StoredCodes, fingerprint, kept_codes
+from unimm.data.codes import Cached, StoredCodes, cached_codes, fingerprint
 from unimm.data.sources import Reading, open_source
 from unimm.errors import UserError
 from unimm.families.image_tokenizers import load_image_tokenizer
@@ -32,7 +32,7 @@ MARK = "tokenizer and data"
 OLD, NEW = torch.arange(12).view(3, 2, 2), torch.ones(4, 2, 2, dtype=torch.int64)
 
 
-def compute() -> Kept:
+def compute() -> Cached:
     """New codes, with a note."""
     return {"codes": NEW}, {"bad": "{}"}
 
@@ -41,7 +41,7 @@ def test_a_file_with_the_mark_as_a_note_is_read(tmp_path: Path) -> None:
     file, notes = tmp_path / "codes.safetensors", {"mark": MARK, "bad": '{"1": []}'}
     save_file({"codes": OLD}, file, notes)
     before = file.read_bytes()
-    tensors, found = kept_codes(file, MARK, compute, least=2)
+    tensors, found = cached_codes(file, MARK, compute, least=2)
     assert torch.equal(tensors["codes"], OLD) and found == notes
     assert file.read_bytes() == before
 
@@ -56,7 +56,7 @@ def test_any_other_file_is_made_again_once(tmp_path: Path, fault: str) -> None:
         file.write_bytes(file.read_bytes()[:-8])
     least = 4 if fault == "too few" else 0
     for make in (compute, lambda: pytest.fail("made twice")):
-        tensors, notes = kept_codes(file, MARK, make, least)
+        tensors, notes = cached_codes(file, MARK, make, least)
         assert torch.equal(tensors["codes"], NEW) and notes["bad"] == "{}"
 
 
@@ -65,7 +65,7 @@ def test_a_file_of_something_else_is_left_alone(tmp_path: Path) -> None:
     save_file({"weight": OLD}, file, {"format": "pt"})
     before = file.read_bytes()
     with pytest.raises(UserError, match=r"model\.safetensors: this is no file of image codes; name another"):
-        kept_codes(file, MARK, compute)
+        cached_codes(file, MARK, compute)
     assert file.read_bytes() == before
 
 

@@ -1,4 +1,4 @@
-"""Image codes of pictures and features of an understanding encoder: computed in batches, and kept in a file.
+"""Image codes of pictures and features of an understanding encoder: computed in batches, and cached in a file.
 
 What is stored bears a fingerprint of all that it depends on, so that it is never taken for that of another model. The
 work is cut into shards of the same records and batches of the same size whatever does it, so the codes of a picture do
@@ -37,7 +37,7 @@ PROBES = 64  # records looked at to see whether a source has pictures to draw
 CodeArray: TypeAlias = NDArray[np.int32]
 Features: TypeAlias = NDArray[np.floating[Any]]  # [tokens, width]
 FeatureType = Literal["float32", "float16"]
-Kept: TypeAlias = tuple[dict[str, Tensor], dict[str, str]]
+Cached: TypeAlias = tuple[dict[str, Tensor], dict[str, str]]
 
 
 # --- what stored things depend on ---------------------------------------------------------------------------
@@ -175,10 +175,10 @@ def some_records(source: Source) -> Iterator[Record]:
             yield source[index]
 
 
-# --- kept in a file -----------------------------------------------------------------------------------------
+# --- cached in a file ---------------------------------------------------------------------------------------
 
 
-def kept_codes(path: Path, mark: str, compute: Callable[[], Kept], least: int = 0) -> Kept:
+def cached_codes(path: Path, mark: str, compute: Callable[[], Cached], least: int = 0) -> Cached:
     """Return the tensors of a file and the notes beside them, which are computed first where the file is not these.
 
     Args:
@@ -210,7 +210,7 @@ def _is_these(path: Path, mark: str, least: int) -> bool:
 
 
 class StoredCodes:
-    """The image codes of a source's pictures to draw, computed once and kept in one file.
+    """The image codes of a source's pictures to draw, computed once and cached in one file.
 
     Args:
         path: the safetensors file; made again if it is of another tokenizer or of other data.
@@ -234,7 +234,7 @@ class StoredCodes:
         device: torch.device,
     ) -> None:
         mark = fingerprint(tokenizer, target_size, source.signature(), len(source), reading)
-        stored, notes = kept_codes(path, mark, lambda: _compute(source, target_size, tokenizer, device))
+        stored, notes = cached_codes(path, mark, lambda: _compute(source, target_size, tokenizer, device))
         self.bad: dict[str, list[str]] = json.loads(notes["bad"])
         self.codes, self.sizes = stored["codes"], stored["sizes"].tolist()
         self.starts, self.places = _ends(stored["counts"]), _ends(stored["sizes"].prod(1))
@@ -259,7 +259,7 @@ def _ends(counts: Tensor) -> list[int]:
     return [0, *counts.cumsum(0).tolist()]
 
 
-def _compute(source: Source, target_size: TargetSize, tokenizer: Any, device: torch.device) -> Kept:
+def _compute(source: Source, target_size: TargetSize, tokenizer: Any, device: torch.device) -> Cached:
     """Codes int32 of all M pictures in a row, their sizes [M, 2], counts for each record [N], and the bad by index."""
     from rich.progress import track
 

@@ -20,7 +20,7 @@ from unimm.data.codes import fingerprint
 from unimm.data.emojiscenes.scenes import CONCEPTS, EmojiScenes, Scene
 from unimm.evaluation.emojiscenes.batches import picture_size
 from unimm.evaluation.emojiscenes.drawing import reconstruct
-from unimm.evaluation.emojiscenes.judge import fit_probe, kept_probe
+from unimm.evaluation.emojiscenes.judge import cached_probe, fit_probe
 from unimm.evaluation.emojiscenes.pixels import THRESHOLD, border_colour, cut_out, find_objects
 from unimm.images import Pixels
 
@@ -44,7 +44,7 @@ class Artwork:
     def __init__(self, um: UniMM, cache: Path) -> None:
         self.um, self.size = um, picture_size(um)
         settings = {"tokenizer": fingerprint(um.image_tokenizer, self.size), "scenes": SCENES, "side": SIDE}
-        self.weight, self.bias = kept_probe(cache, {**settings, "decay": DECAY}, self._fit)
+        self.weight, self.bias = cached_probe(cache, {**settings, "decay": DECAY}, self._fit)
 
     def _fit(self) -> tuple[Tensor, Tensor]:
         scenes = EmojiScenes("train", 0, self.size, SCENES, kinds=("single",))

@@ -12,7 +12,7 @@ from unimm.errors import UserError, UserNote
 from unimm.locate import locate
 from unimm.preferences.data import Preference, check_response_codes, find_preferences, refuse_preferences
 from unimm.preferences.forms import SIDES, is_form
-from unimm.preferences.reference import hash_data, kept_beside, read_kept
+from unimm.preferences.reference import cache_beside, hash_data, read_cached
 
 
 def is_preferences(location: Location, reading: Reading | None = None) -> bool:
@@ -51,9 +51,9 @@ def check_preferences(
             problems.append(str(error))
     name = location_name(location)
     refuse_preferences(name, problems, len(preferences) + len(equal))
-    kept = kept_beside(Path(name))
-    if kept.exists():
-        read_kept(kept, {"data": hash_data(location, preferences, reading)})
+    cached = cache_beside(Path(name))
+    if cached.exists():
+        read_cached(cached, {"data": hash_data(location, preferences, reading)})
     kinds: Counter[str] = Counter(preference.modality for preference in preferences)
     prompts = {preference.key() for preference in preferences}
     counts = {"pairs": len(preferences), **kinds, "prompts": len(prompts), "equal": len(equal)}

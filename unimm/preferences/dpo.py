@@ -26,10 +26,10 @@ from unimm.pipeline import UniMM
 from unimm.preferences.data import MODALITIES, read_preferences
 from unimm.preferences.losses import ModalityObjective, Pairs, k3, objective
 from unimm.preferences.policy import DrawingPreview, PolicyModel, PolicyRecipe, PolicyTask
-from unimm.preferences.preview import before_and_after, draw_fixed, kept_before
+from unimm.preferences.preview import before_and_after, cached_before, draw_fixed
 from unimm.preferences.reference import (
+    cache_beside,
     hash_data,
-    kept_beside,
     read_or_compute,
 )
 from unimm.preferences.samples import (
@@ -173,14 +173,14 @@ class PreferenceTask(PolicyTask):
         self.modalities = [m for m in MODALITIES if any(p.modality == m for p in self.pairs.preferences)]
         if self.recipe.reference.mode != "precomputed":
             return
-        kept = Path(self.recipe.reference.file or kept_beside(Path(file)))
+        cached = Path(self.recipe.reference.file or cache_beside(Path(file)))
         marks = {
             "model": f"{self.model_hash} {'bfloat16' if self._bfloat16() else 'float32'}",
             "data": hash_data(file, preferences, reading),
             "processor": fingerprint(self.processor),
         }
         with first_process_first() as first:  # it writes the file, the others read it
-            self.reference_scores = read_or_compute(kept, marks, self._score_all, first)
+            self.reference_scores = read_or_compute(cached, marks, self._score_all, first)
 
     def _bfloat16(self) -> bool:
         """Whether the trainer runs losses under autocast, as the reference then must be."""
@@ -284,7 +284,7 @@ class PreferenceTask(PolicyTask):
         assert isinstance(module, PolicyModel) and self.pairs is not None
         after = UniMM(module.policy, self.processor)
         device = str(module.policy.device)
-        before = kept_before(folder, lambda: self._shown(load(self.recipe.model, device, "float32")))
+        before = cached_before(folder, lambda: self._shown(load(self.recipe.model, device, "float32")))
         now = self._shown(after)
         if now["codes"]:
             sheet = before_and_after(after, self._prompts(), before["codes"], now["codes"])

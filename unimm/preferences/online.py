@@ -30,7 +30,7 @@ from unimm.models.modeling import AnswerScores, UniMMModel
 from unimm.pipeline import UniMM
 from unimm.preferences.candidates import DrawingPrompt, Emphasis, read_prompts, scene_prompts
 from unimm.preferences.policy import PolicyModel, PolicyRecipe, PolicyTask, frozen_copy
-from unimm.preferences.preview import before_and_after, draw_fixed, kept_before
+from unimm.preferences.preview import before_and_after, cached_before, draw_fixed
 from unimm.preferences.scorers import (
     Scorer,
     ScorerError,
@@ -383,7 +383,7 @@ class OnlineTask(PolicyTask):
         def first() -> dict[str, Any]:
             return {"codes": draw_fixed(load(self.recipe.model, device, "float32"), prompts, section)}
 
-        before = kept_before(folder, first)["codes"]
+        before = cached_before(folder, first)["codes"]
         sheet = before_and_after(um, prompts, before, draw_fixed(um, prompts, section))
         save_image(sheet, folder / f"{step:06d}.png")
 

@@ -35,9 +35,9 @@ class ReferenceSection(Section):
 
     mode: Literal["copy", "adapter", "precomputed", "none"] = "copy"
     """A frozen copy of the first weights; the weights under the adapters, which rest; log-probabilities of the first
-    weights, computed once and kept; or nothing."""
+    weights, computed once and cached; or nothing."""
     file: str | None = None
-    """Where precomputed log-probabilities are kept; null: beside the data."""
+    """Where precomputed log-probabilities are cached; null: beside the data."""
     sync_every: Positive | None = None
     """Steps after which a copy moves towards the policy (TR-DPO, Gorbatovski et al. 2024, arXiv 2404.09656)."""
     mix: Annotated[float, Field(gt=0, le=1)] = 0.6

@@ -31,8 +31,8 @@ def draw_fixed(um: UniMM, prompts: Sequence[str], section: DrawingPreview) -> li
     return found
 
 
-def kept_before(folder: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a model showed before the first step, made once and kept in `folder`."""
+def cached_before(folder: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a model showed before the first step, made once and cached in `folder`."""
     file = folder / "before.json"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The reference's log-probabilities, computed once and kept beside the data, under hashes of all they depend on."""
+"""The reference's log-probabilities, computed once and cached beside the data, under hashes of all they depend on."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def hash_data(location: Location, preferences: Sequence[Preference], reading: Re
     return total.hexdigest()
 
 
-def kept_beside(path: Path) -> Path:
-    """Where the log-probabilities of preferences are kept, unless a recipe says otherwise."""
+def cache_beside(path: Path) -> Path:
+    """Where the log-probabilities of preferences are cached, unless a recipe says otherwise."""
     return path.with_name(f"{path.name}.reference.safetensors")
 
 
@@ -48,7 +48,7 @@ def read_or_compute(
     """Return the log-probabilities of a reference, float32 [N, 2, T]: of each position of both answers of every pair.
 
     Args:
-        path: where they are kept.
+        path: where they are cached.
         marks: what it depends on, model, data and processor, each with a hash.
         compute: makes them where there is no file yet.
         write: whether to keep them (one process of several does).
@@ -62,11 +62,11 @@ def read_or_compute(
             with atomic_write(path) as temporary:
                 save_file({"log_probs": scores}, temporary, metadata=dict(marks))
         return scores
-    return read_kept(path, marks)
+    return read_cached(path, marks)
 
 
-def read_kept(path: Path, marks: Mapping[str, str]) -> Tensor:
-    """Read what `read_or_compute` kept, if it is of these marks; its errors are those."""
+def read_cached(path: Path, marks: Mapping[str, str]) -> Tensor:
+    """Read what `read_or_compute` cached, if it is of these marks; its errors are those."""
     try:
         with safe_open(path, "pt") as file:
             written, scores = file.metadata() or {}, file.get_tensor("log_probs")
@@ -77,5 +77,5 @@ def read_kept(path: Path, marks: Mapping[str, str]) -> Tensor:
             raise UserError(f"{path}: computed with another {name}; remove it and it is computed anew")
     if scores.ndim != 3:
         raise UserError(f"{path}: has sums, of an earlier version; remove it and it is computed anew")
-    kept: Tensor = scores
-    return kept
+    cached: Tensor = scores
+    return cached

@@ -204,8 +204,8 @@ class RecordSamples:
         Raises:
             BadRecord: it cannot be used.
         """
-        record, kept = self.source[index], self.codes
-        codes = None if kept is None else lambda: kept.get(index)
+        record, stored = self.source[index], self.codes
+        codes = None if stored is None else lambda: stored.get(index)
         return self.builder.build(record, self.source.location, codes, request, drop_prompt)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from unimm.data.codes import fingerprint, kept_codes
+from unimm.data.codes import cached_codes, fingerprint
 from unimm.data.emojiscenes.augment import augment, draw_numbers
 from unimm.data.emojiscenes.scenes import BACKGROUNDS, EmojiScenes, Scene
 from unimm.data.emojiscenes.settings import (
@@ -204,7 +204,7 @@ class SceneCodes:
         data = {
             name: value for name, value in vars(scenes).items() if name != "length"
         }  # a file may have more
-        tensors, _ = kept_codes(
+        tensors, _ = cached_codes(
             path,
             fingerprint(tokenizer, data),
             lambda: ({"codes": encode_scenes(tokenizer, scenes, device)}, {}),

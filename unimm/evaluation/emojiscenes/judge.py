@@ -48,7 +48,7 @@ class Judge:
         self.section, self.device = section, device
         self.network = _features().to(device)
         settings = {**section.model_dump(), "softened": [SOFTEST, SHARPEST]}
-        self.weight, self.bias = (t.to(device) for t in kept_probe(cache, settings, self._fit))
+        self.weight, self.bias = (t.to(device) for t in cached_probe(cache, settings, self._fit))
 
     def _fit(self) -> tuple[Tensor, Tensor]:
         """Fit the probe on cut-outs of training scenes of one and of two objects.
@@ -88,7 +88,7 @@ class Judge:
         return F.log_softmax(self.features(crops) @ self.weight.T + self.bias, dim=1).cpu()
 
 
-def kept_probe(
+def cached_probe(
     cache: Path | None, settings: Mapping[str, Any], fit: Callable[[], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
     """Weight and bias of a probe on concepts, from a file or fitted and put there.
