@@ -35,13 +35,13 @@ def _not_finite(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")
 
 
-def check_document(document: Any, source: str, most: int = MAX_NODES, finite: bool = True) -> None:
+def check_document(document: Any, source: str, max_nodes: int = MAX_NODES, finite: bool = True) -> None:
     """Check that a document may be walked: bounded in depth and size.
 
     Args:
         document: what was read.
         source: where from, for the error.
-        most: values it may hold.
+        max_nodes: values it may hold.
         finite: whether numbers have to be finite; JSON has no others.
 
     Raises:
@@ -56,8 +56,8 @@ def check_document(document: Any, source: str, most: int = MAX_NODES, finite: bo
         nodes += 1
         if depth > MAX_DEPTH:
             raise UserError(f"{source}: nested more than {MAX_DEPTH} levels deep")
-        if nodes > most:
-            raise UserError(f"{source}: holds more than {most:,} values")
+        if nodes > max_nodes:
+            raise UserError(f"{source}: holds more than {max_nodes:,} values")
         if isinstance(node, Mapping):
             waiting += [(part, depth + 1, (place, key)) for key, part in node.items()]
         elif isinstance(node, list | tuple | set):

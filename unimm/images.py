@@ -208,7 +208,7 @@ def _levels(array: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
 @contextmanager
 def _opened(source: Any, name: str | None, limit: int) -> Iterator[tuple[BinaryIO, str]]:
     """Give a seekable file of the picture's bytes, and what it is called."""
-    most = max(MAX_BYTES_PER_PIXEL * limit, 2**20)
+    max_bytes = max(MAX_BYTES_PER_PIXEL * limit, 2**20)
     if isinstance(source, str) and source[:5].lower() == "data:":
         said = name or "the data URL"
         yield io.BytesIO(decode_data_url(source, said)), said
@@ -220,14 +220,14 @@ def _opened(source: Any, name: str | None, limit: int) -> Iterator[tuple[BinaryI
         path = os.fspath(source)
         said = name or (_short(path) if isinstance(path, str) else _short(os.fsdecode(path)))
         with _open_path(path, said) as file:
-            if os.fstat(file.fileno()).st_size > most:
-                raise UserError(_too_long(said, most))
+            if os.fstat(file.fileno()).st_size > max_bytes:
+                raise UserError(_too_long(said, max_bytes))
             yield file, said
     elif isinstance(source, bytes | bytearray | memoryview):
         yield io.BytesIO(source), name or "the image"
     elif hasattr(source, "read"):
         said = name or _short(str(getattr(source, "name", "the file")))
-        yield io.BytesIO(_read_object(source, said, most)), said
+        yield io.BytesIO(_read_object(source, said, max_bytes)), said
     else:
         kind = type(source).__name__
         given = "a path, a PIL image, an array, bytes or a file"
@@ -243,18 +243,18 @@ def _open_path(path: str | bytes, said: str) -> BinaryIO:
         raise UserError(f"{said}: {reason}") from None
 
 
-def _read_object(file: Any, said: str, most: int) -> bytes:
+def _read_object(file: Any, said: str, max_bytes: int) -> bytes:
     """Return the bytes of a file object, from its beginning where it can be rewound."""
     try:
         if getattr(file, "seekable", lambda: False)():
             file.seek(0)
-        data = file.read(most + 1)
+        data = file.read(max_bytes + 1)
     except (OSError, ValueError) as error:
         raise UserError(f"{said}: cannot be read ({_one_line(error)})") from None
     if not isinstance(data, bytes | bytearray | memoryview):
         raise UserError(f"{said}: gives {type(data).__name__}, not bytes; open the file with mode 'rb'")
-    if len(data) > most:
-        raise UserError(_too_long(said, most))
+    if len(data) > max_bytes:
+        raise UserError(_too_long(said, max_bytes))
     return bytes(data)
 
 
@@ -432,11 +432,9 @@ def _damaged(name: str, error: Exception) -> str:
     return f"{name}: the picture is damaged or cut short ({_one_line(error)})"
 
 
-def _too_long(name: str, most: int) -> str:
+def _too_long(name: str, max_bytes: int) -> str:
     """The line that refuses a file by its length."""
-    return (
-        f"{name}: more than the {most:,} bytes that a picture may have; set {LIMIT_VARIABLE} for larger ones"
-    )
+    return f"{name}: more than the {max_bytes:,} bytes that a picture may have; set {LIMIT_VARIABLE} for larger ones"
 
 
 def _too_large(name: str, size: str, limit: int) -> str:

@@ -18,9 +18,9 @@ def test_check_counts_kinds_sizes_tokens_and_names_what_is_bad(unimm, tiny: Path
     assert (done.code, done.err) == (0, "")
     assert report["records"] == 5 and report["bad"] == 2
     assert report["kinds"] == {"text": 1, "image_to_text": 4}
-    assert report["pictures"]["count"] == 4 and report["pictures"]["width"]["most"] == 64
+    assert report["pictures"]["count"] == 4 and report["pictures"]["width"]["max"] == 64
     assert report["pictures"]["formats"] == {"PNG": 4}
-    assert report["tokens"]["context"] == 128 and report["tokens"]["least"] > 0
+    assert report["tokens"]["context"] == 128 and report["tokens"]["min"] > 0
     picture, line = report["bad_items"]
     assert picture["key"] == "line 4" and "3.png: not a picture" in picture["reason"]
     assert line["key"] == "line 7" and "not JSON" in line["reason"]

@@ -41,7 +41,7 @@ def test_a_file_with_the_mark_as_a_note_is_read(tmp_path: Path) -> None:
     file, notes = tmp_path / "codes.safetensors", {"mark": MARK, "bad": '{"1": []}'}
     save_file({"codes": OLD}, file, notes)
     before = file.read_bytes()
-    tensors, found = cached_codes(file, MARK, compute, least=2)
+    tensors, found = cached_codes(file, MARK, compute, min_codes=2)
     assert torch.equal(tensors["codes"], OLD) and found == notes
     assert file.read_bytes() == before
 
@@ -54,9 +54,9 @@ def test_any_other_file_is_made_again_once(tmp_path: Path, fault: str) -> None:
         save_file({"codes": OLD}, file, {"mark": "of old" if fault == "another mark" else MARK})
     if fault == "damaged":
         file.write_bytes(file.read_bytes()[:-8])
-    least = 4 if fault == "too few" else 0
+    min_codes = 4 if fault == "too few" else 0
     for make in (compute, lambda: pytest.fail("made twice")):
-        tensors, notes = cached_codes(file, MARK, make, least)
+        tensors, notes = cached_codes(file, MARK, make, min_codes)
         assert torch.equal(tensors["codes"], NEW) and notes["bad"] == "{}"
 
 

@@ -116,11 +116,11 @@ class _Findings:
 
 
 def _spread(values: Sequence[float]) -> dict[str, int]:
-    """Least, median, 95th percentile and most of some whole numbers."""
+    """Minimum, median, 95th percentile and maximum of some whole numbers."""
     if not values:
         return {}
     parts: list[int] = np.percentile(values, [0, 50, 95, 100], method="lower").astype(int).tolist()
-    return dict(zip(("least", "median", "p95", "most"), parts, strict=True))
+    return dict(zip(("min", "median", "p95", "max"), parts, strict=True))
 
 
 def _picture_sizes(sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:

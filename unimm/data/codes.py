@@ -178,19 +178,19 @@ def some_records(source: Source) -> Iterator[Record]:
 # --- cached in a file ---------------------------------------------------------------------------------------
 
 
-def cached_codes(path: Path, mark: str, compute: Callable[[], Cached], least: int = 0) -> Cached:
+def cached_codes(path: Path, mark: str, compute: Callable[[], Cached], min_codes: int = 0) -> Cached:
     """Return the tensors of a file and the notes beside them, which are computed first where the file is not these.
 
     Args:
         path: the file; made again if it is damaged, bears another mark or has too few codes.
         mark: all that the codes depend on.
         compute: makes the tensors, `codes` [M, ...] among them, and the notes.
-        least: how many codes there have to be; a file may have more.
+        min_codes: how many codes there have to be; a file may have more.
 
     Raises:
         UserError: the file bears no mark, so it is something else; or it cannot be written.
     """
-    if not _is_these(path, mark, least):
+    if not _is_these(path, mark, min_codes):
         tensors, notes = compute()
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary:
@@ -199,13 +199,13 @@ def cached_codes(path: Path, mark: str, compute: Callable[[], Cached], least: in
         return load_file(path), file.metadata() or {}
 
 
-def _is_these(path: Path, mark: str, least: int) -> bool:
+def _is_these(path: Path, mark: str, min_codes: int) -> bool:
     """Whether a file has the codes of a mark, and enough of them."""
     with suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:
         written = (file.metadata() or {}).get("mark")
         if written is None:
             raise UserError(f"{path}: this is no file of image codes; name another")
-        return bool(written == mark and file.get_slice("codes").get_shape()[0] >= least)
+        return bool(written == mark and file.get_slice("codes").get_shape()[0] >= min_codes)
     return False
 
 

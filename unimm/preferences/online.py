@@ -89,7 +89,7 @@ class DrawingSampling(Section):
     guidance_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """1 draws without guidance, from the very distribution that learns; with any other the drawings are better and
     off-policy, and learnt from as if the unguided policy had drawn them."""
-    at_once: Positive = 64
+    batch_size: Positive = 64
     """Drawings that are sampled together."""
 
 
@@ -288,8 +288,8 @@ class OnlineTask(PolicyTask):
     def _sample(self, model: UniMMModel, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Codes [N, h, w] on the CPU of a drawing of each prompt."""
         section, parts = self.recipe.sampling, []
-        for start in range(0, len(prompts), section.at_once):
-            end = start + section.at_once
+        for start in range(0, len(prompts), section.batch_size):
+            end = start + section.batch_size
             uniforms = streams(seeds[start:end], len(prompts[start:end]), self.codes)
             sampling = SamplingConfig(section.guidance_scale, section.temperature)
             drawn = sample_codes(model, self.processor, prompts[start:end], uniforms, sampling, self.grid)

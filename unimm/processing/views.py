@@ -209,7 +209,7 @@ def check_ratio(height: int, width: int) -> None:
         )
 
 
-def area_size(height: int, width: int, factor: int, least: int, most: int) -> tuple[int, int]:
+def area_size(height: int, width: int, factor: int, min_area: int, max_area: int) -> tuple[int, int]:
     """Return the height and width, multiples of `factor`, that keep a picture's ratio within an area.
 
     Source: Emu3 `image_processing_emu3visionvq.py` (`smart_resize`, from Qwen2-VL).
@@ -220,10 +220,10 @@ def area_size(height: int, width: int, factor: int, least: int, most: int) -> tu
     check_ratio(height, width)
     rounded = [round(side / factor) * factor for side in (height, width)]
     scale = 1.0
-    if rounded[0] * rounded[1] > most:
-        scale = math.sqrt(height * width / most)
+    if rounded[0] * rounded[1] > max_area:
+        scale = math.sqrt(height * width / max_area)
         rounded = [max(factor, math.floor(side / scale / factor) * factor) for side in (height, width)]
-    elif rounded[0] * rounded[1] < least:
-        scale = math.sqrt(least / (height * width))
+    elif rounded[0] * rounded[1] < min_area:
+        scale = math.sqrt(min_area / (height * width))
         rounded = [math.ceil(side * scale / factor) * factor for side in (height, width)]
     return rounded[0], rounded[1]

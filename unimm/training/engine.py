@@ -328,7 +328,7 @@ class Engine:
         totals: Mapping[str, float],
         step: int,
         factor: float,
-        most: int | None = None,
+        max_micro_batches: int | None = None,
     ) -> StepResult:
         """Forward and backward every micro-batch, clip by the true global norm, and update.
 
@@ -337,14 +337,14 @@ class Engine:
             totals: the whole step's targets over all ranks.
             step: steps done before, over all stages.
             factor: what the base learning rates are multiplied by.
-            most: micro-batches of the rank that has the most; the others run their last again, for nothing, since
+            max_micro_batches: those of the rank that has the most; the others run their last again, for nothing, since
                 ranks that share gradients do so after each.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         loss_sum = norm = torch.zeros((), device=self.device)
         sums: dict[str, Any] = {}
-        count = max(len(batches), most or 0)
+        count = max(len(batches), max_micro_batches or 0)
         for position in range(count):
             batch = batches[min(position, len(batches) - 1)]
             if self._packed:  # their number varies

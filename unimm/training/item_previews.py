@@ -132,9 +132,9 @@ class PreviewItems:
         return found
 
 
-def spread_places(places: Sequence[Place], most: int) -> list[Place]:
+def spread_places(places: Sequence[Place], count: int) -> list[Place]:
     """At most so many places, evenly spread over all."""
-    return [places[number] for number in spread(range(len(places)), min(most, len(places)))]
+    return [places[number] for number in spread(range(len(places)), min(count, len(places)))]
 
 
 def _first_turn(messages: Sequence[Message]) -> tuple[Message, ...]:

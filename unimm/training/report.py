@@ -222,11 +222,11 @@ def _sheet_rows(folder: Path) -> list[list[Path]]:
     return [_spread(paths, _across(paths[0])) for paths in kinds.values()]
 
 
-def _spread(paths: Sequence[Path], most: int) -> list[Path]:
+def _spread(paths: Sequence[Path], count: int) -> list[Path]:
     """Return the first, the last, and what lies evenly between."""
-    if len(paths) <= most:
+    if len(paths) <= count:
         return list(paths)
-    return [paths[round(i * (len(paths) - 1) / (most - 1))] for i in range(most)]
+    return [paths[round(i * (len(paths) - 1) / (count - 1))] for i in range(count)]
 
 
 def _across(path: Path) -> int:

@@ -205,7 +205,7 @@ class Run:
         engine: Engine,
         batches: Sequence[dict[str, Tensor]],
         totals: Mapping[str, float],
-        most: int,
+        max_micro_batches: int,
     ) -> None:
         recipe, stage = self.recipe, self.recipe.stages[self.stage]
         seed_everything(derive_seed(recipe.seed, self.stage, self.stage_step, self.rank))
@@ -214,7 +214,7 @@ class Run:
         if isinstance(self.task, Draws):
             with engine.whole():
                 batches = self.task.draw(self.module, batches, self.step)
-        result = engine.step(batches, totals, self.step, lr_factor(stage, self.stage_step), most)
+        result = engine.step(batches, totals, self.step, lr_factor(stage, self.stage_step), max_micro_batches)
         self.step += 1
         self.stage_step += 1
         if self.average is not None:

@@ -208,7 +208,7 @@ class SceneCodes:
             path,
             fingerprint(tokenizer, data),
             lambda: ({"codes": encode_scenes(tokenizer, scenes, device)}, {}),
-            least=len(scenes),
+            min_codes=len(scenes),
         )
         self.codes = tensors["codes"]
 
