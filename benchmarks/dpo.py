@@ -5,7 +5,7 @@
     python benchmarks/dpo.py drawings adapters --width 2048 --pairs 130 --rounds 3 --steps 1  # as wide as Janus-Pro-1B
 
 Both train the embedded model, or one of random weights with a decoder as wide as is said, on the same pairs, in the
-recipes' batches: of 64 codes behind their prompt, or a picture with two captions; all weights of the decoder, or
+recipes' batches: of 64 codes behind their prompt, or an image with two captions; all weights of the decoder, or
 adapters (LoRA) in it. The one reads the reference's log-probabilities, taken once before the first step (its seconds
 are given apart, since they are paid back over the passes through the data), the other runs a frozen copy in every step.
 That their losses agree is checked in every step.
@@ -61,13 +61,13 @@ def write_model(folder: Path, width: int, layers: int) -> None:
 
 
 def write_pairs(folder: Path, workload: str, count: int) -> Path:
-    """Write pairs: of a caption, its scene's codes and those of another; or of a picture, two of its captions."""
+    """Write pairs: of a caption, its scene's codes and those of another; or of an image, two of its captions."""
     scenes = EmojiScenes("train", 2000)
     lines: list[dict[str, Any]] = []
     if workload != "captions":
-        pictures = np.stack([scenes[index].render() for index in range(count + 1)])
+        images = np.stack([scenes[index].render() for index in range(count + 1)])
         with torch.no_grad():
-            codes = unimm.load(device="cpu").image_tokenizer.encode(to_tensor(pictures)).tolist()
+            codes = unimm.load(device="cpu").image_tokenizer.encode(to_tensor(images)).tolist()
         for index in range(count):
             sides = {"chosen": {"codes": codes[index]}, "rejected": {"codes": codes[index + 1]}}
             lines.append({"prompt": scenes[index].captions()[0], **sides})

@@ -1,15 +1,15 @@
-"""Fine-tuning on one's own pictures of things that the model has no words for: does it name them, does it draw them?
+"""Fine-tuning on one's own images of things that the model has no words for: does it name them, does it draw them?
 
-    python benchmarks/finetune.py                                    # training/finetune-folder.yaml on 60 pictures
-    python benchmarks/finetune.py --pictures 1000 --things 50
+    python benchmarks/finetune.py                                    # training/finetune-folder.yaml on 60 images
+    python benchmarks/finetune.py --images 1000 --things 50
     python benchmarks/finetune.py --recipe lora-folder
     python benchmarks/finetune.py stages[0].steps=100 model.renew_tokens=false     # any key of the recipe
 
-The pictures are single objects of the EmojiScenes artwork that no scene has, on its plain backgrounds, captioned in a
+The images are single objects of the EmojiScenes artwork that no scene has, on its plain backgrounds, captioned in a
 wording that no scene has, written as a folder with `metadata.jsonl`. The held-out ones are other layouts of the same
-things. Prints how many captions name the thing, of pictures trained on and held out, and in how many drawings of the
+things. Prints how many captions name the thing, of images trained on and held out, and in how many drawings of the
 held-out captions the background and the thing are right, as the model draws by itself and at guidance 5; before
-training and after. The thing is judged by a probe on frozen features, half of whose pictures went through the image
+training and after. The thing is judged by a probe on frozen features, half of whose images went through the image
 tokenizer. Needs the extra `eval`, and `lora` for lora-folder.
 """
 
@@ -97,20 +97,20 @@ class ThingJudge(Judge):
         scenes = make_scenes(self.things, self.section.renders, seed=2)
         np.random.default_rng(2).shuffle(scenes)  # type: ignore[arg-type]
         labels = torch.tensor([self.things.index(scene.concept) for scene in scenes])
-        pictures = [scene.render() for scene in scenes]
-        pictures[1::2] = reconstruct(self.um, pictures[1::2])
-        crops = [self._crop(picture) for picture in pictures]
+        images = [scene.render() for scene in scenes]
+        images[1::2] = reconstruct(self.um, images[1::2])
+        crops = [self._crop(image) for image in images]
         return fit_probe(self.features(crops), labels, len(self.things), self.section.decay)
 
-    def _crop(self, picture: Pixels) -> Pixels:
-        boxes = find_objects(picture)
-        return cut_out(picture, boxes[0] if boxes else Box(0, 0, CANVAS, CANVAS), self.section.side)
+    def _crop(self, image: Pixels) -> Pixels:
+        boxes = find_objects(image)
+        return cut_out(image, boxes[0] if boxes else Box(0, 0, CANVAS, CANVAS), self.section.side)
 
-    def right(self, scenes: Sequence[Scene], pictures: Sequence[Pixels]) -> tuple[int, int]:
-        """In how many pictures of scenes the background is right, and in how many the thing is."""
-        grounds = sum(background_name(p) == s.background for p, s in zip(pictures, scenes, strict=True))
-        found = [(scene, find_objects(picture)) for scene, picture in zip(scenes, pictures, strict=True)]
-        seen = [(s, p, boxes[0]) for (s, boxes), p in zip(found, pictures, strict=True) if boxes]
+    def right(self, scenes: Sequence[Scene], images: Sequence[Pixels]) -> tuple[int, int]:
+        """In how many images of scenes the background is right, and in how many the thing is."""
+        grounds = sum(background_name(p) == s.background for p, s in zip(images, scenes, strict=True))
+        found = [(scene, find_objects(image)) for scene, image in zip(scenes, images, strict=True)]
+        seen = [(s, p, boxes[0]) for (s, boxes), p in zip(found, images, strict=True) if boxes]
         if not seen:
             return grounds, 0
         best = self.scores([p for _, p, _ in seen], [box for _, _, box in seen]).argmax(1).tolist()
@@ -143,34 +143,34 @@ def measure(
 
 
 def ceiling(um: UniMM, held_out: Sequence[Scene], judge: ThingJudge) -> str:
-    """What the judge makes of the pictures themselves, and of them through the image tokenizer and back."""
-    pictures = [scene.render() for scene in held_out]
-    found = [judge.right(held_out, shown) for shown in (pictures, reconstruct(um, pictures))]
+    """What the judge makes of the images themselves, and of them through the image tokenizer and back."""
+    images = [scene.render() for scene in held_out]
+    found = [judge.right(held_out, shown) for shown in (images, reconstruct(um, images))]
     words = [f"{ground}/{len(held_out)} and {thing}/{len(held_out)}" for ground, thing in found]
-    return f"background and thing in the pictures themselves {words[0]}, as the image tokenizer has them {words[1]}"
+    return f"background and thing in the images themselves {words[0]}, as the image tokenizer has them {words[1]}"
 
 
 def main() -> None:
-    """Write the pictures, train, and print the table."""
+    """Write the images, train, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of the recipe")
     parser.add_argument("--recipe", default="finetune-folder")
-    parser.add_argument("--pictures", type=int, default=60)
+    parser.add_argument("--images", type=int, default=60)
     parser.add_argument("--things", type=int, default=10, help=f"at most {len(THINGS)}")
     parser.add_argument("--held-out", type=int, default=120)
-    parser.add_argument("--keep", metavar="FOLDER", help="where pictures and run stay; a run there goes on")
+    parser.add_argument("--keep", metavar="FOLDER", help="where images and run stay; a run there goes on")
     options = parser.parse_intermixed_args()
     things = THINGS[: options.things]
-    trained, held_out = make_scenes(things, options.pictures, 0), make_scenes(things, options.held_out, 1)
+    trained, held_out = make_scenes(things, options.images, 0), make_scenes(things, options.held_out, 1)
     before = unimm.load(device="cpu")
     judge = ThingJudge(things, before)
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(options.keep or temporary)
-        pictures = place / "pictures"
-        if not pictures.exists():
-            write_folder(pictures, trained)
+        images = place / "images"
+        if not images.exists():
+            write_folder(images, trained)
         recipe = load_recipe(find_recipe(options.recipe), options.overrides)
-        paths = [f"data.sources.{name}.path={pictures}" for name in recipe.data.sources]
+        paths = [f"data.sources.{name}.path={images}" for name in recipe.data.sources]
         paths.append("data.validation=null")  # all are trained on: what is held out here is drawn anew
         recipe = load_recipe(find_recipe(options.recipe), [*paths, f"output={place}/run", *options.overrides])
         start, used = time.perf_counter(), time.process_time()
@@ -179,7 +179,7 @@ def main() -> None:
         after = unimm.load(export, device="cpu")
     shown = trained[: options.held_out]
     rows = [measure(name, um, shown, held_out, judge) for name, um in (("before", before), ("after", after))]
-    print_table(COLUMNS, rows, f"{options.recipe}, {options.pictures} pictures of {len(things)} things")
+    print_table(COLUMNS, rows, f"{options.recipe}, {options.images} images of {len(things)} things")
     print(ceiling(after, held_out, judge))
     print(f"trained in {seconds:.0f} s, {used:.0f} core-seconds")
 

@@ -112,7 +112,7 @@ def prompts_of(batch: int) -> list[str]:
 
 
 def caption_inputs(um: UniMM, batch: int) -> Any:
-    """Return one question about a picture, several times."""
+    """Return one question about an image, several times."""
     return um.processor(["what"] * batch, [[Image.new("RGB", (64, 64), "red")]] * batch)
 
 

@@ -3,7 +3,7 @@
     python benchmarks/scorers.py                                     # the scorers that come with the package
     python benchmarks/scorers.py self-vqa my_module.score --prompts 100
 
-For each kind of scene it draws eight pictures of training captions and prints, of all pairs of a good and a bad drawing
+For each kind of scene it draws eight images of training captions and prints, of all pairs of a good and a bad drawing
 of one prompt, the share in which a scorer gives the good one more (ties count half, 0.5 is chance).
 """
 
@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 import unimm
 from unimm.console import print_table
 from unimm.data.emojiscenes.scenes import SCENE_KINDS, SceneKind
-from unimm.evaluation.emojiscenes.drawing import judge_pictures
+from unimm.evaluation.emojiscenes.drawing import judge_images
 from unimm.evaluation.emojiscenes.judge import Judge
 from unimm.evaluation.recipe import JudgeSection
 from unimm.pipeline import UniMM
 from unimm.preferences.candidates import scene_prompts
-from unimm.preferences.scorers import Candidate, make_scorer, picture_candidates, score_candidates
+from unimm.preferences.scorers import Candidate, image_candidates, make_scorer, score_candidates
 
 SCENE_SEED = 11  # scenes that no recipe draws
 SCORERS = ("self-vqa", "artwork", "self-vqa*artwork")
@@ -37,7 +37,7 @@ def draw_groups(um: UniMM, kind: SceneKind, prompts: int, n: int) -> list[list[C
     seeds = list(range(prompts * n))
     codes = um.draw_codes([prompt.prompt for prompt in asked], n=n, seed=seeds, guidance_scale=1.0)
     return [
-        picture_candidates(um, prompt, seeds[start : start + n], codes[start : start + n])
+        image_candidates(um, prompt, seeds[start : start + n], codes[start : start + n])
         for prompt, start in zip(asked, range(0, len(seeds), n), strict=True)
     ]
 
@@ -46,7 +46,7 @@ def good_ones(judge: Judge, groups: Sequence[Sequence[Candidate]]) -> NDArray[np
     """Which drawings [prompts, n] the judge finds nothing wrong with."""
     flat = [candidate for group in groups for candidate in group]
     scenes = [candidate.prompt.scene.scene() for candidate in flat if candidate.prompt.scene is not None]
-    verdicts = judge_pictures(judge, scenes, [np.asarray(candidate.image) for candidate in flat])
+    verdicts = judge_images(judge, scenes, [np.asarray(candidate.image) for candidate in flat])
     return np.array([verdict.all_right() for verdict in verdicts]).reshape(len(groups), -1)
 
 

@@ -5,11 +5,11 @@
 
 The model has the embedded one's size (but Janus's 64 vision tokens, since its layout cannot merge patches), random
 weights, float32, on the CPU. Both take the same optimisation steps, on the same samples read ahead by the same thread;
-that the losses agree is checked before and after. A sample is a (picture, question, answer), a (caption, picture) or a
+that the losses agree is checked before and after. A sample is a (image, question, answer), a (caption, image) or a
 text in both. What they do differently:
 
-- unimm shows a picture once and asks all its questions in branches; the plain loop has a row for each question, as
-  people write it, with the picture in each.
+- unimm shows an image once and asks all its questions in branches; the plain loop has a row for each question, as
+  people write it, with the image in each.
 - unimm projects only the positions that a loss counts; the plain loop takes transformers' text loss, on all positions,
   and for drawings what transformers lacks: generation embeddings and aligner in, generation head and cross-entropy out.
 - (b): unimm packs (`pack` of a stage); the plain loop pads each micro-batch to its longest row, in the order given.

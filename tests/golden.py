@@ -84,7 +84,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     """Three images of unlike sizes."""
     rng = np.random.default_rng(0)
     sizes = [(31, 17), (40, 90), (33, 33)]
@@ -92,14 +92,14 @@ def pictures() -> list[Image.Image]:
 
 
 def _inputs(um: UniMM) -> Results:
-    one, two, three = pictures()
+    one, two, three = images()
     inputs = um.processor(QUESTIONS, [[one, two], [three]])
     return {f"inputs.{name}": _stored(tensor) for name, tensor in inputs.items()}
 
 
 @torch.no_grad()
 def _logits(um: UniMM) -> Results:
-    one, two, three = pictures()
+    one, two, three = images()
     inputs = um.processor(QUESTIONS, [[one, two], [three]])
     return {"logits": _stored(um.model(**inputs).logits)}
 
@@ -124,7 +124,7 @@ def _training_rows(um: UniMM) -> tuple[dict[str, Tensor], Tensor]:
     codes = (
         torch.arange(rows * columns).view(1, rows, columns) * 7 % um.model.config.generation_config().codes
     )
-    seen = processor(["what is this?"], [pictures()[:1]])
+    seen = processor(["what is this?"], [images()[:1]])
     asked, answer = seen.pop("input_ids")[0].tolist(), processor.text_ids("a red apple")
     prompt = processor.drawing_ids("a red apple", (rows, columns))
     shared = layout.shared
@@ -147,7 +147,7 @@ def _training_rows(um: UniMM) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def _answers(um: UniMM) -> Results:
-    one, two, three = pictures()
+    one, two, three = images()
     asked = um.ask([[one, two], three, None], ["what is this?", "what", "a red"], max_new_tokens=8)
     return {"answers": asked, "captions": um.caption([one, two, three], max_new_tokens=8)}
 

@@ -1,4 +1,4 @@
-"""Damaged picture files of every format: an RGB picture or one line, never another error."""
+"""Damaged image files of every format: an RGB image or one line, never another error."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from PIL import Image
 from unimm.errors import UserError, UserNote
 from unimm.images import IMAGE_FORMATS, read_image
 
-LIMIT = 1_000_000  # pixels, so that a large picture that a damaged header asks for is quickly decoded
+LIMIT = 1_000_000  # pixels, so that a large image that a damaged header asks for is quickly decoded
 
 
 def whole(form: str) -> bytes:
-    """A picture file with what a format may hold: transparency, palettes, orientation, frames."""
+    """An image file with what a format may hold: transparency, palettes, orientation, frames."""
     buffer = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (24, 20, 3), np.uint8)
     image = Image.fromarray(noise)
@@ -41,7 +41,7 @@ FILES = {form: whole(form) for form in IMAGE_FORMATS}
 
 
 def read(data: bytes) -> None:
-    """Read bytes: a picture, or one line."""
+    """Read bytes: an image, or one line."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

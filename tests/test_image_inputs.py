@@ -26,7 +26,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)  # [H, W
 
 
 def encoded(form: str = "PNG", pixels: np.ndarray[Any, Any] = PIXELS, **options: Any) -> bytes:
-    """A picture file's bytes."""
+    """An image file's bytes."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, form, **options)
     return buffer.getvalue()
@@ -52,7 +52,7 @@ class Stream:
 
 
 def given(tmp_path: Path) -> dict[str, Any]:
-    """One picture in all the ways that pixels and bytes come in."""
+    """One image in all the ways that pixels and bytes come in."""
     data = encoded()
     path = tmp_path / "a.png"
     path.write_bytes(data)
@@ -133,7 +133,7 @@ def test_half_precision_and_small_overshoot() -> None:
         (np.zeros(9, np.uint8), "shape [9]"),
         (np.zeros((0, 9, 3), np.uint8), "has no pixels"),
         (np.zeros((1, 20_000), np.uint8), "20000 x 1 pixels, more than 10,000"),
-        (b"", "not a picture in a known format"),
+        (b"", "not an image in a known format"),
         (io.StringIO("words"), "gives str, not bytes; open the file with mode 'rb'"),
         ("data:image/png", "the data URL: a data URL that is not base64"),
         ("data:image/png;base64,@@@", "the data URL: a data URL with broken base64"),
@@ -173,8 +173,8 @@ def test_no_other_decoder_is_started(tmp_path: Path, form: str, name: str) -> No
     buffer = io.BytesIO()
     Image.new("1" if form == "XBM" else "RGB", (16, 16)).save(buffer, form)
     (tmp_path / name).write_bytes(buffer.getvalue())
-    assert "not a picture in a known format (PNG, JPEG" in refused(tmp_path / name)
-    with pytest.raises(UserError, match="not a picture"):
+    assert "not an image in a known format (PNG, JPEG" in refused(tmp_path / name)
+    with pytest.raises(UserError, match="not an image"):
         image_header(buffer.getvalue(), name)
 
 
@@ -259,7 +259,7 @@ def test_png_with_many_texts_is_read(after: bool) -> None:
 
 
 @pytest.mark.parametrize("form", ["png", "webp", "gif", "bmp", "ppm", "tiff"])
-def test_a_header_is_as_bounded_as_its_picture(form: str) -> None:
+def test_a_header_is_as_bounded_as_its_image(form: str) -> None:
     with pytest.raises(UserError, match=r"a: .* pixels, more than 64 million"):
         image_header(BOMBS[form], "a")
 
@@ -267,7 +267,7 @@ def test_a_header_is_as_bounded_as_its_picture(form: str) -> None:
 @pytest.mark.parametrize("exif", [b"x" * 100, b"x" * 3_000_000, b"MM\0\0\0\0\0\x08" * 20], ids=len)
 def test_a_header_with_broken_exif_is_a_line(exif: bytes) -> None:
     data = encoded()
-    with pytest.raises(UserError, match=r"a\.png: the picture is damaged"):
+    with pytest.raises(UserError, match=r"a\.png: the image is damaged"):
         image_header(data[:33] + chunk(b"eXIf", exif) + data[33:], "a.png")
 
 
@@ -315,7 +315,7 @@ def test_a_header_of_too_many_pixels_takes_no_memory(form: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "I;16", "F"])
-def test_memory_of_a_large_picture_is_bounded(tmp_path: Path, mode: str) -> None:
+def test_memory_of_a_large_image_is_bounded(tmp_path: Path, mode: str) -> None:
     path = tmp_path / ("a.tiff" if mode == "F" else "a.png")
     Image.new(mode, (4000, 4000)).save(path)
     code = (

@@ -1,4 +1,4 @@
-"""Every odd picture file is read rightly or refused on one line."""
+"""Every odd image file is read rightly or refused on one line."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64))
 
 
-# --- pictures that work ------------------------------------------------------------------------------------
+# --- images that work ------------------------------------------------------------------------------------
 
 
 def test_cmyk_is_converted(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_pil_image_is_left_as_it_was() -> None:
     assert image.getpixel((0, 0)) == RED
 
 
-def test_large_but_allowed_picture_is_no_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_but_allowed_image_is_no_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40_000_000)  # Pillow alone would warn
     (tmp_path / "a.png").write_bytes(png_header(10_000, 6_400))
     with warnings.catch_warnings():
@@ -124,11 +124,11 @@ def test_large_but_allowed_picture_is_no_bomb(tmp_path: Path, monkeypatch: pytes
             read_image(tmp_path / "a.png")
 
 
-# --- pictures that are refused, each on one line -----------------------------------------------------------
+# --- images that are refused, each on one line -----------------------------------------------------------
 
 
 def refused(path: Path) -> str:
-    """Read a picture that must be refused; return the line, which names the file."""
+    """Read an image that must be refused; return the line, which names the file."""
     with pytest.raises(UserError) as caught:
         read_image(path)
     line = str(caught.value)
@@ -146,10 +146,10 @@ def test_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"just some words\n", b"\x89PNG\r\n\x1a\n", b"GIF89a"])
-def test_no_picture_inside(tmp_path: Path, content: bytes) -> None:
+def test_no_image_inside(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(content)
-    assert "not a picture" in refused(path)
+    assert "not an image" in refused(path)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "tiff"])

@@ -1,4 +1,4 @@
-"""What Python users hand in: pictures, seeds, sizes and texts of many kinds give one result, or one clear line."""
+"""What Python users hand in: images, seeds, sizes and texts of many kinds give one result, or one clear line."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def um(tiny: Path) -> UniMM:
 
 
 def ways(tmp_path: Path) -> dict[str, Any]:
-    """One picture in the ways that users have it."""
-    picture = Image.fromarray(PIXELS)
-    picture.save(path := tmp_path / "a.png")
+    """One image in the ways that users have it."""
+    image = Image.fromarray(PIXELS)
+    image.save(path := tmp_path / "a.png")
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     floats = torch.from_numpy(PIXELS).permute(2, 0, 1).float() / 255
     return {
-        "path": path, "str": str(path), "PIL": picture, "array": PIXELS, "tensor": floats,
+        "path": path, "str": str(path), "PIL": image, "array": PIXELS, "tensor": floats,
         "bytes": buffer.getvalue(), "file": io.BytesIO(buffer.getvalue()),
     }  # fmt: skip
 
 
-def test_pictures_of_every_kind_are_asked_about_alike(um: UniMM, tmp_path: Path) -> None:
-    said = {name: um.ask(picture, "what is this?", 8) for name, picture in ways(tmp_path).items()}
+def test_images_of_every_kind_are_asked_about_alike(um: UniMM, tmp_path: Path) -> None:
+    said = {name: um.ask(image, "what is this?", 8) for name, image in ways(tmp_path).items()}
     assert len(set(said.values())) == 1 and all(isinstance(text, str) for text in said.values())
     together = um.ask(list(ways(tmp_path).values()), "what is this?", 8)
     assert together == list(said.values())
@@ -49,22 +49,22 @@ def test_pictures_of_every_kind_are_asked_about_alike(um: UniMM, tmp_path: Path)
 
 
 def test_iterators_are_lists(um: UniMM) -> None:
-    pictures = [PIXELS, PIXELS[::2]]
-    assert um.caption(iter(pictures), 8) == um.caption(pictures, 8) == um.caption(tuple(pictures), 8)
+    images = [PIXELS, PIXELS[::2]]
+    assert um.caption(iter(images), 8) == um.caption(images, 8) == um.caption(tuple(images), 8)
     questions = ["what?", "is it red?"]
-    generated: Iterator[Any] = (picture for picture in pictures)
-    assert um.ask(generated, iter(questions), 8) == um.ask(pictures, questions, 8)
+    generated: Iterator[Any] = (image for image in images)
+    assert um.ask(generated, iter(questions), 8) == um.ask(images, questions, 8)
     codes = um.draw_codes(iter(["hi", "a red apple"]), seed=iter([3, 4]))
     assert torch.equal(codes, um.draw_codes(["hi", "a red apple"], seed=[3, 4]))
 
 
-def test_arrays_of_pictures_are_several(um: UniMM) -> None:
+def test_arrays_of_images_are_several(um: UniMM) -> None:
     batch = np.stack([PIXELS, PIXELS[::-1]])
     assert um.caption(batch, 8) == um.caption(list(batch), 8)
     assert um.caption(torch.from_numpy(batch), 8) == um.caption(list(batch), 8)
 
 
-def test_questions_need_no_picture(um: UniMM) -> None:
+def test_questions_need_no_image(um: UniMM) -> None:
     alone = um.ask(None, "what is this?", 8)
     assert isinstance(alone, str)
     mixed = um.ask([None, PIXELS, [], [PIXELS, PIXELS]], "what is this?", 8)
@@ -159,13 +159,13 @@ def test_numbers_of_drawings_that_are_none(um: UniMM, n: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "pictures", [7, object(), {"a": 1}, [7], [[PIXELS, 7]], "missing.png", b"not a picture"]
+    "images", [7, object(), {"a": 1}, [7], [[PIXELS, 7]], "missing.png", b"not an image"]
 )
-def test_what_is_no_picture_is_named(um: UniMM, pictures: Any) -> None:
+def test_what_is_no_image_is_named(um: UniMM, images: Any) -> None:
     calls = (
-        lambda: um.caption(pictures),
-        lambda: um.ask(pictures, "what?"),
-        lambda: um.draw("a", images=pictures),
+        lambda: um.caption(images),
+        lambda: um.ask(images, "what?"),
+        lambda: um.draw("a", images=images),
     )
     for call in calls:
         with pytest.raises(UserError) as caught:

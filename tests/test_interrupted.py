@@ -44,8 +44,8 @@ def commands(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     """What is tried, each given a folder to write into."""
     torch.set_num_threads(1)  # other threads do not live on in a forked process
     data = tmp_path_factory.mktemp("data")
-    forms.picture_list(data / "list", 5)
-    (data / "list" / "pictures" / "3.png").write_bytes(b"no picture")
+    forms.image_list(data / "list", 5)
+    (data / "list" / "images" / "3.png").write_bytes(b"no image")
     forms.shards(data / "tars", 6)
     model = ("--model", tiny)
     drawing = ("preferences", "draw", "--scenes", 4, "-n", 2, "--seed", 1, *model)

@@ -31,7 +31,7 @@ PROMPTS = [
 ]
 
 
-def pictures(count: int = 5) -> list[Image.Image]:
+def make_images(count: int = 5) -> list[Image.Image]:
     return [Image.fromarray(EmojiScenes("train")[i].render()) for i in range(count)]
 
 
@@ -84,7 +84,7 @@ def test_guided_rows_agree_with_a_forward_without_cache(tiny_model: UniMM) -> No
 
 
 def test_captions_and_answers_of_a_batch_equal_those_one_by_one(tiny_model: UniMM) -> None:
-    images = pictures()
+    images = make_images()
     assert tiny_model.caption(images, 8) == [tiny_model.caption(image, 8) for image in images]
     questions = [
         "what?",
@@ -99,13 +99,13 @@ def test_captions_and_answers_of_a_batch_equal_those_one_by_one(tiny_model: UniM
 
 
 def test_shapes_of_questions(tiny_model: UniMM) -> None:
-    images = pictures(3)
+    images = make_images(3)
     assert isinstance(tiny_model.ask(images[0], "what?", 8), str)
     assert len(tiny_model.ask(images[0], ["what?", "why?"], 8)) == 2
     assert len(tiny_model.ask(images, "what?", 8)) == 3
     assert (
         len(tiny_model.ask([images[:2], images[2]], ["same?", "what?"], 8)) == 2
-    )  # two pictures in one question
+    )  # two images in one question
     with pytest.raises(UserError, match="2 questions for 3 images"):
         tiny_model.ask(images, ["what?", "why?"])
     with pytest.raises(UserError, match="question: empty"):
@@ -115,7 +115,7 @@ def test_shapes_of_questions(tiny_model: UniMM) -> None:
 def test_saved_and_loaded_to_the_bit(tiny_model: UniMM, tmp_path: Path) -> None:
     tiny_model.save(tmp_path / "saved")
     again = unimm.load(tmp_path / "saved")
-    images = pictures(2)
+    images = make_images(2)
     assert again.caption(images, 8) == tiny_model.caption(images, 8)
     ours, ours_codes = tiny_model.draw(PROMPTS, seed=1, return_codes=True)
     theirs, their_codes = again.draw(PROMPTS, seed=1, return_codes=True)
@@ -127,7 +127,7 @@ def test_saved_and_loaded_to_the_bit(tiny_model: UniMM, tmp_path: Path) -> None:
 
 
 def test_image_tokenizer_contract(tiny_model: UniMM) -> None:
-    pixels = tiny_model.processor.drawing_pixels(pictures(2))
+    pixels = tiny_model.processor.drawing_pixels(make_images(2))
     codes = tiny_model.image_tokenizer.encode(pixels)
     assert codes.shape == (2, 4, 4) and codes.dtype == torch.int64
     decoded = tiny_model.image_tokenizer.decode(codes)
@@ -251,10 +251,10 @@ class _NoFloat64(TorchDispatchMode):
 
 
 def test_nothing_needs_float64(tiny_model: UniMM) -> None:
-    picture = Image.new("RGB", (80, 50), "teal")
+    image = Image.new("RGB", (80, 50), "teal")
     with _NoFloat64():
-        tiny_model.caption([picture, picture], 8)
-        tiny_model.ask(picture, "what is this?", 8)
+        tiny_model.caption([image, image], 8)
+        tiny_model.ask(image, "what is this?", 8)
         tiny_model.draw(["a star", "a red apple on blue"], guidance_scale=3.0, top_k=20, top_p=0.9, seed=1)
     with pytest.raises(AssertionError), _NoFloat64():
         torch.ones(2, dtype=torch.float32).double()

@@ -1,6 +1,6 @@
-"""Pictures in and out: read any picture file as plain RGB, make tensors of it and back, write it whole.
+"""Images in and out: read any image file as plain RGB, make tensors of it and back, write it whole.
 
-`read_image` is the only door through which a picture enters, so every odd file (rotated, transparent, 16-bit,
+`read_image` is the only door through which an image enters, so every odd file (rotated, transparent, 16-bit,
 animated, broken, enormous) and every way to give one (path, bytes, array, data URL ...) is dealt with here and
 nowhere else. Only `IMAGE_FORMATS` are read, whatever a file is called: Pillow knows decoders that start other programs.
 """
@@ -43,7 +43,7 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm",
 )  # fmt: skip
-"""What files of these formats are called, where a folder is searched for pictures."""
+"""What files of these formats are called, where a folder is searched for images."""
 MAX_PIXELS = 64_000_000  # 0.5 GB while it is decoded; a header that asks for more is refused unread
 LIMIT_VARIABLE = "UNIMM_MAX_IMAGE_PIXELS"
 MAX_BYTES_PER_PIXEL = 16  # of a file; no format that is read needs more
@@ -55,26 +55,26 @@ _PNG_TEXT = {b"tEXt", b"zTXt", b"iTXt", b"iCCP"}  # no pixel depends on these ch
 
 
 def read_image(source: ImageInput, name: str | None = None, max_pixels: int | None = None) -> Image.Image:
-    """Read a picture as upright 8-bit RGB.
+    """Read an image as upright 8-bit RGB.
 
     EXIF rotation is applied, transparency is laid on white, 16-bit grey is scaled to 8, CMYK and palettes are
     converted, and of an animation the first frame is taken (said with a `UserNote`).
 
     Args:
-        source: path of a picture file; its bytes; a binary file object, read from its beginning; a `data:` URL; a
+        source: path of an image file; its bytes; a binary file object, read from its beginning; a `data:` URL; a
             PIL image (left as it is; the result is a new image); or pixels, as a NumPy array or torch tensor:
             [H, W], or with 1 (grey), 3 (RGB) or 4 (RGBA) channels, which come last in an array and first in a
             tensor, or the other way where only that fits; uint8, or floats in [0, 1].
-        name: what errors and notes call the picture; by default its path.
-        max_pixels: most pixels of a picture; by default `UNIMM_MAX_IMAGE_PIXELS` of the environment, else
+        name: what errors and notes call the image; by default its path.
+        max_pixels: most pixels of an image; by default `UNIMM_MAX_IMAGE_PIXELS` of the environment, else
             `MAX_PIXELS`.
 
     Returns:
         A new PIL image in mode "RGB".
 
     Raises:
-        UserError: the file is missing, is no picture or none of `IMAGE_FORMATS`, is truncated, or its header asks for
-            too many pixels; the array's shape, type or range is another; or this is no kind of picture at all.
+        UserError: the file is missing, is no image or none of `IMAGE_FORMATS`, is truncated, or its header asks for
+            too many pixels; the array's shape, type or range is another; or this is no kind of image at all.
     """
     limit = pixel_limit() if max_pixels is None else max_pixels
     if isinstance(source, Image.Image):
@@ -86,24 +86,24 @@ def read_image(source: ImageInput, name: str | None = None, max_pixels: int | No
 
 
 def is_image(value: Any) -> bool:
-    """Whether this is one picture, of any kind that `read_image` takes, and not a collection of them."""
+    """Whether this is one image, of any kind that `read_image` takes, and not a collection of them."""
     if isinstance(value, str | os.PathLike | bytes | bytearray | memoryview | Image.Image):
         return True
     return hasattr(value, "read") or (_is_array(value) and value.ndim <= 3)
 
 
 def image_header(data: bytes, name: str) -> tuple[str, tuple[int, int]]:
-    """Return a picture's format by its header, as Pillow names it ("JPEG"), and its width and height when upright.
+    """Return an image's format by its header, as Pillow names it ("JPEG"), and its width and height when upright.
 
     Raises:
-        UserError: it is no picture, none of `IMAGE_FORMATS`, or of too many pixels, or its header is damaged.
+        UserError: it is no image, none of `IMAGE_FORMATS`, or of too many pixels, or its header is damaged.
     """
     limit = pixel_limit()
     return _past_texts(lambda file: _header(file, name, limit), io.BytesIO(data), limit)
 
 
 def pixel_limit() -> int:
-    """Return how many pixels a picture may have here.
+    """Return how many pixels an image may have here.
 
     Raises:
         UserError: `UNIMM_MAX_IMAGE_PIXELS` is no whole number above 0.
@@ -125,7 +125,7 @@ def decode_data_url(url: str, name: str = "the data URL") -> bytes:
     head, comma, body = url.partition(",")
     if not (comma and head.lower().endswith(";base64")):
         raise UserError(
-            f"{name}: a data URL that is not base64; expected data:image/png;base64, and the picture"
+            f"{name}: a data URL that is not base64; expected data:image/png;base64, and the image"
         )
     with suppress(ValueError):  # of base64
         if data := base64.b64decode(b"".join(urllib.parse.unquote_to_bytes(body).split()), validate=True):
@@ -157,7 +157,7 @@ def as_size(size: Any) -> tuple[int, int] | None:
     return sides[0], sides[1]
 
 
-# --- what a picture is given as -----------------------------------------------------------------------------
+# --- what an image is given as -----------------------------------------------------------------------------
 
 
 def _is_array(value: Any) -> bool:
@@ -166,7 +166,7 @@ def _is_array(value: Any) -> bool:
 
 
 def _from_array(value: Any, name: str) -> Image.Image:
-    """Return the picture of an array or tensor of pixels."""
+    """Return the image of an array or tensor of pixels."""
     if hasattr(value, "detach"):  # a torch tensor, of any device and of types that NumPy lacks
         value = value.detach().cpu()
         value = value.float() if value.is_floating_point() else value
@@ -207,14 +207,14 @@ def _levels(array: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
 
 @contextmanager
 def _opened(source: Any, name: str | None, limit: int) -> Iterator[tuple[BinaryIO, str]]:
-    """Give a seekable file of the picture's bytes, and what it is called."""
+    """Give a seekable file of the image's bytes, and what it is called."""
     max_bytes = max(MAX_BYTES_PER_PIXEL * limit, 2**20)
     if isinstance(source, str) and source[:5].lower() == "data:":
         said = name or "the data URL"
         yield io.BytesIO(decode_data_url(source, said)), said
     elif isinstance(source, str) and re.match(r"(?i)https?://", source):
         raise UserError(
-            f"{name or _short(source)}: URLs are not fetched; download the picture and give the file"
+            f"{name or _short(source)}: URLs are not fetched; download the image and give the file"
         )
     elif isinstance(source, str | os.PathLike):
         path = os.fspath(source)
@@ -235,7 +235,7 @@ def _opened(source: Any, name: str | None, limit: int) -> Iterator[tuple[BinaryI
 
 
 def _open_path(path: str | bytes, said: str) -> BinaryIO:
-    """Open a regular file; nothing else is a picture, and a pipe would be waited for."""
+    """Open a regular file; nothing else is an image, and a pipe would be waited for."""
     try:
         return open_regular(path)  # type: ignore[arg-type]
     except UserError as error:
@@ -268,7 +268,7 @@ def _short(text: str) -> str:
 
 
 def _decode(file: BinaryIO, name: str, limit: int) -> Image.Image:
-    """Read a picture of one of `IMAGE_FORMATS` as RGB."""
+    """Read an image of one of `IMAGE_FORMATS` as RGB."""
     with _open(file, name, limit) as opened:
         return _to_rgb(opened, name, limit)
 
@@ -286,7 +286,7 @@ def _header(file: BinaryIO, name: str, limit: int) -> tuple[str, tuple[int, int]
 
 
 def _past_texts(read: Callable[[BinaryIO], _Read], file: BinaryIO, limit: int) -> _Read:
-    """Read a picture, again without its texts if it is refused for them."""
+    """Read an image, again without its texts if it is refused for them."""
     try:
         return read(file)
     except UserNote:  # the caller turned notes into errors
@@ -299,7 +299,7 @@ def _past_texts(read: Callable[[BinaryIO], _Read], file: BinaryIO, limit: int) -
 
 
 def _open(file: BinaryIO, name: str, limit: int) -> Image.Image:
-    """Open a picture of one of `IMAGE_FORMATS` by its header."""
+    """Open an image of one of `IMAGE_FORMATS` by its header."""
     file.seek(0)
     width, height = _webp_size(file.read(30))
     if width * height > limit:  # libwebp takes the memory of two canvases when it opens a file
@@ -319,7 +319,7 @@ def _open(file: BinaryIO, name: str, limit: int) -> Image.Image:
             file.read(100)
         ):  # in a tar or a table; a file on its own is looked at when it is opened
             raise UserError(f"{name}: {POINTER}") from None
-        raise UserError(f"{name}: not a picture in a known format ({_KNOWN})") from None
+        raise UserError(f"{name}: not an image in a known format ({_KNOWN})") from None
 
 
 def _webp_size(head: bytes) -> tuple[int, int]:
@@ -357,7 +357,7 @@ def _without_text(file: BinaryIO, limit: int) -> BinaryIO | None:
 
 
 def _to_rgb(image: Image.Image, name: str, limit: int) -> Image.Image:
-    """Check the size, decode, turn upright and convert; `name` is what errors and notes call the picture."""
+    """Check the size, decode, turn upright and convert; `name` is what errors and notes call the image."""
     _check_size(image, name, limit)
     try:
         frames = getattr(image, "n_frames", 1)
@@ -373,7 +373,7 @@ def _to_rgb(image: Image.Image, name: str, limit: int) -> Image.Image:
 
 
 def _check_size(image: Image.Image, name: str, limit: int) -> None:
-    """Refuse a picture of too many pixels, or of none."""
+    """Refuse an image of too many pixels, or of none."""
     width, height = image.size
     if width * height > limit:
         raise UserError(_too_large(name, f"{width} x {height}", limit))
@@ -382,7 +382,7 @@ def _check_size(image: Image.Image, name: str, limit: int) -> None:
 
 
 def _flatten(image: Image.Image) -> Image.Image:
-    """Convert a decoded picture of any mode to RGB; where that needs copies, band by band."""
+    """Convert a decoded image of any mode to RGB; where that needs copies, band by band."""
     if image.mode == "F":  # floats are either in [0, 1] or in [0, 255]
         unit = all(np.nan_to_num(np.asarray(band)).max() <= 1 for _, band in _bands(image))
         return _in_bands(image, lambda band: _grey(np.nan_to_num(np.asarray(band)) * (255 if unit else 1)))
@@ -395,14 +395,14 @@ def _flatten(image: Image.Image) -> Image.Image:
 
 
 def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """Yield a picture in bands of rows, each with the row it begins at."""
+    """Yield an image in bands of rows, each with the row it begins at."""
     rows = max(1, _BAND_PIXELS // image.width)
     for top in range(0, image.height, rows):
         yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
 def _in_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """Convert a picture to RGB band by band, so that the copies of a conversion stay small."""
+    """Convert an image to RGB band by band, so that the copies of a conversion stay small."""
     whole = Image.new("RGB", image.size)
     for top, band in _bands(image):
         whole.paste(convert(band), (0, top))
@@ -416,12 +416,12 @@ def _eight_bit(levels: np.ndarray[Any, Any], deep: bool) -> np.ndarray[Any, Any]
 
 
 def _grey(levels: np.ndarray[Any, Any]) -> Image.Image:
-    """Return the RGB picture of grey levels [H, W] of any type."""
+    """Return the RGB image of grey levels [H, W] of any type."""
     return Image.fromarray(levels.clip(0, 255).round().astype(np.uint8)).convert("RGB")
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """Lay a picture with transparency on white."""
+    """Lay an image with transparency on white."""
     layer = image.convert("RGBA")
     white = Image.new("RGBA", layer.size, "white")
     return Image.alpha_composite(white, layer).convert("RGB")
@@ -429,16 +429,16 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 def _damaged(name: str, error: Exception) -> str:
     """The line that refuses what a decoder could not read."""
-    return f"{name}: the picture is damaged or cut short ({_one_line(error)})"
+    return f"{name}: the image is damaged or cut short ({_one_line(error)})"
 
 
 def _too_long(name: str, max_bytes: int) -> str:
     """The line that refuses a file by its length."""
-    return f"{name}: more than the {max_bytes:,} bytes that a picture may have; set {LIMIT_VARIABLE} for larger ones"
+    return f"{name}: more than the {max_bytes:,} bytes that an image may have; set {LIMIT_VARIABLE} for larger ones"
 
 
 def _too_large(name: str, size: str, limit: int) -> str:
-    """The line that refuses a picture by its header."""
+    """The line that refuses an image by its header."""
     bound = f"{limit / 1e6:g} million" if limit >= 1_000_000 else f"{limit:,}"
     return f"{name}: {size} pixels, more than {bound}; make it smaller, or set {LIMIT_VARIABLE}"
 
@@ -449,7 +449,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def to_tensor(pixels: Any) -> torch.Tensor:
-    """Turn 8-bit pictures into model input.
+    """Turn 8-bit images into model input.
 
     Args:
         pixels: uint8 array or tensor [..., H, W, 3], or an RGB PIL image.
@@ -473,10 +473,10 @@ def to_uint8(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def save_image(image: Image.Image, path: str | os.PathLike[str]) -> None:
-    """Write a picture atomically, in the format that the file's suffix names.
+    """Write an image atomically, in the format that the file's suffix names.
 
     Raises:
-        UserError: the suffix names no picture format, or the file cannot be written.
+        UserError: the suffix names no image format, or the file cannot be written.
     """
     suffix = Path(path).suffix.lower()
     Image.init()

@@ -12,7 +12,7 @@ from unimm.errors import UserError
 from unimm.files import check_target, open_regular
 
 MAX_LINE = 2**26  # bytes of the first line of JSON lines, or of a document
-_PICTURES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"RIFF")  # how files of PNG, JPEG and WebP begin
+_IMAGES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"RIFF")  # how files of PNG, JPEG and WebP begin
 
 
 def check_output(
@@ -50,9 +50,9 @@ def check_output(
             raise UserError(f"{name}: holds something else than {what}; give another output, or remove it")
 
 
-def is_picture(file: BinaryIO) -> bool:
-    """Whether a file begins as a picture in PNG, JPEG or WebP."""
-    return file.read(8).startswith(_PICTURES)
+def is_image_file(file: BinaryIO) -> bool:
+    """Whether a file begins as an image in PNG, JPEG or WebP."""
+    return file.read(8).startswith(_IMAGES)
 
 
 def first_line_has(*keys: str) -> Callable[[BinaryIO], bool]:

@@ -1,4 +1,4 @@
-"""Contact sheets: pictures on cards with text under them, in titled sections, drawn with Pillow alone."""
+"""Contact sheets: images on cards with text under them, in titled sections, drawn with Pillow alone."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from PIL import Image, ImageDraw, ImageFont
 
 SHEET_COLUMNS = 6
-PICTURE = 192  # width of a picture on the sheet, in pixels
+IMAGE_WIDTH = 192  # width of an image on the sheet, in pixels
 PADDING = 14  # inside a card
 CARD_GAP = 18  # between cards
 SHEET_MARGIN = 44  # around the sheet
-TEXT, LEADING = 16, 21  # size of the text under pictures, and from line to line
+TEXT, LEADING = 16, 21  # size of the text under images, and from line to line
 PAGE, CARD, BORDER = "#f3f4f7", "#ffffff", "#dfe2e8"
 INK, MUTED, GOOD, BAD, ACCENT = "#1c2030", "#6d7385", "#1a7f45", "#c0392b", "#3a4cc0"
 COLOURS = {"text": INK, "muted": MUTED, "good": GOOD, "bad": BAD}
@@ -21,7 +21,7 @@ COLOURS = {"text": INK, "muted": MUTED, "good": GOOD, "bad": BAD}
 
 @dataclass(frozen=True)
 class Line:
-    """A paragraph under a picture; `style` is one of text, muted, good, bad."""
+    """A paragraph under an image; `style` is one of text, muted, good, bad."""
 
     text: str
     style: str = "text"
@@ -29,9 +29,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Card:
-    """Pictures side by side (usually one) and what is said about them."""
+    """Images side by side (usually one) and what is said about them."""
 
-    pictures: Sequence[Image.Image]
+    images: Sequence[Image.Image]
     lines: Sequence[Line] = ()
 
 
@@ -64,13 +64,13 @@ def draw_sheet(
     Args:
         title: the head line.
         subtitle: a line under it.
-        sections: what to show; the cards of a section flow in rows of `columns` pictures.
-        columns: pictures in a row; a card of k pictures is k columns wide.
+        sections: what to show; the cards of a section flow in rows of `columns` images.
+        columns: images in a row; a card of k images is k columns wide.
 
     Returns:
         An RGB image, as high as its contents need.
     """
-    width = 2 * SHEET_MARGIN + columns * (PICTURE + 2 * PADDING) + (columns - 1) * CARD_GAP
+    width = 2 * SHEET_MARGIN + columns * (IMAGE_WIDTH + 2 * PADDING) + (columns - 1) * CARD_GAP
     rows = [(section, _rows(section.cards, columns)) for section in sections]
     height = 2 * SHEET_MARGIN + 96 + sum(_section_height(section, packed) for section, packed in rows)
     pen = _Pen(Image.new("RGB", (width, height), PAGE))
@@ -100,7 +100,7 @@ def _draw_section(pen: _Pen, section: SheetSection, rows: list[list[Card]]) -> N
 
 
 def _draw_card(
-    draw: ImageDraw.ImageDraw, image: Image.Image, card: Card, corner: tuple[int, int], height: int
+    draw: ImageDraw.ImageDraw, sheet: Image.Image, card: Card, corner: tuple[int, int], height: int
 ) -> None:
     """Draw one card with its upper left corner at `corner`."""
     x, y = corner
@@ -108,13 +108,13 @@ def _draw_card(
         (x, y, x + _card_width(card) - 1, y + height - 1), radius=12, fill=CARD, outline=BORDER
     )
     left, y = x + PADDING, y + PADDING
-    for picture in card.pictures:
-        shown = _scaled(picture)
+    for image in card.images:
+        shown = _scaled(image)
         mask = Image.new("L", shown.size, 0)
         ImageDraw.Draw(mask).rounded_rectangle((0, 0, *(side - 1 for side in shown.size)), radius=8, fill=255)
-        image.paste(shown, (left, y), mask)
-        left += PICTURE + 2 * PADDING + CARD_GAP
-    y += max((_scaled(picture).height for picture in card.pictures), default=0) + 10
+        sheet.paste(shown, (left, y), mask)
+        left += IMAGE_WIDTH + 2 * PADDING + CARD_GAP
+    y += max((_scaled(image).height for image in card.images), default=0) + 10
     for line in card.lines:
         for part in _wrap(line.text, _text_width(card)):
             draw.text((x + PADDING, y), part, fill=COLOURS[line.style], font=_font(TEXT))
@@ -123,11 +123,11 @@ def _draw_card(
 
 
 def _rows(cards: Sequence[Card], columns: int) -> list[list[Card]]:
-    """Break cards into rows of at most `columns` pictures."""
+    """Break cards into rows of at most `columns` images."""
     rows: list[list[Card]] = []
     room = 0
     for card in cards:
-        need = max(1, len(card.pictures))
+        need = max(1, len(card.images))
         if not rows or need > room:
             rows.append([])
             room = columns
@@ -143,26 +143,26 @@ def _section_height(section: SheetSection, rows: list[list[Card]]) -> int:
 
 def _card_height(card: Card) -> int:
     """Height of a card with its text wrapped."""
-    pictures = max((_scaled(picture).height for picture in card.pictures), default=0)
+    images = max((_scaled(image).height for image in card.images), default=0)
     text = sum(LEADING * len(_wrap(line.text, _text_width(card))) + 3 for line in card.lines)
-    return PADDING + pictures + 10 + text + PADDING - 6
+    return PADDING + images + 10 + text + PADDING - 6
 
 
 def _card_width(card: Card) -> int:
-    """Width of a card: so many whole columns as it has pictures."""
-    columns = max(1, len(card.pictures))
-    return columns * (PICTURE + 2 * PADDING) + (columns - 1) * CARD_GAP
+    """Width of a card: so many whole columns as it has images."""
+    columns = max(1, len(card.images))
+    return columns * (IMAGE_WIDTH + 2 * PADDING) + (columns - 1) * CARD_GAP
 
 
 def _text_width(card: Card) -> int:
-    """Width of the text under a card's pictures."""
+    """Width of the text under a card's images."""
     return _card_width(card) - 2 * PADDING
 
 
-def _scaled(picture: Image.Image) -> Image.Image:
-    """Bring a picture to the width of a column."""
-    height = max(1, round(picture.height * PICTURE / picture.width))
-    return picture.convert("RGB").resize((PICTURE, height), Image.Resampling.LANCZOS)
+def _scaled(image: Image.Image) -> Image.Image:
+    """Bring an image to the width of a column."""
+    height = max(1, round(image.height * IMAGE_WIDTH / image.width))
+    return image.convert("RGB").resize((IMAGE_WIDTH, height), Image.Resampling.LANCZOS)
 
 
 def _wrap(text: str, width: int) -> list[str]:

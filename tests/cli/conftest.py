@@ -1,4 +1,4 @@
-"""A way to run the command in this process, and a picture to run it on."""
+"""A way to run the command in this process, and an image to run it on."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def unimm(capfd: pytest.CaptureFixture[str]) -> Callable[..., Done]:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
-    """A small picture file."""
+def image(tmp_path: Path) -> Path:
+    """A small image file."""
     path = tmp_path / "apple.png"
     Image.new("RGB", (20, 30), "red").save(path)
     return path

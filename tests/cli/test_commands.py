@@ -15,26 +15,26 @@ from unimm.errors import UserNote
 from unimm.loading import load
 
 
-def test_caption_of_one_picture_is_a_plain_line(unimm, tiny: Path, picture: Path) -> None:
-    done = unimm("caption", picture, "--model", tiny, "--max-new-tokens", 8)
+def test_caption_of_one_image_is_a_plain_line(unimm, tiny: Path, image: Path) -> None:
+    done = unimm("caption", image, "--model", tiny, "--max-new-tokens", 8)
     assert (done.code, done.err) == (0, "")
-    assert done.out == printable(load(tiny).caption(picture, max_new_tokens=8)) + "\n"
+    assert done.out == printable(load(tiny).caption(image, max_new_tokens=8)) + "\n"
 
 
-def test_captions_as_json_are_one_document(unimm, tiny: Path, picture: Path) -> None:
+def test_captions_as_json_are_one_document(unimm, tiny: Path, image: Path) -> None:
     options = ["--model", tiny, "--max-new-tokens", 8]
-    done = unimm("caption", picture, "--json", picture, *options)  # options may stand in between
-    caption = load(tiny).caption(picture, max_new_tokens=8)
+    done = unimm("caption", image, "--json", image, *options)  # options may stand in between
+    caption = load(tiny).caption(image, max_new_tokens=8)
     assert done.code == 0
-    assert json.loads(done.out) == [{"image": str(picture), "caption": caption, "cut": True}] * 2
+    assert json.loads(done.out) == [{"image": str(image), "caption": caption, "cut": True}] * 2
 
 
-def test_ask_takes_several_pictures_and_one_question(unimm, tiny: Path, picture: Path) -> None:
+def test_ask_takes_several_images_and_one_question(unimm, tiny: Path, image: Path) -> None:
     options = ["--json", "--model", tiny, "--max-new-tokens", 8]
-    done = unimm("ask", picture, picture, "what is this?", *options)
-    answer = load(tiny).ask([[picture, picture]], ["what is this?"], max_new_tokens=8)[0]
+    done = unimm("ask", image, image, "what is this?", *options)
+    answer = load(tiny).ask([[image, image]], ["what is this?"], max_new_tokens=8)[0]
     assert json.loads(done.out) == {
-        "images": [str(picture)] * 2,
+        "images": [str(image)] * 2,
         "question": "what is this?",
         "answer": answer,
         "cut": True,
@@ -47,8 +47,8 @@ def test_ask_takes_a_question_alone(unimm, tiny: Path) -> None:
     assert (done.code, done.err, done.out) == (0, "", printable(answer) + "\n")
 
 
-def test_an_answer_that_the_context_cuts_is_noted(unimm, tiny: Path, picture: Path) -> None:
-    done = unimm("caption", picture, "--model", tiny)
+def test_an_answer_that_the_context_cuts_is_noted(unimm, tiny: Path, image: Path) -> None:
+    done = unimm("caption", image, "--model", tiny)
     assert done.code == 0 and done.out
     assert done.err == "unimm: note: 1 of 1 answers were cut where the context of 128 tokens ends\n"
 
@@ -61,47 +61,47 @@ def test_draw_writes_n_of_each_prompt(unimm, tiny: Path, tmp_path: Path) -> None
         ("a red apple", 7, 0), ("a red apple", 7, 1), ("what?", 7, 2), ("what?", 7, 3)
     ]  # fmt: skip
     for row, drawing in zip(rows, load(tiny).draw(prompts, n=2, seed=7), strict=True):
-        with Image.open(row["image"]) as image:
-            assert np.array_equal(np.asarray(image), np.asarray(drawing))
+        with Image.open(row["image"]) as drawn:
+            assert np.array_equal(np.asarray(drawn), np.asarray(drawing))
     assert len(list((tmp_path / "new").iterdir())) == 4
 
 
 def test_draw_without_a_seed_tells_the_one_it_took(unimm, tiny: Path, tmp_path: Path) -> None:
     row = json.loads(unimm("draw", "hi", "-o", tmp_path, "--json", "--model", tiny).out)[0]
     again = load(tiny).draw(["hi"], seed=row["seed"])[0]
-    with Image.open(row["image"]) as image:
-        assert np.array_equal(np.asarray(image), np.asarray(again))
+    with Image.open(row["image"]) as drawn:
+        assert np.array_equal(np.asarray(drawn), np.asarray(again))
 
 
 def test_draw_passes_its_options_on(unimm, tiny: Path, tmp_path: Path) -> None:
     options = ["--guidance-scale", 2, "--temperature", 0, "--top-k", 3, "--top-p", 0.9, "--size", "32x32"]
     row = json.loads(unimm("draw", "hi", "-o", tmp_path, "--json", "--model", tiny, *options).out)[0]
     greedy = load(tiny).draw(["hi"], guidance_scale=2, temperature=0)[0]
-    with Image.open(row["image"]) as image:
-        assert np.array_equal(np.asarray(image), np.asarray(greedy))
+    with Image.open(row["image"]) as drawn:
+        assert np.array_equal(np.asarray(drawn), np.asarray(greedy))
 
 
-def test_draw_from_pictures(unimm, tiny: Path, tmp_path: Path, picture: Path) -> None:
-    options = ["--image", picture, "--image", picture, "--seed", 7, "-o", tmp_path / "new", "--model", tiny]
+def test_draw_from_images(unimm, tiny: Path, tmp_path: Path, image: Path) -> None:
+    options = ["--image", image, "--image", image, "--seed", 7, "-o", tmp_path / "new", "--model", tiny]
     done = unimm("draw", "hi", "what?", *options, "--json")
     assert done.code == 0 and done.err.startswith("unimm: note: images: ") and done.err.count("\n") == 1
     with pytest.warns(UserNote):
-        drawings = load(tiny).draw(["hi", "what?"], images=[[picture] * 2] * 2, seed=7)
+        drawings = load(tiny).draw(["hi", "what?"], images=[[image] * 2] * 2, seed=7)
     for row, drawing in zip(json.loads(done.out), drawings, strict=True):
-        with Image.open(row["image"]) as image:
-            assert np.array_equal(np.asarray(image), np.asarray(drawing))
+        with Image.open(row["image"]) as drawn:
+            assert np.array_equal(np.asarray(drawn), np.asarray(drawing))
 
 
-def test_int8_weights(unimm, tiny: Path, picture: Path, tmp_path: Path) -> None:
+def test_int8_weights(unimm, tiny: Path, image: Path, tmp_path: Path) -> None:
     small = load(tiny, quantize="int8")
     options = ["--model", tiny, "--quantize", "int8"]
     short = ["--max-new-tokens", 8]
-    caption, answer = small.caption(picture, 8), small.ask(picture, "what?", 8)
-    assert unimm("caption", picture, *options, *short).out == printable(caption) + "\n"
-    assert unimm("ask", picture, "what?", *options, *short).out == printable(answer) + "\n"
+    caption, answer = small.caption(image, 8), small.ask(image, "what?", 8)
+    assert unimm("caption", image, *options, *short).out == printable(caption) + "\n"
+    assert unimm("ask", image, "what?", *options, *short).out == printable(answer) + "\n"
     row = json.loads(unimm("draw", "hi", "--seed", 7, "-o", tmp_path, "--json", *options).out)[0]
-    with Image.open(row["image"]) as image:
-        assert np.array_equal(np.asarray(image), np.asarray(small.draw(["hi"], seed=7)[0]))
+    with Image.open(row["image"]) as drawn:
+        assert np.array_equal(np.asarray(drawn), np.asarray(small.draw(["hi"], seed=7)[0]))
 
 
 def test_info_tells_parts_and_parameters(unimm, tiny: Path) -> None:
@@ -134,16 +134,16 @@ def refused(done, words: str) -> None:
     assert words in done.err
 
 
-def test_pictures_are_checked_before_the_model(unimm, tmp_path: Path) -> None:
+def test_images_are_checked_before_the_model(unimm, tmp_path: Path) -> None:
     (tmp_path / "words.png").write_text("just some words")
     refused(unimm("caption", tmp_path / "nothing.png", "--model", "no/model"), "nothing.png: no such file")
-    refused(unimm("ask", tmp_path / "words.png", "what?", "--model", "no/model"), "words.png: not a picture")
+    refused(unimm("ask", tmp_path / "words.png", "what?", "--model", "no/model"), "words.png: not an image")
 
 
-def test_question_that_is_a_file_was_forgotten(unimm, picture: Path) -> None:
-    refused(unimm("ask", picture, picture), "after the pictures comes a question")
-    refused(unimm("ask", "missing.png"), "after the pictures comes a question")
-    refused(unimm("ask", picture), "after the pictures comes a question")
+def test_question_that_is_a_file_was_forgotten(unimm, image: Path) -> None:
+    refused(unimm("ask", image, image), "after the images comes a question")
+    refused(unimm("ask", "missing.png"), "after the images comes a question")
+    refused(unimm("ask", image), "after the images comes a question")
 
 
 @pytest.mark.parametrize(
@@ -172,9 +172,9 @@ def test_draw_refuses(unimm, tiny: Path, tmp_path: Path, arguments: list[str], w
     refused(unimm("draw", *arguments, "-o", tmp_path / "out", "--model", tiny), words)
 
 
-def test_folder_that_is_a_file(unimm, tiny: Path, picture: Path) -> None:
-    refused(unimm("draw", "a", "-o", picture, "--model", tiny), "apple.png: cannot be used as a folder")
-    refused(unimm("demo", "-o", picture, "--model", tiny), "apple.png: cannot be used as a folder")
+def test_folder_that_is_a_file(unimm, tiny: Path, image: Path) -> None:
+    refused(unimm("draw", "a", "-o", image, "--model", tiny), "apple.png: cannot be used as a folder")
+    refused(unimm("demo", "-o", image, "--model", tiny), "apple.png: cannot be used as a folder")
 
 
 def test_model_that_is_broken(unimm, tiny: Path, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from tests.data import forms
 
 
 def test_check_counts_kinds_sizes_tokens_and_names_what_is_bad(unimm, tiny: Path, tmp_path: Path) -> None:
-    folder = forms.picture_list(tmp_path / "data", 5)
-    (folder / "pictures" / "3.png").write_bytes(b"no picture")
+    folder = forms.image_list(tmp_path / "data", 5)
+    (folder / "images" / "3.png").write_bytes(b"no image")
     with (folder / "metadata.jsonl").open("a") as file:
         file.write(json.dumps({"text": "only words"}) + "\n{broken\n")
     done = unimm("data", "check", folder, "--model", tiny, "--json")
@@ -18,11 +18,11 @@ def test_check_counts_kinds_sizes_tokens_and_names_what_is_bad(unimm, tiny: Path
     assert (done.code, done.err) == (0, "")
     assert report["records"] == 5 and report["bad"] == 2
     assert report["kinds"] == {"text": 1, "image_to_text": 4}
-    assert report["pictures"]["count"] == 4 and report["pictures"]["width"]["max"] == 64
-    assert report["pictures"]["formats"] == {"PNG": 4}
+    assert report["images"]["count"] == 4 and report["images"]["width"]["max"] == 64
+    assert report["images"]["formats"] == {"PNG": 4}
     assert report["tokens"]["context"] == 128 and report["tokens"]["min"] > 0
-    picture, line = report["bad_items"]
-    assert picture["key"] == "line 4" and "3.png: not a picture" in picture["reason"]
+    image, line = report["bad_items"]
+    assert image["key"] == "line 4" and "3.png: not an image" in image["reason"]
     assert line["key"] == "line 7" and "not JSON" in line["reason"]
     shown = unimm("data", "check", folder, "--model", tiny)
     assert shown.code == 0 and "kinds.image_to_text" in shown.out and "line 7" in shown.out
@@ -70,7 +70,7 @@ def test_files_that_the_shell_expanded(unimm, tiny: Path, tmp_path: Path) -> Non
 
 
 def test_what_leads_outside_needs_a_word(unimm, tiny: Path, tmp_path: Path) -> None:
-    forms.picture_folder(tmp_path / "private", 1)
+    forms.image_folder(tmp_path / "private", 1)
     rows = tmp_path / "data" / "rows.jsonl"
     rows.parent.mkdir()
     rows.write_text(json.dumps({"snapshot": "../private/000.png", "text": "a"}))
@@ -87,9 +87,9 @@ def test_what_leads_outside_needs_a_word(unimm, tiny: Path, tmp_path: Path) -> N
 
 
 def test_encode_and_check_what_it_wrote(unimm, tiny: Path, tmp_path: Path) -> None:
-    folder = forms.picture_folder(tmp_path / "data", 3)
+    folder = forms.image_folder(tmp_path / "data", 3)
     options = ["--pairs", "text_to_image", "--model", tiny]
     report = json.loads(unimm("data", "encode", folder, tmp_path / "out", *options, "--json").out)
     assert report["written"] == 3 and report["tars"] == 1
     checked = json.loads(unimm("data", "check", tmp_path / "out", "--model", tiny, "--json").out)
-    assert checked["kinds"] == {"text_to_image": 3} and checked["pictures"]["formats"] == {"codes": 3}
+    assert checked["kinds"] == {"text_to_image": 3} and checked["images"]["formats"] == {"codes": 3}

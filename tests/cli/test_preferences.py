@@ -84,8 +84,8 @@ def test_vote_says_what_is_wrong_and_leaves_the_folder_alone(unimm, tiny: Path, 
     texts.write_text('{"prompt": "a", "candidates": ["b", "c"]}\n')
     (tmp_path / "lone.jsonl").write_text('{"prompt": "a", "candidates": ["b"]}\n')
     (tmp_path / "empty.jsonl").touch()
-    picture = [{"content": [{"image": "texts.jsonl"}, {"text": "what?"}]}]
-    row = {"prompt": picture, "candidates": ["b", "c"]}
+    image = [{"content": [{"image": "texts.jsonl"}, {"text": "what?"}]}]
+    row = {"prompt": image, "candidates": ["b", "c"]}
     (tmp_path / "unreadable.jsonl").write_text(json.dumps(row) + "\n")
     drawn = [{"seed": k, "codes": [[k]]} for k in range(2)]
     row = {"prompt": "a", "candidates": drawn, "settings": {"model": "my/model"}}
@@ -104,7 +104,7 @@ def test_vote_says_what_is_wrong_and_leaves_the_folder_alone(unimm, tiny: Path, 
             ("texts", ("-o", texts), f"{texts}: holds something, and no texts.jsonl.state beside it"),
             ("lone", ("-o", votes), "lone.jsonl:1: candidates: a single one"),
             ("empty", ("-o", votes), "empty.jsonl: empty"),
-            ("unreadable", ("-o", votes, "--port", 0), "unreadable.jsonl:1: texts.jsonl: not a picture"),
+            ("unreadable", ("-o", votes, "--port", 0), "unreadable.jsonl:1: texts.jsonl: not an image"),
             ("drawn", ("-o", votes), "drawn with my/model; give --model"),
             ("drawn", ("-o", votes, "--port", 0, "--model", tiny), "1 x 1 codes; this model draws 4 x 4"),
         ]:

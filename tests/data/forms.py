@@ -17,7 +17,7 @@ SCENES = EmojiScenes("train", seed=11, length=1000)
 
 
 def encoded(scene: Scene, form: str = "PNG") -> bytes:
-    """The picture of a scene as a file's bytes."""
+    """The image of a scene as a file's bytes."""
     buffer = io.BytesIO()
     Image.fromarray(scene.render()).save(buffer, form)
     return buffer.getvalue()
@@ -27,19 +27,19 @@ def caption(scene: Scene) -> str:
     return scene.captions()[0]
 
 
-def picture_list(folder: Path, count: int) -> Path:
+def image_list(folder: Path, count: int) -> Path:
     """An image folder with metadata.jsonl."""
-    (folder / "pictures").mkdir(parents=True)
+    (folder / "images").mkdir(parents=True)
     lines = []
     for i in range(count):
-        (folder / "pictures" / f"{i}.png").write_bytes(encoded(SCENES[i]))
-        lines.append(json.dumps({"file_name": f"pictures/{i}.png", "text": caption(SCENES[i])}))
+        (folder / "images" / f"{i}.png").write_bytes(encoded(SCENES[i]))
+        lines.append(json.dumps({"file_name": f"images/{i}.png", "text": caption(SCENES[i])}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
 
-def picture_folder(folder: Path, count: int) -> Path:
-    """Pictures with a text file beside each."""
+def image_folder(folder: Path, count: int) -> Path:
+    """Images with a text file beside each."""
     folder.mkdir(parents=True)
     for i in range(count):
         (folder / f"{i:03d}.png").write_bytes(encoded(SCENES[i]))
@@ -48,7 +48,7 @@ def picture_folder(folder: Path, count: int) -> Path:
 
 
 def llava(folder: Path, count: int, name: str = "llava.json") -> Path:
-    """LLaVA conversations of two turns; every third shows two pictures."""
+    """LLaVA conversations of two turns; every third shows two images."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for i in range(count):
@@ -84,7 +84,7 @@ def write_tar(path: Path, files: Mapping[str, bytes]) -> Path:
 
 
 def shards(folder: Path, count: int, each: int = 3) -> Path:
-    """webdataset tars of pictures and captions."""
+    """webdataset tars of images and captions."""
     for first in range(0, count, each):
         files: dict[str, bytes] = {}
         for i in range(first, min(first + each, count)):
@@ -95,7 +95,7 @@ def shards(folder: Path, count: int, each: int = 3) -> Path:
 
 
 def rows(count: int) -> list[dict[str, Any]]:
-    """Rows with pictures as Hugging Face stores them."""
+    """Rows with images as Hugging Face stores them."""
     return [
         {
             "id": f"row-{i}",
@@ -131,10 +131,10 @@ def saved(folder: Path, count: int) -> Path:
 
 
 PAIRS: dict[str, Callable[[Path, int], Path]] = {
-    "list": picture_list,
-    "folder": picture_folder,
+    "list": image_list,
+    "folder": image_folder,
     "tars": shards,
     "parquet": parquet,
     "datasets": saved,
 }
-"""Every form of pictures with captions."""
+"""Every form of images with captions."""

@@ -88,12 +88,12 @@ def tokenizer_like(other: ImageTokenizer | None = None, **sizes: Any) -> ImageTo
     [
         Reading("image_to_text", {"image": "first"}),
         Reading("text_to_image", {"image": "second"}),
-        Reading("text_to_image", {"image": "first"}, images="pictures"),
+        Reading("text_to_image", {"image": "first"}, images="images"),
     ],
 )
 def test_codes_of_a_source_that_is_read_otherwise_are_made_again(tmp_path: Path, reading: Reading) -> None:
-    (tmp_path / "pictures").mkdir()
-    for name, level in (("a.png", 50), ("b.png", 200), ("pictures/a.png", 100)):
+    (tmp_path / "images").mkdir()
+    for name, level in (("a.png", 50), ("b.png", 200), ("images/a.png", 100)):
         Image.new("RGB", (64, 64), (level, 0, 0)).save(tmp_path / name)
     if reading.images:
         reading = dataclasses.replace(reading, images=str(tmp_path / reading.images))
@@ -108,8 +108,8 @@ def test_codes_of_a_source_that_is_read_otherwise_are_made_again(tmp_path: Path,
         return codes.get(0)
 
     def direct(reading: Reading) -> list[Tensor]:
-        pictures = open_source(rows, reading)[0].pictures(draw=True)
-        pixels = [TargetSize(64, 8).pixels(picture.image()) for picture in pictures]
+        images = open_source(rows, reading)[0].images(draw=True)
+        pixels = [TargetSize(64, 8).pixels(image.image()) for image in images]
         return [tokenizer.encode(one[None])[0] for one in pixels]
 
     for one in (Reading("text_to_image", {"image": "first"}), reading):
@@ -143,7 +143,7 @@ def test_a_quantiser_without_weights_is_known_by_its_settings() -> None:
     [TargetSize(64, 4), TargetSize(32, 8), TargetSize(64, 8, keep_ratio=True)],
     ids=["stride", "side", "ratio"],
 )
-def test_pictures_of_another_size_have_another_fingerprint(target_size: TargetSize) -> None:
+def test_images_of_another_size_have_another_fingerprint(target_size: TargetSize) -> None:
     assert fingerprint(target_size) == fingerprint(
         TargetSize(target_size.side, target_size.stride, target_size.keep_ratio)
     )

@@ -15,7 +15,7 @@ import pytest
 
 import unimm
 from tests.data import forms
-from unimm.data.sources import Picture, Record, open_source
+from unimm.data.sources import ImagePart, Record, open_source
 
 DOCUMENT = Path(unimm.__file__).parent.parent / "docs" / "data.md"
 PNG = forms.encoded(forms.SCENES[0])
@@ -62,7 +62,7 @@ def said(record: Record) -> str:
 
 
 def row_of(line: str, inside: Callable[[], Any]) -> dict[str, Any]:
-    """The row that a line says, with `inside()` for the bytes of its pictures."""
+    """The row that a line says, with `inside()` for the bytes of its images."""
 
     def fill(value: Any) -> Any:
         if isinstance(value, dict):
@@ -78,7 +78,7 @@ def row_of(line: str, inside: Callable[[], Any]) -> dict[str, Any]:
 
 
 def names_in(row: Any) -> Iterator[str]:
-    """The names of pictures in a row."""
+    """The names of images in a row."""
     if isinstance(row, dict):
         for name, value in row.items():
             if name not in ("path", "conversations", "texts"):
@@ -167,7 +167,7 @@ def test_a_line_is_read_as_the_table_says(
     )
     for message in record.messages:
         for part in message.parts:
-            if isinstance(part, Picture):
+            if isinstance(part, ImagePart):
                 assert part.image().size == (64, 64)
 
 
@@ -175,13 +175,13 @@ def test_a_line_is_read_as_the_table_says(
 def test_a_place_is_read_as_the_table_says(name: str, content: str, reads: str, tmp_path: Path) -> None:
     match = _PLACE.match(content)
     assert match is not None, content
-    picture, file, text = match.groups()
+    image, file, text = match.groups()
     text = text.replace("\\n", "\n") if file.endswith(".csv") else text
-    files = {picture: JPEG, file: text.encode()}
+    files = {image: JPEG, file: text.encode()}
     if name.startswith("webdataset"):
         forms.write_tar(tmp_path / "000.tar", files)
     for path, data in () if name.startswith("webdataset") else files.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes(data)
     record = open_source(tmp_path)[0]
-    assert said(record) == reads and record.pictures()[0].image().size == (64, 64)
+    assert said(record) == reads and record.images()[0].image().size == (64, 64)

@@ -29,27 +29,27 @@ def texts(source: Source) -> list[object]:
         ("metadata.csv", "\ufefffile_name,text\r\n0.png,a cat\r\n1.png,a dog\r\n"),
         ("metadata.csv", "file_name;text\n0.png;a cat\n\n1.png;a dog"),
         ("captions.csv", 'text,image,id\n"a cat",0.png,7\n"a dog",1.png,8\n'),
-        ("pictures.tsv", "photo\tcaption\tsource\n0.png\ta cat\t\n1.png\ta dog\tx\n"),
+        ("images.tsv", "photo\tcaption\tsource\n0.png\ta cat\t\n1.png\ta dog\tx\n"),
     ],
 )
-def test_csv_beside_its_pictures(name: str, content: str, tmp_path: Path) -> None:
+def test_csv_beside_its_images(name: str, content: str, tmp_path: Path) -> None:
     for number in range(2):
         (tmp_path / f"{number}.png").write_bytes(forms.encoded(forms.SCENES[number]))
     (tmp_path / name).write_bytes(content.encode())
     source = open_source(tmp_path)
     assert source.form == "csv" and texts(source) == ["a cat", "a dog"]
-    assert np.array_equal(np.asarray(source[1].pictures()[0].image()), forms.SCENES[1].render())
+    assert np.array_equal(np.asarray(source[1].images()[0].image()), forms.SCENES[1].render())
     assert source[0].key == ("7" if "id" in content else "row 0")
     drawn = open_source(tmp_path / name, Reading("text_to_image"))
     assert drawn[1].kind == "text_to_image"
 
 
-def test_csv_of_questions_with_line_ends_and_pictures_in_cells(tmp_path: Path) -> None:
+def test_csv_of_questions_with_line_ends_and_images_in_cells(tmp_path: Path) -> None:
     cell = base64.b64encode(PNG).decode()
     (tmp_path / "a.csv").write_text(f'image,question,answer\n{cell},"one, or\ntwo?","the ""first"""\n,q,a\n')
     source = open_source(tmp_path / "a.csv")
     assert len(source) == 2 and source[0].messages[0].parts[1] == "one, or\ntwo?"
-    assert source[0].messages[1].parts == ('the "first"',) and source[0].pictures()[0].image().size == (
+    assert source[0].messages[1].parts == ('the "first"',) and source[0].images()[0].image().size == (
         64,
         64,
     )
@@ -60,7 +60,7 @@ def test_csv_of_questions_with_line_ends_and_pictures_in_cells(tmp_path: Path) -
     ("content", "line"),
     [
         (b"", "its first line holds no names of columns"),
-        (b"a,b\n1,2\n", "of no known form; expected pictures and texts, but its first line says: a, b"),
+        (b"a,b\n1,2\n", "of no known form; expected images and texts, but its first line says: a, b"),
         (b"text,text\n1,2\n", "two columns are called text"),
         (b'text,id\n"open,2\n', "line 2: unexpected end of data"),
         ("text\na".encode("utf-16"), "UTF-16; save it as UTF-8"),
@@ -101,7 +101,7 @@ def test_coco_gives_each_image_its_captions(tmp_path: Path) -> None:
     source = open_source(coco(tmp_path))
     first = source[0]
     assert (first.key, first.versions) == ("0", 2) and first.version(1).messages[1].parts == ("two",)
-    assert np.array_equal(np.asarray(first.pictures()[0].image()), forms.SCENES[0].render())
+    assert np.array_equal(np.asarray(first.images()[0].image()), forms.SCENES[0].render())
     with pytest.raises(BadRecord, match="text: missing"):
         source[1]
 
@@ -132,13 +132,13 @@ def test_json_beside_each_image(tmp_path: Path) -> None:
     source = open_source(tmp_path)
     assert [source[i].kind for i in range(2)] == ["image_to_text"] * 2
     assert source[0].messages[1].parts == ("a cat",) and source[1].messages[0].parts[1] == "q"
-    assert np.array_equal(np.asarray(source[1].pictures()[0].image()), forms.SCENES[1].render())
+    assert np.array_equal(np.asarray(source[1].images()[0].image()), forms.SCENES[1].render())
     with pytest.raises(BadRecord, match=r"2\.json: 2\.png: not JSON"):
         source[2]
 
 
-def test_pictures_of_every_suffix_in_folders(tmp_path: Path) -> None:
-    picture = Image.fromarray(forms.SCENES[0].render())
+def test_images_of_every_suffix_in_folders(tmp_path: Path) -> None:
+    image = Image.fromarray(forms.SCENES[0].render())
     for suffix, form in {
         "avif": "AVIF",
         "jfif": "JPEG",
@@ -146,11 +146,11 @@ def test_pictures_of_every_suffix_in_folders(tmp_path: Path) -> None:
         "webp": "WEBP",
         "tiff": "TIFF",
     }.items():
-        picture.save(tmp_path / f"{suffix}.{suffix}", form)
+        image.save(tmp_path / f"{suffix}.{suffix}", form)
         (tmp_path / f"{suffix}.txt").write_text(suffix)
     source = open_source(tmp_path)
     assert sorted(texts(source)) == ["JPG", "avif", "jfif", "tiff", "webp"]  # type: ignore[type-var]
-    assert {source[i].pictures()[0].image().size for i in range(len(source))} == {(64, 64)}
+    assert {source[i].images()[0].image().size for i in range(len(source))} == {(64, 64)}
 
 
 def test_splits_of_lists(tmp_path: Path) -> None:
@@ -165,8 +165,8 @@ def test_splits_of_lists(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["list", "folder"])
-def test_splits_of_folders_of_pictures(form: str, tmp_path: Path) -> None:
-    make = forms.picture_list if form == "list" else forms.picture_folder
+def test_splits_of_folders_of_images(form: str, tmp_path: Path) -> None:
+    make = forms.image_list if form == "list" else forms.image_folder
     counts = {"train": 3, "test": 2}
     for split, count in counts.items():
         make(tmp_path / split, count)
@@ -175,8 +175,8 @@ def test_splits_of_folders_of_pictures(form: str, tmp_path: Path) -> None:
     assert len(open_source(tmp_path, Reading(split="test"))) == 2
     with pytest.raises(UserError, match="has no split dev; it has test, train"):
         open_source(tmp_path, Reading(split="dev"))
-    if form == "folder":  # a folder of another name: these are kinds of pictures, such as trains
-        forms.picture_folder(tmp_path / "cats", 1)
+    if form == "folder":  # a folder of another name: these are kinds of images, such as trains
+        forms.image_folder(tmp_path / "cats", 1)
         assert len(open_source(tmp_path)) == 6
 
 

@@ -1,4 +1,4 @@
-"""Data reaches no file outside its folder unless the user says so, and what is no regular file is no picture."""
+"""Data reaches no file outside its folder unless the user says so, and what is no regular file is no image."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.data import forms
 from unimm.data.sources import BadRecord, Reading, Source, open_source
 from unimm.data.sources.reach import Reach, walk
 from unimm.errors import UserError, UserNote
-from unimm.training.tokenizer.images import PictureFiles
+from unimm.training.tokenizer.images import ImageFiles
 
 OUTSIDE = r"outside .*; allow_outside: true \(--allow-outside\)"
 FREE = Reading(allow_outside=True)
@@ -23,7 +23,7 @@ FREE = Reading(allow_outside=True)
 
 @pytest.fixture
 def secret(tmp_path: Path) -> Path:
-    """A picture that lies outside the data."""
+    """An image that lies outside the data."""
     path = tmp_path / "private" / "secret.png"
     path.parent.mkdir()
     path.write_bytes(forms.encoded(forms.SCENES[0]))
@@ -87,13 +87,13 @@ def test_no_way_leads_out(way: Callable[[Path, Path], str], form: str, tmp_path:
         pytest.importorskip("datasets").Dataset.from_list([row]).save_to_disk(str(folder))
     with pytest.raises(BadRecord, match=OUTSIDE):
         open_source(folder)[0]
-    assert open_source(folder, FREE)[0].pictures()[0].image().size == (64, 64)
+    assert open_source(folder, FREE)[0].images()[0].image().size == (64, 64)
 
 
 def test_images_given_by_the_user_are_the_folder_that_counts(tmp_path: Path, secret: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "secret.png", "text": "a"}))
     reading = Reading(images=str(secret.parent))
-    assert open_source(tmp_path / "rows.jsonl", reading)[0].pictures()[0].image().size == (64, 64)
+    assert open_source(tmp_path / "rows.jsonl", reading)[0].images()[0].image().size == (64, 64)
     (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "../rows.jsonl", "text": "a"}))
     with pytest.raises(BadRecord, match=OUTSIDE):
         open_source(tmp_path / "rows.jsonl", reading)[0]
@@ -101,13 +101,13 @@ def test_images_given_by_the_user_are_the_folder_that_counts(tmp_path: Path, sec
 
 def test_links_within_the_folder_are_no_matter(tmp_path: Path, secret: Path) -> None:
     (secret.parent / "same.png").symlink_to("secret.png")
-    assert listed(secret.parent, "same.png")[0].pictures()[0].image().size == (64, 64)
+    assert listed(secret.parent, "same.png")[0].images()[0].image().size == (64, 64)
     (tmp_path / "shortcut").symlink_to(secret.parent)
-    assert open_source(tmp_path / "shortcut")[0].pictures()[0].image().size == (64, 64)
+    assert open_source(tmp_path / "shortcut")[0].images()[0].image().size == (64, 64)
 
 
-def test_a_folder_of_pictures_stays_inside(tmp_path: Path, secret: Path) -> None:
-    folder = forms.picture_folder(tmp_path / "data", 2)
+def test_a_folder_of_images_stays_inside(tmp_path: Path, secret: Path) -> None:
+    folder = forms.image_folder(tmp_path / "data", 2)
     secret.with_suffix(".txt").write_text("private words")
     (folder / "a.png").symlink_to(secret)
     (folder / "a.txt").write_text("words")
@@ -115,14 +115,14 @@ def test_a_folder_of_pictures_stays_inside(tmp_path: Path, secret: Path) -> None
     (folder / "b.txt").symlink_to(secret.with_suffix(".txt"))
     source = open_source(folder)
     for key in ("a.png", "b.png"):
-        index = next(i for i, path in enumerate(source.pictures) if path.name == key)  # type: ignore[attr-defined]
+        index = next(i for i, path in enumerate(source.images) if path.name == key)  # type: ignore[attr-defined]
         with pytest.raises(BadRecord, match=OUTSIDE):
             source[index]
-        assert open_source(folder, FREE)[index].pictures()[0].image().size == (64, 64)
+        assert open_source(folder, FREE)[index].images()[0].image().size == (64, 64)
 
 
 def test_a_linked_folder_is_followed_or_named(tmp_path: Path, secret: Path) -> None:
-    folder = forms.picture_folder(tmp_path / "data", 2)
+    folder = forms.image_folder(tmp_path / "data", 2)
     secret.with_suffix(".txt").write_text("words")
     (folder / "more").symlink_to(secret.parent)
     (folder / "round").symlink_to(folder)
@@ -130,14 +130,14 @@ def test_a_linked_folder_is_followed_or_named(tmp_path: Path, secret: Path) -> N
         assert len(open_source(folder)) == 2
     checked = open_source(folder, strict=False)
     assert [bad.file for bad in checked.broken] == [str(folder / "more")]
-    assert len(open_source(folder, FREE)) == 3, "and no picture twice, though a link leads round"
+    assert len(open_source(folder, FREE)) == 3, "and no image twice, though a link leads round"
     with pytest.warns(UserNote, match="a link that leads out"):
-        assert len(PictureFiles(str(folder))) == 2
-    assert len(PictureFiles(str(folder), allow_outside=True)) == 3
+        assert len(ImageFiles(str(folder))) == 2
+    assert len(ImageFiles(str(folder), allow_outside=True)) == 3
 
 
 def test_a_link_to_a_hidden_folder_inside_is_followed(tmp_path: Path) -> None:
-    forms.picture_folder(tmp_path / ".store", 2)
+    forms.image_folder(tmp_path / ".store", 2)
     (tmp_path / "cats").symlink_to(".store")
     assert [open_source(tmp_path)[i].key for i in range(2)] == ["cats/000.png", "cats/001.png"]
 
@@ -151,7 +151,7 @@ def test_lists_and_tables_of_the_folder_stay_inside_too(kind: str, tmp_path: Pat
         target = sorted(made.glob(f"*.{kind}"))[0]
         (folder / target.name).symlink_to(target)
     elif kind == "jsonl":
-        forms.picture_list(elsewhere, 2)
+        forms.image_list(elsewhere, 2)
         folder.mkdir()
         (folder / "metadata.jsonl").symlink_to(elsewhere / "metadata.jsonl")
     else:
@@ -172,7 +172,7 @@ def test_lists_and_tables_of_the_folder_stay_inside_too(kind: str, tmp_path: Pat
 def test_a_snapshot_in_the_cache_of_a_hub_is_whole(tmp_path: Path) -> None:
     """Its files are links to the blobs beside it."""
     repository = tmp_path / "datasets--owner--name"
-    made = forms.picture_list(tmp_path / "made", 2)
+    made = forms.image_list(tmp_path / "made", 2)
     (repository / "blobs").mkdir(parents=True)
     for path in sorted(made.rglob("*.*")):
         target = repository / "snapshots" / "abc" / path.relative_to(made)
@@ -180,16 +180,16 @@ def test_a_snapshot_in_the_cache_of_a_hub_is_whole(tmp_path: Path) -> None:
         (repository / "blobs" / path.name).write_bytes(path.read_bytes())
         target.symlink_to(os.path.relpath(repository / "blobs" / path.name, target.parent))
     source = open_source(repository / "snapshots" / "abc")
-    assert [source[i].pictures()[0].image().size for i in range(2)] == [(64, 64)] * 2
+    assert [source[i].images()[0].image().size for i in range(2)] == [(64, 64)] * 2
     (tmp_path / "datasets--owner--other").mkdir()
     assert not Reach(repository / "snapshots" / "abc").holds(tmp_path / "datasets--owner--other" / "x")
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "device", "folder"])
-def test_what_is_no_file_is_no_picture_and_hangs_nothing(
+def test_what_is_no_file_is_no_image_and_hangs_nothing(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = forms.picture_folder(tmp_path / "data", 1)
+    folder = forms.image_folder(tmp_path / "data", 1)
     path = folder / "a.png"
     (folder / "a.txt").write_text("words")
     if kind == "pipe":
@@ -202,11 +202,11 @@ def test_what_is_no_file_is_no_picture_and_hangs_nothing(
     else:
         path.mkdir()
     source = open_source(folder, FREE)
-    keys = [path.name for path in source.pictures]  # type: ignore[attr-defined]
+    keys = [path.name for path in source.images]  # type: ignore[attr-defined]
     assert keys == (["000.png"] if kind == "folder" else ["000.png", "a.png"])
     if kind != "folder":
         with pytest.raises(UserError, match="expected a regular file"):
-            source[1].pictures()[0].image()
+            source[1].images()[0].image()
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.parquet", "a.jsonl", "a.json", "a.csv"])
@@ -221,7 +221,7 @@ def test_names_that_no_file_can_have(name: str, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     source = listed(tmp_path, name)
     with pytest.raises(UserError) as caught:
-        source[0].pictures()[0].image()
+        source[0].images()[0].image()
     assert len(str(caught.value).splitlines()) == 1 and str(caught.value).isprintable()
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from tests.data import forms
-from unimm.data.sources import Blob, Picture, Reading, Record
-from unimm.data.sources.pictures import find_file
+from unimm.data.sources import Blob, ImagePart, Reading, Record
+from unimm.data.sources.images import find_file
 from unimm.data.sources.rows import make_record
 from unimm.errors import UserError
 
@@ -26,7 +26,7 @@ def record(row: object, reading: Reading | None = None) -> Record:
 
 
 def said(made: Record) -> list[tuple[str, ...]]:
-    """Who says what, with a sign for each picture."""
+    """Who says what, with a sign for each image."""
     signs = {True: DRAWN, False: SHOWN}
     return [
         (m.role[0], *(part if isinstance(part, str) else signs[part.draw] for part in m.parts))
@@ -123,29 +123,29 @@ def test_a_row_becomes_what_its_form_says(row: dict[str, Any], wanted: list[tupl
     ],
 )
 @pytest.mark.parametrize("pairs", ["image_to_text", "text_to_image"])
-def test_a_column_of_pictures_is_known_by_many_names(name: str, pairs: Any) -> None:
+def test_a_column_of_images_is_known_by_many_names(name: str, pairs: Any) -> None:
     made = record({name: "a.jpg", "text": "words"}, Reading(pairs))
-    picture = made.pictures()[0]
-    assert made.kind == pairs and picture.blob.path == "root/a.jpg"
+    image = made.images()[0]
+    assert made.kind == pairs and image.blob.path == "root/a.jpg"
 
 
-def test_a_file_name_without_a_suffix_is_a_picture_beside_a_caption() -> None:
+def test_a_file_name_without_a_suffix_is_an_image_beside_a_caption() -> None:
     assert record({"filename": "000123", "caption": "words"}).kind == "image_to_text"
 
 
 @pytest.mark.parametrize(
     ("row", "line"),
     [
-        ({"snapshot": "a.jpg", "text": "a"}, r"snapshot: looks like a picture.*fields: \{image: snapshot\}"),
-        ({"thumb": IMAGE, "question": "q", "answer": "a"}, "thumb: looks like a picture"),
-        ({"thumb": PNG, "messages": [{"role": "assistant", "content": "a"}]}, "thumb: looks like a picture"),
-        ({"raw": TEXT64, "text": "a"}, "raw: looks like a picture"),
-        ({"url": "https://a.b/c.jpg?x=1", "text": "a"}, "url: looks like a picture"),
+        ({"snapshot": "a.jpg", "text": "a"}, r"snapshot: looks like an image.*fields: \{image: snapshot\}"),
+        ({"thumb": IMAGE, "question": "q", "answer": "a"}, "thumb: looks like an image"),
+        ({"thumb": PNG, "messages": [{"role": "assistant", "content": "a"}]}, "thumb: looks like an image"),
+        ({"raw": TEXT64, "text": "a"}, "raw: looks like an image"),
+        ({"url": "https://a.b/c.jpg?x=1", "text": "a"}, "url: looks like an image"),
         ({"captoin": "a", "image": "a.png"}, r'captoin: did you mean "caption"\?; known are messages; conversations'),
         ({"foo": 1}, r"no other form of data fits \(columns: foo\); known are messages"),
-        ({"texts": ["a", "b"], "images": [None, IMAGE]}, r"texts\[1\]: a text where images has a picture"),
+        ({"texts": ["a", "b"], "images": [None, IMAGE]}, r"texts\[1\]: a text where images has an image"),
         ({"texts": ["a", 3], "images": [None, None]}, r"texts\[1\]: expected a text, got int"),
-        ({"texts": [None], "images": [None]}, r"texts\[0\]: neither a text nor a picture"),
+        ({"texts": [None], "images": [None]}, r"texts\[0\]: neither a text nor an image"),
         ({"texts": [{"user": "q"}], "images": [IMAGE]}, r"texts\[0\]: expected user and assistant"),
         ({"image": IMAGE, "text": "a <image> b"}, "text: <image> within the words"),
         ({"image": IMAGE, "text": "<image><image> b"}, "text: 2 <image> marks, but 1 images"),
@@ -166,12 +166,12 @@ def test_a_file_name_without_a_suffix_is_a_picture_beside_a_caption() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]},
          "expected a text, got NoneType"),
         ({"messages": [{"role": "assistant", "content": None}]}, "expected a text or a list of parts"),
-        ({"image": {"bytes": "/etc/passwd"}, "text": "a"}, "image.bytes: expected bytes or base64 of a picture"),
-        ({"image": {"bytes": "notes.png"}, "text": "a"}, "image.bytes: expected bytes or base64 of a picture"),
+        ({"image": {"bytes": "/etc/passwd"}, "text": "a"}, "image.bytes: expected bytes or base64 of an image"),
+        ({"image": {"bytes": "notes.png"}, "text": "a"}, "image.bytes: expected bytes or base64 of an image"),
         ({"image": {"width": 3}, "text": "a"}, r"image: neither bytes nor path in it \(keys: width\)"),
         ({"image": "data:image/png,abc", "text": "a"}, "a data URL that is not base64"),
         ({"image": "data:image/png;base64,!!", "text": "a"}, "a data URL with broken base64"),
-        ({"image": "x" * 5000, "text": "a"}, "neither base64 of a picture nor the name of a file"),
+        ({"image": "x" * 5000, "text": "a"}, "neither base64 of an image nor the name of a file"),
         ({"image": "", "text": "a"}, "expected the name of a file, got an empty text"),
     ],
 )  # fmt: skip
@@ -187,10 +187,10 @@ def test_what_is_no_such_row_says_why_on_one_line(row: dict[str, Any], line: str
      {"url": f"data:image/png;base64,{TEXT64}"}, bytearray(PNG)],
     ids=["base64", "base64 line", "data URL", "bytes as base64", "base64 key", "bytes", "url", "bytearray"],
 )  # fmt: skip
-def test_pictures_within_the_row(value: Any) -> None:
-    picture = record({"image": value, "text": "a"}).pictures()[0]
-    assert np.array_equal(np.asarray(picture.image()), forms.SCENES[0].render())
-    assert len(picture.blob.name) < 30, "messages do not print the picture"
+def test_images_within_the_row(value: Any) -> None:
+    image = record({"image": value, "text": "a"}).images()[0]
+    assert np.array_equal(np.asarray(image.image()), forms.SCENES[0].render())
+    assert len(image.blob.name) < 30, "messages do not print the image"
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_long_texts_take_no_time(text: str) -> None:
 def test_base64_of_a_jpeg_is_no_absolute_path() -> None:
     text = base64.b64encode(forms.encoded(forms.SCENES[0], "JPEG")).decode()
     assert text.startswith("/9j/")
-    assert record({"image": text, "text": "a"}).pictures()[0].image().size == (64, 64)
+    assert record({"image": text, "text": "a"}).images()[0].image().size == (64, 64)
 
 
 def test_fields_name_columns_or_say_that_there_is_none() -> None:
@@ -233,7 +233,7 @@ def test_each_of_several_captions_is_a_version() -> None:
         ]
         assert made.versions == 3 and words == ["one", "two", "three"]
         assert made.version(4).messages == made.version(1).messages
-        assert all(isinstance(made.version(n).pictures()[0], Picture) for n in range(3))
+        assert all(isinstance(made.version(n).images()[0], ImagePart) for n in range(3))
 
 
 def test_keys_are_short_and_printable() -> None:

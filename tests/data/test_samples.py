@@ -14,7 +14,7 @@ import torch
 from tests.data import forms
 from unimm.data.check import check_source
 from unimm.data.samples import SampleBuilder, blank_codes
-from unimm.data.sources import BadRecord, Message, Picture, Reading, Record, open_source
+from unimm.data.sources import BadRecord, ImagePart, Message, Reading, Record, open_source
 from unimm.errors import UserError, UserNote
 from unimm.pipeline import UniMM
 from unimm.processing.messages import Blob
@@ -45,9 +45,9 @@ MIXED: list[tuple[dict[str, Any], str | None]] = [
     ({"image": "0.png", "conversations": [human("q"), gpt(LONG)]}, "tokens, the context holds 128"),
     ({"image": "0.png", "conversations": [human("q"), gpt("a"), human("q"), gpt(LONG)]}, None),
     ({"image": "gone.png", "text": "a"}, "no such file"),
-    ({"image": "broken.png", "text": "a"}, "not a picture"),
+    ({"image": "broken.png", "text": "a"}, "not an image"),
     ({"text": LONG}, None),
-    (chat(("system", [SEEN]), ("user", "q"), ("assistant", "a")), "a picture in the system turn"),
+    (chat(("system", [SEEN]), ("user", "q"), ("assistant", "a")), "an image in the system turn"),
     (chat(("user", [SEEN]), ("assistant", "a"), ("system", "be brief"), ("user", "q"), ("assistant", "a")),
      "a system turn may only come first"),
     (chat(("user", [{**SEEN, "draw": True}]), ("assistant", "a")), "to be drawn in a turn of the user"),
@@ -60,7 +60,7 @@ MIXED: list[tuple[dict[str, Any], str | None]] = [
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """Every row above in one file, with its pictures."""
+    """Every row above in one file, with its images."""
     for number in range(2):
         (tmp_path / f"{number}.png").write_bytes(forms.encoded(forms.SCENES[number]))
     (tmp_path / "broken.png").write_bytes(b"broken")
@@ -110,7 +110,7 @@ def test_the_check_and_training_agree_on_every_record(mixed: Path, tiny: Path, t
     assert met == listed, "48 samples of 14 records: training meets each of them"
 
 
-def test_an_unanswered_turn_is_left_out_with_its_pictures(
+def test_an_unanswered_turn_is_left_out_with_its_images(
     tiny_model: UniMM, mixed: Path, samples: SampleBuilder
 ) -> None:
     record = open_source(mixed)[1]
@@ -128,13 +128,13 @@ def writer(processor: UniMMProcessor, *how: Any) -> SampleBuilder:
 
 def test_whether_a_record_fits_does_not_hang_on_the_wording(tiny_model: UniMM) -> None:
     processor = tiny_model.processor
-    picture = Picture(Blob("a.png"))
+    image = ImagePart(Blob("a.png"))
     requests = ("caption", "say all that there is to say about this picture")
     tight = len(writer(processor, requests[:1]).row(
-        Record("k", (Message("user", (picture,)), Message("assistant", ("apple",)))), [(2, 2)], []).ids)  # fmt: skip
+        Record("k", (Message("user", (image,)), Message("assistant", ("apple",)))), [(2, 2)], []).ids)  # fmt: skip
     builder = writer(processor, requests, tight)
     captions = [
-        (Message("user", (picture,)), Message("assistant", (words,))) for words in ("apple", "apple " * 9)
+        (Message("user", (image,)), Message("assistant", (words,))) for words in ("apple", "apple " * 9)
     ]
     record = Record("k", captions[0], (captions[1],))
     rows = [builder.row(record, [(2, 2)], [], request=number).ids for number in range(8)]
@@ -166,7 +166,7 @@ def test_features_of_another_shape_are_bad(tiny_model: UniMM, samples: SampleBui
     for number, shape in enumerate([(4, 8), (4, 9)]):
         path = tmp_path / f"{number}.features.npy"
         np.save(path, np.zeros(shape, np.float32))
-        blobs.append(Picture(Blob(str(path), path=str(path))))
+        blobs.append(ImagePart(Blob(str(path), path=str(path))))
     record = Record("k", (Message("user", (*blobs, "q")), Message("assistant", ("a",))))
     with pytest.raises(BadRecord, match=r"features of \[4, 8\], the model takes \[16, 16\]"):
         samples.build(record, "place")
@@ -187,7 +187,7 @@ def test_codes_that_the_model_does_not_have_are_bad(
 ) -> None:
     path = tmp_path / "0.codes.npy"
     np.save(path, codes)
-    drawn = Picture(Blob(str(path), path=str(path)), draw=True)
+    drawn = ImagePart(Blob(str(path), path=str(path)), draw=True)
     record = Record("k", (Message("user", ("q",)), Message("assistant", (drawn,))))
     with pytest.raises(BadRecord, match=line):
         samples.build(record, "place")
@@ -195,13 +195,11 @@ def test_codes_that_the_model_does_not_have_are_bad(
 
 def test_long_turns_are_cut_to_a_shorter_row_too(tiny_model: UniMM, mixed: Path) -> None:
     target_size = tiny_model.processor.target_size()
-    samples = SampleBuilder(
-        tiny_model.processor, target_size, blank_codes(target_size), context=60, pictures=1
-    )
+    samples = SampleBuilder(tiny_model.processor, target_size, blank_codes(target_size), context=60, images=1)
     source = open_source(mixed)
     assert len(samples.build(source[7], "mixed")["ids"]) == 60
     shown = {"images": ["0.png", "1.png"], **chat(("user", "<image><image>"), ("assistant", "a"))}
     (mixed.parent / "two.jsonl").write_text(json.dumps(shown))
     two = open_source(mixed.parent / "two.jsonl", Reading())[0]
-    with pytest.raises(BadRecord, match="2 pictures, a row holds 1"):
+    with pytest.raises(BadRecord, match="2 images, a row holds 1"):
         samples.build(two, "mixed")

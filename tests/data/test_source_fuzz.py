@@ -20,7 +20,7 @@ from unimm.data.samples import SampleBuilder, blank_codes
 from unimm.data.sources import Reading, Source, open_source
 from unimm.data.sources import tars as tar_module
 from unimm.data.sources.columns import ANSWERED, ASKED, COLUMN_NAMES
-from unimm.data.sources.pictures import find_file
+from unimm.data.sources.images import find_file
 from unimm.data.sources.rows import make_record, row_key
 from unimm.data.sources.tar_scan import scan_tar
 from unimm.errors import UserError, UserNote
@@ -33,8 +33,8 @@ def read_all(source: Source) -> None:
     """Read what a source has; every fault is a line."""
     for index in range(min(len(source), 20)):
         try:
-            for picture in source[index].pictures():
-                picture.image()
+            for image in source[index].images():
+                image.image()
         except UserError as error:
             assert "\n" not in str(error)
 
@@ -73,7 +73,7 @@ TURNS = st.lists(
     ),
     max_size=4,
 )
-PICTURES = st.one_of(
+IMAGES = st.one_of(
     SCALARS, st.fixed_dictionaries({}, optional={"bytes": SCALARS, "path": SCALARS, "url": SCALARS})
 )
 COLUMN = st.sampled_from(
@@ -82,7 +82,7 @@ COLUMN = st.sampled_from(
 )  # fmt: skip
 ROWS = st.dictionaries(
     COLUMN,
-    st.one_of(SCALARS, PICTURES, TURNS, st.lists(PICTURES, max_size=3), st.lists(WORDS, max_size=3)),
+    st.one_of(SCALARS, IMAGES, TURNS, st.lists(IMAGES, max_size=3), st.lists(WORDS, max_size=3)),
     max_size=5,
 )
 
@@ -122,8 +122,8 @@ def test_a_row_is_a_record_or_a_line(row: dict[str, Any], pairs: Any, field: str
     for number in range(record.versions):
         for message in record.version(number).messages:
             assert all(not isinstance(part, str) or part.encode().strip() for part in message.parts)
-    for picture in record.pictures():
-        assert picture.blob.data is not None or Path(picture.blob.path or "").is_relative_to("root")
+    for image in record.images():
+        assert image.blob.data is not None or Path(image.blob.path or "").is_relative_to("root")
 
 
 @settings(max_examples=200)

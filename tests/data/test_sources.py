@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.data import forms
-from unimm.data.sources import BadRecord, Message, Picture, Reading, Record, open_source
+from unimm.data.sources import BadRecord, ImagePart, Message, Reading, Record, open_source
 from unimm.data.sources import tars as tar_module
 from unimm.data.sources.rows import make_record
 from unimm.errors import UserError
@@ -34,17 +34,17 @@ def test_every_form_of_pairs_gives_the_same_records(form: str, tmp_path: Path) -
         user, assistant = record.messages
         assert (user.role, assistant.role) == ("user", "assistant")
         assert assistant.parts == (scene.captions()[0],)
-        assert np.array_equal(np.asarray(record.pictures()[0].image()), scene.render())
+        assert np.array_equal(np.asarray(record.images()[0].image()), scene.render())
         assert drawn[i].kind == "text_to_image" and drawn[i].key == record.key
         assert drawn[i].messages[0] == Message("user", (scene.captions()[0],))
-        assert drawn[i].pictures(draw=True) and not drawn[i].pictures(draw=False)
+        assert drawn[i].images(draw=True) and not drawn[i].images(draw=False)
     assert len({source[i].key for i in range(COUNT)}) == COUNT
     with pytest.raises(IndexError):
         source[COUNT]
 
 
 @pytest.mark.parametrize("name", ["llava.json", "llava.jsonl"])
-def test_llava_conversations_keep_turns_and_pictures_in_place(name: str, tmp_path: Path) -> None:
+def test_llava_conversations_keep_turns_and_images_in_place(name: str, tmp_path: Path) -> None:
     source = open_source(forms.llava(tmp_path, 4, name))
     assert [source[i].key for i in range(4)] == [f"scene-{i}" for i in range(4)]
     record = source[3]
@@ -54,13 +54,13 @@ def test_llava_conversations_keep_turns_and_pictures_in_place(name: str, tmp_pat
     first, second, question = record.messages[0].parts
     assert question == asked[0].question
     for part, scene in zip((first, second), (forms.SCENES[3], forms.SCENES[4]), strict=True):
-        assert isinstance(part, Picture) and not part.draw
+        assert isinstance(part, ImagePart) and not part.draw
         assert np.array_equal(np.asarray(part.image()), scene.render())
     assert record.messages[3].parts == (asked[1].answer,)
 
 
 def record(row: object, reading: Reading | None = None) -> Record:
-    """The record of a row whose pictures are bytes."""
+    """The record of a row whose images are bytes."""
     return make_record("k", row, lambda value: forms_blob(value), reading or Reading())
 
 
@@ -146,7 +146,7 @@ def test_rows_map_to_kinds(row: dict[str, object], kind: str, shape: list[tuple[
     made = record(row)
 
     def letter(part: object) -> str:
-        return "t" if isinstance(part, str) else "d" if isinstance(part, Picture) and part.draw else "s"
+        return "t" if isinstance(part, str) else "d" if isinstance(part, ImagePart) and part.draw else "s"
 
     assert made.kind == kind
     assert [(m.role, "".join(map(letter, m.parts))) for m in made.messages] == shape
@@ -155,7 +155,7 @@ def test_rows_map_to_kinds(row: dict[str, object], kind: str, shape: list[tuple[
 def test_fields_rename_columns() -> None:
     made = record({"picture": "a.png", "alt": "words"}, Reading(fields={"image": "picture", "text": "alt"}))
     assert made.messages[1].parts == ("words",)
-    assert made.pictures()[0].blob.path == "root/a.png"
+    assert made.images()[0].blob.path == "root/a.png"
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_rows_that_fit_no_form_say_why(row: object, line: str) -> None:
 
 
 def test_a_bad_line_names_its_key_and_file_and_the_others_stay(tmp_path: Path) -> None:
-    forms.picture_list(tmp_path, 3)
+    forms.image_list(tmp_path, 3)
     path = tmp_path / "metadata.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], "{broken", "", json.dumps({"id": "x", "image": "0.png"}), lines[2]]))
@@ -208,9 +208,9 @@ def test_a_bad_line_names_its_key_and_file_and_the_others_stay(tmp_path: Path) -
         source[2]
     assert caught.value.key == "x"
     assert source[3].messages[1].parts == (forms.caption(forms.SCENES[2]),)
-    (tmp_path / "pictures" / "0.png").unlink()
+    (tmp_path / "images" / "0.png").unlink()
     with pytest.raises(UserError, match=r"0\.png: no such file"):
-        source[0].pictures()[0].image()
+        source[0].images()[0].image()
 
 
 def test_the_index_of_a_tar_is_kept_and_made_anew_when_the_tar_changes(tmp_path: Path) -> None:
@@ -265,18 +265,18 @@ def test_many_tars_are_opened_by_one_file(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(open_source(folder)) == 1
 
 
-def test_tar_samples_take_their_json_and_their_pictures_in_order(tmp_path: Path) -> None:
+def test_tar_samples_take_their_json_and_their_images_in_order(tmp_path: Path) -> None:
     said = {
         "conversations": [{"from": "human", "value": "<image> <image> q"}, {"from": "gpt", "value": "a"}],
         "image": ["coco/x.jpg", "coco/y.jpg"],
     }
-    pictures = {f"s.{number}.png": forms.encoded(forms.SCENES[number]) for number in (10, 2)}
+    images = {f"s.{number}.png": forms.encoded(forms.SCENES[number]) for number in (10, 2)}
     shown_one = {"role": "user", "content": [{"type": "image", "image": "1.png"}]}
     chat = {"messages": [shown_one, {"role": "assistant", "content": "yes"}]}
     path = forms.write_tar(
         tmp_path / "a.tar",
         {
-            **pictures,
+            **images,
             "s.json": json.dumps(said).encode(),
             "t.0.png": b"",
             "t.1.png": forms.encoded(forms.SCENES[1]),
@@ -285,10 +285,10 @@ def test_tar_samples_take_their_json_and_their_pictures_in_order(tmp_path: Path)
         },
     )
     source = open_source(path)
-    shown = [np.asarray(picture.image()) for picture in source[0].pictures()]
+    shown = [np.asarray(image.image()) for image in source[0].images()]
     assert np.array_equal(shown[0], forms.SCENES[2].render()), "2 comes before 10"
     assert np.array_equal(shown[1], forms.SCENES[10].render())
-    assert np.array_equal(np.asarray(source[1].pictures()[0].image()), forms.SCENES[1].render())
+    assert np.array_equal(np.asarray(source[1].images()[0].image()), forms.SCENES[1].render())
     with pytest.raises(BadRecord, match=r"a\.tar: bad: json: not JSON"):
         source[2]
 
@@ -349,7 +349,7 @@ def test_splits_of_a_datasets_folder(tmp_path: Path) -> None:
     ("name", "content", "line"),
     [
         ("missing.json", None, r"missing\.json: no such file or folder"),
-        ("a.csv", b"x", r"a\.csv: of no known form; expected pictures"),
+        ("a.csv", b"x", r"a\.csv: of no known form; expected images"),
         ("a.tar.gz", b"x", "unpack it with gunzip"),
         ("a.json", b"{}", r"a\.json: expected a list of records, got dict"),
         ("a.json", b"[", r"a\.json: not JSON"),
@@ -363,12 +363,12 @@ def test_what_is_no_source_is_one_line(name: str, content: bytes | None, line: s
 
 
 def test_folders_that_hold_no_data(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no data; expected pictures"):
+    with pytest.raises(UserError, match="holds no data; expected images"):
         open_source(tmp_path)
     (tmp_path / "a.png").write_bytes(forms.encoded(forms.SCENES[0]))
-    with pytest.raises(UserError, match="1 pictures, but no words; expected metadata"):
+    with pytest.raises(UserError, match="1 images, but no words; expected metadata"):
         open_source(tmp_path)
     shutil.copy(tmp_path / "a.png", tmp_path / "b.png")
     (tmp_path / "a.txt").write_text("words")
-    with pytest.raises(BadRecord, match=r"b\.png: b\.txt: missing beside the picture"):
+    with pytest.raises(BadRecord, match=r"b\.png: b\.txt: missing beside the image"):
         open_source(tmp_path)[1]

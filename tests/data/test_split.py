@@ -29,7 +29,7 @@ def test_a_share_is_held_out_in_every_form(form: str, tmp_path: Path) -> None:
 
 
 def test_items_stay_on_their_side_when_others_come_and_whatever_lists_them(tmp_path: Path) -> None:
-    few, many = forms.picture_folder(tmp_path / "few", 20), forms.picture_folder(tmp_path / "many", 40)
+    few, many = forms.image_folder(tmp_path / "few", 20), forms.image_folder(tmp_path / "many", 40)
     assert held_keys(few) == {key for key in held_keys(many) if int(key[:3]) < 20}
     lines = [json.dumps({"file_name": f"{i:03d}.png", "text": "a star"}) for i in reversed(range(40))]
     (many / "metadata.jsonl").write_text("\n".join(lines))
@@ -39,7 +39,7 @@ def test_items_stay_on_their_side_when_others_come_and_whatever_lists_them(tmp_p
 
 
 def test_all_captions_of_an_image_stay_together(tmp_path: Path) -> None:
-    folder = forms.picture_list(tmp_path / "data", 12)
+    folder = forms.image_list(tmp_path / "data", 12)
     file = folder / "metadata.jsonl"
     file.write_text(
         "".join(line.replace("a ", f"{word} ") + "\n" for word in ("one", "my") for line in file.open())
@@ -54,10 +54,10 @@ def test_all_captions_of_an_image_stay_together(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("share", [1e-9, 0.5, 0.999])
 def test_few_items_are_divided_all_the_same(share: float, tmp_path: Path) -> None:
-    source = open_source(forms.picture_folder(tmp_path / "data", 2))
+    source = open_source(forms.image_folder(tmp_path / "data", 2))
     assert [len(side) for side in hold_out(source, share)] == [1, 1]
     with pytest.raises(UserError, match="fewer than two items"):
-        hold_out(open_source(forms.picture_folder(tmp_path / "one", 1)), share)
+        hold_out(open_source(forms.image_folder(tmp_path / "one", 1)), share)
 
 
 def test_what_cannot_be_read_is_not_held_out(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_what_cannot_be_read_is_not_held_out(tmp_path: Path) -> None:
 
 
 def test_the_same_content_under_other_names_is_found(tmp_path: Path) -> None:
-    folder, tars = forms.picture_folder(tmp_path / "data", 6), forms.shards(tmp_path / "tars", 4)
+    folder, tars = forms.image_folder(tmp_path / "data", 6), forms.shards(tmp_path / "tars", 4)
     (folder / "003.png").write_bytes((folder / "003.png").read_bytes()[:-1] + b"?")  # as long, but another
     pairs = shared_items(list(open_source(folder)), list(open_source(tars)))
     assert pairs == [("000.png", "00000"), ("001.png", "00001"), ("002.png", "00002")]

@@ -41,7 +41,7 @@ def test_members_in_any_order_find_together(tmp_path: Path) -> None:
     }
     source = open_source(forms.write_tar(tmp_path / "a.tar", files))
     assert words(source) == {"b": "B", "a": "A", "c": "C"}
-    shown = [np.asarray(source[i].pictures()[0].image()) for i in range(3)]
+    shown = [np.asarray(source[i].images()[0].image()) for i in range(3)]
     for image, number in zip(shown, (1, 0, 2), strict=True):
         assert np.array_equal(image, forms.SCENES[number].render())
 
@@ -65,14 +65,14 @@ def test_dots_in_names_lose_nothing(files: dict[str, Any], wanted: dict[str, str
     members = {name: PNG[data] if isinstance(data, int) else data for name, data in files.items()}
     source = open_source(forms.write_tar(tmp_path / "a.tar", members))
     assert words(source) == wanted
-    pictures = sum(len(source[i].pictures()) for i in range(len(source)))
-    assert pictures == sum(isinstance(data, int) for data in files.values())
+    images = sum(len(source[i].images()) for i in range(len(source)))
+    assert images == sum(isinstance(data, int) for data in files.values())
 
 
 def test_numbers_of_any_length_are_in_order(tmp_path: Path) -> None:
     files = {"s.txt": b"A"} | {f"s.{number}.png": PNG[0] for number in ("10", "9" * 5000, "02", "1")}
     source = open_source(forms.write_tar(tmp_path / "a.tar", files))
-    names = [picture.blob.name.rpartition(": s.")[2][:6] for picture in source[0].pictures()]
+    names = [image.blob.name.rpartition(": s.")[2][:6] for image in source[0].images()]
     assert names == ["1.png", "02.png", "10.png", "999999"]
 
 
@@ -133,7 +133,7 @@ def test_a_hard_link_is_the_member_that_it_repeats(tmp_path: Path) -> None:
         add(tar, "b.png", type=tarfile.LNKTYPE, linkname="a.png")
         add(tar, "b.txt", b"B")
     source = open_source(path)
-    assert np.array_equal(np.asarray(source[1].pictures()[0].image()), forms.SCENES[1].render())
+    assert np.array_equal(np.asarray(source[1].images()[0].image()), forms.SCENES[1].render())
     assert words(source) == {"a": "A", "b": "B"}
 
 

@@ -63,9 +63,9 @@ def test_rules_are_right_about_real_renders(split: str, kind: SceneKind) -> None
     backgrounds, counts, places = [], [], []
     for index in range(300):
         scene = scenes[index]
-        picture = scene.render()
-        boxes = find_objects(picture)
-        backgrounds.append(background_name(picture) == scene.background)
+        image = scene.render()
+        boxes = find_objects(image)
+        backgrounds.append(background_name(image) == scene.background)
         counts.append(len(boxes) == len(scene.objects))
         if scene.relation is not None and counts[-1]:
             first = scene.objects[0]
@@ -79,9 +79,9 @@ def test_rules_are_right_about_real_renders(split: str, kind: SceneKind) -> None
 
 def test_rules_notice_what_is_wrong() -> None:
     scene = Scene("pair", "noto", "blue", (Placed("panda", 0, 20, 28), Placed("bell", 36, 20, 28)), "left of")
-    picture = scene.render()
-    assert background_name(picture) == "blue"
-    left, right = sorted(find_objects(picture))
+    image = scene.render()
+    assert background_name(image) == "blue"
+    left, right = sorted(find_objects(image))
     assert relation(left, right) == "left of"
     assert relation(right, left) == "right of"
     assert find_objects(np.full((64, 64, 3), 200, np.uint8)) == []
@@ -98,9 +98,9 @@ def test_relation_takes_the_longer_axis() -> None:
 
 
 def test_cut_outs_are_square_and_filled_with_the_background() -> None:
-    picture = Scene("single", "noto", "pink", (Placed("panda", 4, 4, 32),)).render()
-    (box,) = find_objects(picture)
-    crop = cut_out(picture, box, 48)
+    image = Scene("single", "noto", "pink", (Placed("panda", 4, 4, 32),)).render()
+    (box,) = find_objects(image)
+    crop = cut_out(image, box, 48)
     assert crop.shape == (48, 48, 3)
-    assert np.array_equal(crop[0, 0], picture[0, 0])
-    assert np.abs(crop[24, 24].astype(int) - picture[20, 20]).max() < 60
+    assert np.array_equal(crop[0, 0], image[0, 0])
+    assert np.abs(crop[24, 24].astype(int) - image[20, 20]).max() < 60

@@ -125,14 +125,14 @@ def emu3(folder: Path) -> Emu3ForConditionalGeneration:
                 tensor.add_(torch.rand_like(tensor) * 0.2)
             elif "quantize" in name:
                 tensor.normal_()
-    pictures = Emu3ImageProcessor(
+    images = Emu3ImageProcessor(
         min_pixels=16 * 16,
         max_pixels=32 * 32,
         spatial_factor=4,
         image_mean=[0.5, 0.4, 0.5],
         image_std=[0.5, 0.5, 0.6],
     )
-    processor = Emu3Processor(pictures, tokenizer, chat_template=TEMPLATE)
+    processor = Emu3Processor(images, tokenizer, chat_template=TEMPLATE)
     processor.downsample_ratio = 4
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -23,7 +23,7 @@ QUESTIONS = ("what is this?", "  a red apple: what \n\nis it? ", "User: it <|Ass
 PROMPTS = ("a red apple", "4*7 blue apples, on a: what")
 
 
-def pictures(count: int) -> list[Image.Image]:
+def make_images(count: int) -> list[Image.Image]:
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 256, (16 + 9 * n, 20, 3), dtype=np.uint8)) for n in range(count)]
 
@@ -65,7 +65,9 @@ def test_janus(janus_folder: Path, layout: str, form: str) -> None:
             text = theirs.apply_chat_template(
                 turns(question, images), tokenize=False, add_generation_prompt=True
             )
-            expected = theirs(text=text, images=pictures(images) or None, return_tensors="pt")["input_ids"][0]
+            expected = theirs(text=text, images=make_images(images) or None, return_tensors="pt")[
+                "input_ids"
+            ][0]
             assert ours.question_ids(question, images) == expected.tolist()
     user, assistant = ("<|User|>", "<|Assistant|>") if form == "deepseek" else ("User", "Assistant")
     for prompt in PROMPTS:
@@ -96,8 +98,8 @@ def test_emu3_questions(emu3_folder: Path, of_emu3: Emu3Processor, images: int) 
         text = of_emu3.apply_chat_template(
             turns(question, images, system), tokenize=False, add_generation_prompt=True
         )
-        expected = of_emu3(text=[text], images=pictures(images) or None, return_tensors="pt")["input_ids"]
-        assert ours([question], [pictures(images)])["input_ids"].tolist() == expected.tolist()
+        expected = of_emu3(text=[text], images=make_images(images) or None, return_tensors="pt")["input_ids"]
+        assert ours([question], [make_images(images)])["input_ids"].tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("layout", ["original", "transformers"])

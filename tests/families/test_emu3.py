@@ -1,4 +1,4 @@
-"""Emu3 checkpoints, from both published layouts, against transformers: logits, codes, pictures, tokens."""
+"""Emu3 checkpoints, from both published layouts, against transformers: logits, codes, images, tokens."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def ours(folder: Path, request: pytest.FixtureRequest) -> UniMM:
     return unimm.load(folder / request.param, device="cpu")
 
 
-def pictures(count: int) -> list[Image.Image]:
+def images(count: int) -> list[Image.Image]:
     rng = np.random.default_rng(0)
     sizes = [(31, 17), (90, 40), (20, 24), (33, 33), *rng.integers(8, 150, (46, 2)).tolist()]
     return [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes[:count]]
@@ -98,7 +98,7 @@ def test_logits_and_answers_about_images(
     folder: Path, theirs: Emu3ForConditionalGeneration, processor: Emu3Processor
 ) -> None:
     ours = unimm.load(folder / "transformers", device="cpu")
-    questions, shown = ["what is this?", "a red apple", "it"], [pictures(1), pictures(2), pictures(3)[2:]]
+    questions, shown = ["what is this?", "a red apple", "it"], [images(1), images(2), images(3)[2:]]
     inputs = _asked(processor, questions, shown)
     mine = ours.processor(questions, shown)
     for name in ("input_ids", "attention_mask", "image_sizes"):
@@ -130,7 +130,7 @@ def test_the_layouts_hold_the_same_model(folder: Path) -> None:
 
 
 def test_pixels_are_those_of_the_processor(ours: UniMM, processor: Emu3Processor) -> None:
-    for image in pictures(50):
+    for image in images(50):
         expected = processor.image_processor(image, return_tensors="pt")
         seen = ours.processor.look([image])
         pixels, sizes = seen.pixels, seen.sizes
@@ -139,7 +139,7 @@ def test_pixels_are_those_of_the_processor(ours: UniMM, processor: Emu3Processor
         assert ((pixels - expected["pixel_values"]) * deviation).abs().max() <= 1 / 255 + 1e-6
 
 
-def _only_pictures(
+def _only_images(
     rows: int, columns: int, start: int, processor: Emu3Processor
 ) -> Callable[[int, torch.Tensor], list[int]]:
     """The tokens that transformers' generation may write next, as its documentation has it."""
@@ -179,7 +179,7 @@ def test_greedy_drawings_are_equal_code_for_code(
         guidance_scale=3.0,
         max_new_tokens=ROWS * (COLUMNS + 1) + 1,
         do_sample=False,
-        prefix_allowed_tokens_fn=_only_pictures(ROWS, COLUMNS, start, processor),
+        prefix_allowed_tokens_fn=_only_images(ROWS, COLUMNS, start, processor),
     )[:, start:]
     rows = written[:, : ROWS * (COLUMNS + 1)].view(3, ROWS, COLUMNS + 1)
     expected = rows[..., :-1] - ours.model.layout.code

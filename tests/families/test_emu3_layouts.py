@@ -81,14 +81,14 @@ def test_transformers_runs_what_came_from_the_original(folder: Path) -> None:
     ours = unimm.load(folder / "original", device="cpu")
     processor = Emu3Processor.from_pretrained(folder / "new-transformers")
     processor.downsample_ratio = 4  # fixed at 8 in its code
-    picture = ours.draw("a red apple", temperature=0, size=(24, 16))[0]
+    image = ours.draw("a red apple", temperature=0, size=(24, 16))[0]
     turns = [
         {"role": "system", "content": [{"type": "text", "text": "You are a helpful assistant."}]},
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " a red apple "}]},
     ]
     text = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    inputs = processor(text=[text], images=[picture], return_tensors="pt")
-    mine = ours.processor([" a red apple "], [[picture]])
+    inputs = processor(text=[text], images=[image], return_tensors="pt")
+    mine = ours.processor([" a red apple "], [[image]])
     assert (inputs["pixel_values"] - mine["pixel_values"]).abs().max() < 1e-4
     seen = mine["input_ids"].clone()
     seen[seen == ours.model.layout.feature] = theirs.config.image_token_id
@@ -97,7 +97,7 @@ def test_transformers_runs_what_came_from_the_original(folder: Path) -> None:
         logits, expected = ours.model(**mine).logits, theirs(**inputs).logits
     assert (logits - expected).abs().max() < 1e-4 and expected.std() > 0.1
     written = theirs.generate(**inputs, max_new_tokens=8, do_sample=False)[0, seen.shape[1] :]
-    assert ours.ask(picture, " a red apple ", 64).startswith(
+    assert ours.ask(image, " a red apple ", 64).startswith(
         processor.tokenizer.decode(written, skip_special_tokens=True).strip()
     )
 

@@ -1,4 +1,4 @@
-"""Janus checkpoints, from both published layouts, against transformers: logits, features, codes, pictures, tokens."""
+"""Janus checkpoints, from both published layouts, against transformers: logits, features, codes, images, tokens."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def ours(folder: Path, request: pytest.FixtureRequest) -> UniMM:
     return unimm.load(folder / request.param, device="cpu")
 
 
-def pictures(count: int) -> list[Image.Image]:
+def make_images(count: int) -> list[Image.Image]:
     rng = np.random.default_rng(0)
     sizes = [(31, 17), (90, 40), (20, 64), (33, 33), (200, 3), *rng.integers(3, 150, (45, 2)).tolist()]
     return [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes[:count]]
@@ -45,7 +45,9 @@ def pictures(count: int) -> list[Image.Image]:
 
 @torch.no_grad()
 def test_text_logits_padded_and_with_images(ours: UniMM, theirs: JanusForConditionalGeneration) -> None:
-    inputs = ours.processor(["what is this? it is a red apple", "what", "a"], [pictures(2), pictures(1), []])
+    inputs = ours.processor(
+        ["what is this? it is a red apple", "what", "a"], [make_images(2), make_images(1), []]
+    )
     got = ours.model(**inputs).logits
     expected = theirs(**inputs).logits
     seen = inputs["attention_mask"].bool()
@@ -56,7 +58,7 @@ def test_text_logits_padded_and_with_images(ours: UniMM, theirs: JanusForConditi
 
 @torch.no_grad()
 def test_encoder_features(ours: UniMM, theirs: JanusForConditionalGeneration) -> None:
-    pixels = ours.processor.look(pictures(3)).pixels
+    pixels = ours.processor.look(make_images(3)).pixels
     expected = theirs.model.vision_model(pixels).last_hidden_state
     assert (ours.model.vision(pixels) - expected).abs().max() < 1e-4
     projected = theirs.model.aligner(expected)
@@ -103,7 +105,7 @@ def test_greedy_answers_and_tokens_are_equal(
     ours: UniMM, theirs: JanusForConditionalGeneration, folder: Path
 ) -> None:
     processor = JanusProcessor.from_pretrained(folder / "transformers")
-    shown = [pictures(1), pictures(2), pictures(3)[2:]]
+    shown = [make_images(1), make_images(2), make_images(3)[2:]]
     questions = ["what is this?", "a red apple", "it"]
     messages = [
         [
@@ -130,9 +132,9 @@ def test_greedy_answers_and_tokens_are_equal(
     ]
 
 
-def test_pixels_of_odd_pictures_are_those_of_the_pil_processor(ours: UniMM, folder: Path) -> None:
+def test_pixels_of_odd_images_are_those_of_the_pil_processor(ours: UniMM, folder: Path) -> None:
     reference = JanusImageProcessorPil.from_pretrained(folder / "transformers")
-    shown = pictures(50)
+    shown = make_images(50)
     expected = torch.cat([reference(image, return_tensors="pt")["pixel_values"] for image in shown])
     deviation = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)
     assert ((ours.processor.look(shown).pixels - expected) * deviation).abs().max() <= 1 / 255 + 1e-6

@@ -1,4 +1,4 @@
-"""Emu3's vision tokenizer against transformers: codes, pictures, films, and every tensor there and back."""
+"""Emu3's vision tokenizer against transformers: codes, images, films, and every tensor there and back."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def ours(request: pytest.FixtureRequest, theirs: Emu3VQVAE) -> MoVQTokenizer:
 
 
 @torch.no_grad()
-def test_pictures_to_codes(ours: MoVQTokenizer, theirs: Emu3VQVAE) -> None:
+def test_images_to_codes(ours: MoVQTokenizer, theirs: Emu3VQVAE) -> None:
     pixels = torch.rand(3, 3, 16, 24) * 2 - 1
     sizes = torch.tensor([[16, 24]] * 3)
     expected = torch.stack(theirs.encode(pixels, sizes).image_tokens)
@@ -59,7 +59,7 @@ def test_pictures_to_codes(ours: MoVQTokenizer, theirs: Emu3VQVAE) -> None:
 
 
 @torch.no_grad()
-def test_codes_to_pictures(ours: MoVQTokenizer, theirs: Emu3VQVAE) -> None:
+def test_codes_to_images(ours: MoVQTokenizer, theirs: Emu3VQVAE) -> None:
     codes = torch.randint(90, (2, 5, 3))
     expected = theirs.decode(codes)
     assert expected.std() > 0.1
@@ -71,7 +71,7 @@ def test_films(ours: MoVQTokenizer, theirs: Emu3VQVAE) -> None:
     film = torch.rand(2, 8, 3, 16, 12) * 2 - 1
     expected = torch.stack(theirs.encode(film, torch.tensor([[16, 12]] * 2)).image_tokens)
     codes = ours.encode_frames(film)
-    # transformers cuts films to their size along time and height, as if they were pictures
+    # transformers cuts films to their size along time and height, as if they were images
     assert codes.shape == (2, 2, 4, 3) and torch.equal(codes[:, :, : expected.shape[2]], expected)
     shown = theirs.decode(codes)
     assert (ours.decode_frames(codes) - shown.clamp(-1, 1)).abs().max() < 1e-4

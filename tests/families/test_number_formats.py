@@ -45,9 +45,9 @@ def formats(um: UniMM) -> set[torch.dtype]:
 
 @torch.no_grad()
 def use(um: UniMM) -> None:
-    """Every way through the model: pictures in, text logits out, codes out."""
-    picture = Image.new("RGB", (40, 24), "red")
-    inputs = um.processor(["what is this?", "it"], [[picture], [picture, picture]])
+    """Every way through the model: images in, text logits out, codes out."""
+    image = Image.new("RGB", (40, 24), "red")
+    inputs = um.processor(["what is this?", "it"], [[image], [image, image]])
     assert um.model(**inputs).logits.isfinite().all()
     stride = um.image_tokenizer.stride
     size = (2 * stride, 2 * stride) if um.model.layout.shared else None
@@ -116,7 +116,7 @@ def test_adapters_leave_the_format_as_it_is(named: Path, tmp_path: Path, layout:
     use(um)
 
 
-def test_an_image_tokenizer_saved_in_16_bits_encodes_pictures(named: Path, tmp_path: Path) -> None:
+def test_an_image_tokenizer_saved_in_16_bits_encodes_images(named: Path, tmp_path: Path) -> None:
     tokenizer = unimm.load(named / "unimm", device="cpu", dtype="bfloat16").image_tokenizer
     tokenizer.save_pretrained(tmp_path)
     for folder in (tmp_path, named / "emu3/original/Emu3-VisionTokenizer"):

@@ -33,7 +33,7 @@ from unimm.families.source import Checkpoint
 from unimm.models.layout import IGNORED
 from unimm.preferences.data import read_preferences
 from unimm.preferences.samples import PairSamples
-from unimm.processing.messages import Blob, Message, Picture, Record
+from unimm.processing.messages import Blob, ImagePart, Message, Record
 from unimm.processing.processor import UniMMProcessor, grids_of
 from unimm.processing.rows import Row
 
@@ -48,7 +48,7 @@ def of(folder: Path) -> UniMMProcessor:
 
 def record(messages: list[dict[str, Any]]) -> Record:
     """The same conversation as data has it."""
-    image = Picture(Blob("0.png"))
+    image = ImagePart(Blob("0.png"))
     return Record(
         "conversation",
         tuple(

@@ -162,9 +162,9 @@ def unnamed(source: Path, target: Path, *names: str, decoder: bool) -> Path:
 def test_a_tokenizer_without_a_pad_token(tmp_path: Path, tiny: Path, decoder: bool) -> None:
     um = unimm.load(unnamed(tiny, tmp_path / "model", "pad", decoder=decoder), device="cpu")
     whole = unimm.load(tiny, device="cpu")
-    picture = Image.new("RGB", (32, 32), "red")
+    image = Image.new("RGB", (32, 32), "red")
     questions = ["what is this?", "what is a red apple on a blue background?"]
-    assert um.ask(picture, questions, 8) == whole.ask(picture, questions, 8)  # what pads is not looked at
+    assert um.ask(image, questions, 8) == whole.ask(image, questions, 8)  # what pads is not looked at
     assert um.processor.pad == (whole.processor.eos if decoder else whole.processor.pad)
     codes = um.draw_codes(["a red apple", "hi"], seed=1)
     if not decoder:

@@ -21,7 +21,7 @@ def start_alone() -> None:
 
 
 def drawing_batch(um: UniMM) -> dict[str, torch.Tensor]:
-    """Two rows: a caption and a drawing; a question about a picture, padded on the right."""
+    """Two rows: a caption and a drawing; a question about an image, padded on the right."""
     processor, generator = um.processor, torch.Generator().manual_seed(0)
     codes = torch.randint(32, (1, 4, 4), generator=generator)
     drawing = processor.drawing_ids("a red apple") + processor.layout.drawing_steps()

@@ -17,7 +17,7 @@ def write(path: Path, *rows: Any) -> Path:
 
 
 def captions(folder: Path, prompts: int = 3, each: int = 4) -> Path:
-    """Captions of pictures, each of which says which it is."""
+    """Captions of images, each of which says which it is."""
     rows = []
     for number in range(prompts):
         Image.new("RGB", (30, 20), (80 * number, 0, 99)).save(folder / f"{number}.png")

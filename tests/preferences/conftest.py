@@ -1,4 +1,4 @@
-"""Preferences for the tiny model: drawings as codes and as files, answers about pictures, answers to words."""
+"""Preferences for the tiny model: drawings as codes and as files, answers about images, answers to words."""
 
 from __future__ import annotations
 

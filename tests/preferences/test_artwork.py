@@ -53,8 +53,8 @@ def test_two_objects_are_the_right_way_round(known: Artwork) -> None:
     scenes = EmojiScenes("seen", 1, kinds=("pair",))
     shown = [scenes[index] for index in range(60)]
     turned = [dataclasses.replace(scene, relation=INVERSE[str(scene.relation)]) for scene in shown]
-    pictures = [scene.render() for scene in shown]
-    right, wrong = known.scores(shown, pictures), known.scores(turned, pictures)
+    images = [scene.render() for scene in shown]
+    right, wrong = known.scores(shown, images), known.scores(turned, images)
     assert np.mean(right) > 0.9
     assert np.add(right, wrong) == pytest.approx(np.ones(60), abs=1e-5)
     assert {scene.relation for scene in shown} == set(INVERSE)
@@ -64,9 +64,9 @@ def test_the_first_half_is_where_the_first_object_should_stand() -> None:
     scenes = EmojiScenes("seen", 1, kinds=("pair",))
     for index in range(20):
         scene = scenes[index]
-        picture, placed = scene.render(), scene.objects[0]
-        first, second = halves(picture, scene)
-        assert first.shape == second.shape == picture.shape
+        image, placed = scene.render(), scene.objects[0]
+        first, second = halves(image, scene)
+        assert first.shape == second.shape == image.shape
         alone = dataclasses.replace(scene, kind="single", objects=(placed,), relation=None).render()
         there = (alone != alone[0, 0]).any(-1).sum()
         assert (first != first[0, 0]).any(-1).sum() == there

@@ -282,12 +282,12 @@ def test_self_vqa_is_the_mean_probability_of_the_answers(few: UniMM, tmp_path: P
 def test_variety_is_the_distance_to_the_other_drawings(few: UniMM, tmp_path: Path) -> None:
     """Against a loop over drawings; the most unlike gets 1, and equals get all the same."""
     shown = EmojiScenes("train", 0)
-    pictures = [Image.fromarray(shown[index].render()) for index in (0, 1, 1, 1)]
+    images = [Image.fromarray(shown[index].render()) for index in (0, 1, 1, 1)]
     prompt = DrawingPrompt(prompt="a star")
-    candidates = [Candidate(prompt, seed, torch.zeros(4, 4), one) for seed, one in enumerate(pictures)]
+    candidates = [Candidate(prompt, seed, torch.zeros(4, 4), one) for seed, one in enumerate(images)]
     assert few.model.vision is not None
     with torch.no_grad():
-        features = [few.model.vision(few.processor.look([one]).pixels)[0].mean(0) for one in pictures]
+        features = [few.model.vision(few.processor.look([one]).pixels)[0].mean(0) for one in images]
     units = [one / one.square().sum().sqrt() for one in features]
     distances = [sum((one - other).square().sum().sqrt().item() for other in units) for one in units]
     score = make_scorer("variety", few, tmp_path)
@@ -321,7 +321,7 @@ def test_factors_share_what_the_encoder_saw(few: UniMM, tmp_path: Path) -> None:
 def test_scorers_that_look_need_an_encoder(few: UniMM, tmp_path: Path, name: str) -> None:
     blind = UniMM(copy.deepcopy(few.model), few.processor)
     blind.model.vision = None
-    with pytest.raises(UserError, match=f"{name.split('*')[-1]}: this model has no encoder of pictures"):
+    with pytest.raises(UserError, match=f"{name.split('*')[-1]}: this model has no encoder of images"):
         make_scorer(name, blind, tmp_path)
 
 

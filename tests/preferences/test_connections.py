@@ -63,7 +63,7 @@ MALFORMED: list[tuple[bytes, tuple[int, ...]]] = [
     (get(b"http://[::1"), (404,)),
     (get(b"//["), (404,)),
     (get(b"*"), (404,)),
-    (get(b"/picture/%00/%ff/%"), (404,)),
+    (get(b"/image/%00/%ff/%"), (404,)),
     (get(b"/state?%ff=["), (200,)),
     (get(b"/" + b"a" * 100_000), (400, 404)),
     (get("/ä".encode()), (400,)),
@@ -189,7 +189,7 @@ def test_who_takes_nothing_and_sends_nothing_does_not_hold_up_the_end(tmp_path: 
 
 LINES = st.sampled_from(
     [b"GET / HTTP/1.1", b"GET http://[ HTTP/1.1", b"POST /vote HTTP/1.1", b"POST /undo HTTP/1.1",
-     b"HEAD /state HTTP/1.1", b"PUT * HTTP/1.0", b"GET /picture/a/b/0 HTTP/1.1", b"PRI * HTTP/2.0", b""]
+     b"HEAD /state HTTP/1.1", b"PUT * HTTP/1.0", b"GET /image/a/b/0 HTTP/1.1", b"PRI * HTTP/2.0", b""]
 )  # fmt: skip
 HEADERS = st.sampled_from(
     [b"Host: localhost", b"Host: 127.0.0.1:x", b"Host: evil.example", b"Content-Length: 2", b"Content-Length: 99",

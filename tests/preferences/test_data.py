@@ -39,7 +39,7 @@ def test_every_form_is_read(tmp_path: Path) -> None:
     assert drawn.rejected.image == "b.png"
     assert [blob.path for blob in drawn.files()] == [str(tmp_path / "b.png")]
     assert (seen.modality, seen.words, seen.images) == ("text", "what?", ["a.png"])
-    assert seen.pictures()[0].size == (4, 4) and seen.key() == ("what?", str(tmp_path / "a.png"))
+    assert seen.read_images()[0].size == (4, 4) and seen.key() == ("what?", str(tmp_path / "a.png"))
     assert (seen.chosen.text, seen.rejected.text, seen.margin) == ("a pear", "an apple", 0.5)
     assert said.scores == [2.0, -1.0]
 
@@ -129,7 +129,7 @@ def test_images_stay_in_the_folder_of_the_file_unless_allowed(name: str, tmp_pat
     with pytest.raises(UserError, match="outside"):
         check_preferences(str(path))
     (found,) = read_preferences(path)
-    assert found.picture(name.format(path=image)).size == (4, 4)
+    assert found.read_image(name.format(path=image)).size == (4, 4)
 
 
 def test_a_pipe_is_no_file_of_preferences(tmp_path: Path) -> None:

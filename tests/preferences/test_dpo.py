@@ -193,7 +193,7 @@ def test_a_stage_may_mix_modalities(recipe_file: Path) -> None:
         ("image.losses={exo: 1}", "image.label_smoothing: the loss exo needs more than 0"),
         ("image.losses={sigmoid: 0}", "image.losses: expected a weight above 0"),
         ("text.beta=0.0", "text.beta: expected more than 0, got 0.0"),
-        ("stages[0].mixture={pictures: 1}", r"stages[0].mixture.pictures: expected one of text, image"),
+        ("stages[0].mixture={images: 1}", r"stages[0].mixture.images: expected one of text, image"),
         ("stages[0].lr={decoders: 1}", 'stages[0].lr.decoders: no such group of weights; did you mean "decoder"?'),
         ("data.file=nowhere.jsonl", "nowhere.jsonl: no such file"),
         ("model=nowhere", "nowhere: no such folder"),

@@ -79,9 +79,9 @@ def test_a_line_is_read_as_the_table_says(
     row = json.loads(line.strip("`"))
     better = row.get("chosen", row.get("messages"))
     assert preference.chosen.text is None or preference.chosen.text in json.dumps(better)
-    assert all(picture.size == (64, 64) for picture in preference.pictures())
+    assert all(image.size == (64, 64) for image in preference.read_images())
     for name in preference.names():
-        assert preference.picture(name).size == (64, 64)
+        assert preference.read_image(name).size == (64, 64)
 
 
 def write(folder: Path, *rows: Any) -> Path:
@@ -139,9 +139,9 @@ def test_all_wrong_lines_are_named_or_counted(tmp_path: Path, wrong: int, more: 
         assert text.endswith(f"; and {more} more") == bool(more)
 
 
-def test_unreadable_pictures_are_all_named_by_the_check(tmp_path: Path) -> None:
+def test_unreadable_images_are_all_named_by_the_check(tmp_path: Path) -> None:
     for name in "xy":
-        (tmp_path / f"{name}.png").write_bytes(b"no picture")
+        (tmp_path / f"{name}.png").write_bytes(b"no image")
     rows = [{"question": "q", "image": f"{name}.png", "chosen": "a", "rejected": "b"} for name in "xy"]
     with pytest.raises(UserError, match=r"2 of 2 .*:1: .*x\.png: .*:2: .*y\.png: "):
         check_preferences(str(write(tmp_path, *rows)))

@@ -249,13 +249,13 @@ def test_references_that_would_be_none(
     [
         Reading(fields={"chosen": "worse", "rejected": "better"}),
         Reading(fields={"chosen": "better", "rejected": "worse", "prompt": "other"}),
-        Reading(fields={"chosen": "better", "rejected": "worse"}, images="pictures", allow_outside=True),
+        Reading(fields={"chosen": "better", "rejected": "worse"}, images="images", allow_outside=True),
     ],
     ids=["sides", "prompt", "images"],
 )
 def test_preferences_that_are_read_otherwise_have_another_hash(tmp_path: Path, reading: Reading) -> None:
-    (tmp_path / "pictures").mkdir()
-    for name, level in (("a.png", 50), ("b.png", 200), ("pictures/a.png", 100), ("pictures/b.png", 150)):
+    (tmp_path / "images").mkdir()
+    for name, level in (("a.png", 50), ("b.png", 200), ("images/a.png", 100), ("images/b.png", 150)):
         Image.new("RGB", (32, 32), (level, 0, 0)).save(tmp_path / name)
     if reading.images:
         reading = dataclasses.replace(reading, images=str(tmp_path / reading.images))

@@ -109,7 +109,7 @@ def test_the_loss_of_both_sides_in_one_row_one_forward_or_two(
     rows = batch_of(samples, range(8), packed=False)
 
     def side(number: int) -> Batch:
-        """The rows of one side, with their codes and pictures; all answers keep their numbers."""
+        """The rows of one side, with their codes and images; all answers keep their numbers."""
         images = rows["images"]
         own = Images(images.pixels.chunk(2)[number], codes=images.codes.chunk(2)[number])
         half = {name: value.chunk(2)[number] for name, value in rows.items() if isinstance(value, Tensor)}

@@ -22,8 +22,8 @@ from tests.preferences.ballots import captions, drawings, write
 from unimm.errors import UserError
 from unimm.pipeline import UniMM
 from unimm.preferences.data import read_preferences
-from unimm.preferences.scorers import to_pictures
-from unimm.preferences.vote.booth import BallotPictures, Booth
+from unimm.preferences.scorers import to_images
+from unimm.preferences.vote.booth import BallotImages, Booth
 from unimm.preferences.vote.pairs import read_ballot
 from unimm.preferences.vote.server import VoteServer
 from unimm.preferences.vote.votes import Votes
@@ -61,7 +61,7 @@ class Client:
 def serving(candidates: Path, output: Path, um: UniMM | None = None) -> Iterator[Client]:
     ballot = read_ballot(candidates)
     with Votes(output, {"seed": 0, "pairs": None}) as votes, VoteServer(0) as server:
-        booth = Booth(ballot, votes, BallotPictures(ballot, um), "ann")
+        booth = Booth(ballot, votes, BallotImages(ballot, um), "ann")
         thread = threading.Thread(target=server.serve, args=[booth])
         thread.start()
         try:
@@ -202,8 +202,8 @@ def test_many_tabs_at_once_count_each_pair_once(client: Client, tmp_path: Path) 
     assert len(read_preferences(tmp_path / "votes.jsonl")) == 6
 
 
-def test_pictures_of_the_prompt_are_made_here(client: Client, tmp_path: Path) -> None:
-    address = client.state()["pair"]["prompt"][0]["picture"]
+def test_images_of_the_prompt_are_made_here(client: Client, tmp_path: Path) -> None:
+    address = client.state()["pair"]["prompt"][0]["image"]
     answer, content = client.request("GET", address)
     assert (answer.status, answer.headers["Content-Type"]) == (200, "image/png")
     assert np.array_equal(
@@ -230,7 +230,7 @@ def test_no_path_of_an_address_reaches_the_files(client: Client, tmp_path: Path)
         "-1",
         "%2e%2e/secret.txt",
     )
-    addresses = [f"/picture/{run}/{key}/{tail}" for tail in tails]
+    addresses = [f"/image/{run}/{key}/{tail}" for tail in tails]
     addresses += [
         "/secret.txt",
         "/../secret.txt",
@@ -239,10 +239,10 @@ def test_no_path_of_an_address_reaches_the_files(client: Client, tmp_path: Path)
         "/vote.html",
     ]
     addresses += [
-        f"/picture/{run}/..",
-        f"/picture/{run}/none/0",
-        f"/picture/other/{key}/0",
-        "/picture",
+        f"/image/{run}/..",
+        f"/image/{run}/none/0",
+        f"/image/other/{key}/0",
+        "/image",
     ]
     for address in addresses:
         answer, content = client.request("GET", address)
@@ -255,8 +255,8 @@ def test_drawings_are_what_the_codes_say(tmp_path: Path, tiny_model: UniMM) -> N
         assert state["pair"]["prompt"] == [{"text": "prompt 0"}]
         pair = client.booth.ballot.pairs[0]
         for side in ("left", "right"):
-            shown = Image.open(io.BytesIO(client.request("GET", state["pair"][side]["picture"])[1]))
-            drawn = to_pictures(tiny_model, torch.tensor([getattr(pair, side).codes]))[0]
+            shown = Image.open(io.BytesIO(client.request("GET", state["pair"][side]["image"])[1]))
+            drawn = to_images(tiny_model, torch.tensor([getattr(pair, side).codes]))[0]
             assert np.array_equal(np.asarray(shown), np.asarray(drawn))
         client.post("/vote", pair=pair.key, choice="left")
         (kept,) = read_preferences(tmp_path / "votes.jsonl")
@@ -273,14 +273,14 @@ def asked(image: str) -> dict[str, Any]:
     [
         (
             asked("../outside.png"),
-            r"c.jsonl:1: ../outside.png: outside the folder of c.jsonl; put the picture there",
+            r"c.jsonl:1: ../outside.png: outside the folder of c.jsonl; put the image there",
         ),
         (asked("in/../../outside.png"), r"outside the folder"),
         (asked("/etc/passwd"), r"/etc/passwd: outside the folder"),
         (asked("link.png"), r"link.png: .*link.png is a link, which may lead elsewhere"),
         (asked("linked/outside.png"), r"linked is a link"),
-        (asked("text.png"), r"c.jsonl:1: text.png: not a picture in a known format"),
-        (asked("cut.png"), r"c.jsonl:1: cut.png: the picture is damaged or cut short"),
+        (asked("text.png"), r"c.jsonl:1: text.png: not an image in a known format"),
+        (asked("cut.png"), r"c.jsonl:1: cut.png: the image is damaged or cut short"),
         (asked("none.png"), r"c.jsonl:1: none.png: no such file"),
         (asked("pipe"), r"c.jsonl:1: pipe: not a file"),
         (asked("."), r"c.jsonl:1: .: not a file"),
@@ -295,19 +295,17 @@ def asked(image: str) -> dict[str, Any]:
         ),
     ],
 )
-def test_pictures_that_are_not_shown(
-    tmp_path: Path, tiny_model: UniMM, row: dict[str, Any], line: str
-) -> None:
+def test_images_that_are_not_shown(tmp_path: Path, tiny_model: UniMM, row: dict[str, Any], line: str) -> None:
     folder = tmp_path / "data"
     (folder / "in").mkdir(parents=True)
     for file in (tmp_path / "outside.png", folder / "b.png"):
         Image.effect_noise((40, 40), 50).save(file)
     (folder / "link.png").symlink_to(tmp_path / "outside.png")
     (folder / "linked").symlink_to(tmp_path)
-    (folder / "text.png").write_text("no picture")
+    (folder / "text.png").write_text("no image")
     (folder / "cut.png").write_bytes((tmp_path / "outside.png").read_bytes()[:400])
     os.mkfifo(folder / "pipe")
     ballot = read_ballot(write(folder / "c.jsonl", row))
     with pytest.raises(UserError, match=line) as error:
-        BallotPictures(ballot, tiny_model).check()
+        BallotImages(ballot, tiny_model).check()
     assert "\n" not in str(error.value)

@@ -90,8 +90,8 @@ MISTAKES: list[tuple[Any, str]] = [
 
 @pytest.mark.parametrize(("row", "line"), MISTAKES)
 def test_mistakes_name_tar_and_sample(pairs_file: Path, tmp_path: Path, row: Any, line: str) -> None:
-    picture = (pairs_file.parent / "a.png").read_bytes()
-    files = {"a.json": json.dumps(GOOD).encode(), "a.x.png": picture, "b.x.png": picture}
+    image = (pairs_file.parent / "a.png").read_bytes()
+    files = {"a.json": json.dumps(GOOD).encode(), "a.x.png": image, "b.x.png": image}
     if row is not None:
         files["b.json"] = (row if isinstance(row, str) else json.dumps(row)).encode()
     write_tar(tmp_path / "p.tar", files)
@@ -113,9 +113,7 @@ def test_locations_that_hold_nothing(tmp_path: Path) -> None:
         read_preferences(tmp_path / "q.tar")
 
 
-def test_check_reads_pictures_codes_and_what_lies_beside(
-    pairs_file: Path, tiny: Path, tmp_path: Path
-) -> None:
+def test_check_reads_images_codes_and_what_lies_beside(pairs_file: Path, tiny: Path, tmp_path: Path) -> None:
     report = check_preferences(str(pairs_file), str(tiny))
     assert report == {
         "preferences": str(pairs_file),
@@ -128,9 +126,9 @@ def test_check_reads_pictures_codes_and_what_lies_beside(
     folder = as_tars(pairs_file, tmp_path / "tars")
     assert check_preferences(str(folder), str(tiny)) == {**report, "preferences": str(folder)}
     path = tmp_path / "p.jsonl"
-    (tmp_path / "x.png").write_bytes(b"no picture")
+    (tmp_path / "x.png").write_bytes(b"no image")
     path.write_text(json.dumps(GOOD))
-    with pytest.raises(UserError, match=r"p\.jsonl:1: .*x\.png: not a picture"):
+    with pytest.raises(UserError, match=r"p\.jsonl:1: .*x\.png: not an image"):
         check_preferences(str(path))
     (tmp_path / "x.png").write_bytes((pairs_file.parent / "a.png").read_bytes())
     with pytest.raises(UserError, match=r"p\.jsonl:1: rejected: 2 x 2 codes; this model draws 4 x 4"):

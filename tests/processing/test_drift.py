@@ -38,8 +38,8 @@ def um(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("picture") / "a.png"
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("image") / "a.png"
     pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
     return path
@@ -50,15 +50,15 @@ def record(um: UniMM, *messages: Message, grids: list[tuple[int, int]] | None = 
     return builder.row(Record("k", messages), grids or [], [])
 
 
-def test_a_question_and_its_answer(um: UniMM, picture: Path, tmp_path: Path) -> None:
-    processor, grids = um.processor, grids_of(um.processor.look([picture]))
+def test_a_question_and_its_answer(um: UniMM, image: Path, tmp_path: Path) -> None:
+    processor, grids = um.processor, grids_of(um.processor.look([image]))
     asked, answered = Message("user", (SHOWN, QUESTION)), Message("assistant", (ANSWER,))
     row = record(um, asked, answered, grids=grids)
-    prompt = processor([QUESTION], [[picture]])["input_ids"][0].tolist()
+    prompt = processor([QUESTION], [[image]])["input_ids"][0].tolist()
     assert row.ids[: len(prompt)] == prompt == processor.question_ids(QUESTION, grids)
 
     path = tmp_path / "pairs.jsonl"
-    said = {"prompt": QUESTION, "images": [str(picture)], "chosen": ANSWER, "rejected": "a blue one"}
+    said = {"prompt": QUESTION, "images": [str(image)], "chosen": ANSWER, "rejected": "a blue one"}
     path.write_text(json.dumps(said) + "\n")
     pair = PairSamples(read_preferences([path]), processor, um.model)[0]
     assert pair["prompt"] == prompt and pair["chosen"]["row"] == row
@@ -68,7 +68,7 @@ def test_a_question_and_its_answer(um: UniMM, picture: Path, tmp_path: Path) -> 
         DrawingQuestion(question=QUESTION, answer=ANSWER),
         DrawingQuestion(question="why?", answer="it is"),
     ]
-    candidate = Candidate(DrawingPrompt(prompt="a", questions=questions), 0, codes, Image.open(picture))
+    candidate = Candidate(DrawingPrompt(prompt="a", questions=questions), 0, codes, Image.open(image))
     inputs, _ = question_rows(processor, [candidate])
     branches = branch(
         [row, record(um, Message("user", (SHOWN, "why?")), Message("assistant", ("it is",)), grids=grids)]
@@ -98,10 +98,10 @@ def test_the_prompt_that_guidance_subtracts_is_the_one_that_is_trained(um: UniMM
     assert kept == [*prompt, *drawn] and dropped == [*subtracted, *drawn]
 
 
-def test_a_prompt_with_images_is_asked_for_as_it_is_trained(um: UniMM, picture: Path) -> None:
+def test_a_prompt_with_images_is_asked_for_as_it_is_trained(um: UniMM, image: Path) -> None:
     processor = um.processor
     grid = (3, 5) if processor.layout.sized else processor.layout.grid
-    grids = grids_of(processor.look([picture]))
+    grids = grids_of(processor.look([image]))
     codes = torch.zeros(grid, dtype=torch.long)
     prompt = processor.drawing_ids("make it red", grid, grids)
     edit = [Message("user", (SHOWN, "make it red")), Message("assistant", (DRAWN,))]

@@ -1,4 +1,4 @@
-"""Prompts, padding and pictures, as the model gets them."""
+"""Prompts, padding and images, as the model gets them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from unimm.pipeline import UniMM
 def test_question_prompt_puts_images_first(tiny_model: UniMM) -> None:
     processor = tiny_model.processor
     ids = processor.question_ids("what is this?", images=2)
-    picture = processor.ids(*processor.layout.understanding(2, 2))
+    image = processor.ids(*processor.layout.understanding(2, 2))
     user, assistant = processor.tokenizer.convert_tokens_to_ids(["<user>", "<assistant>"])
     assert ids[:2] == [processor.bos, user]
-    assert ids[2 : 2 + 2 * len(picture)] == picture * 2
-    assert processor.tokenizer.decode(ids[2 + 2 * len(picture) : -1]) == "what is this?"
+    assert ids[2 : 2 + 2 * len(image)] == image * 2
+    assert processor.tokenizer.decode(ids[2 + 2 * len(image) : -1]) == "what is this?"
     assert ids[-1] == assistant
 
 
@@ -45,16 +45,16 @@ def test_left_padding(tiny_model: UniMM) -> None:
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
-def test_pictures_to_understand_are_padded_with_grey(tiny_model: UniMM) -> None:
+def test_images_to_understand_are_padded_with_grey(tiny_model: UniMM) -> None:
     wide = Image.new("RGB", (40, 20), (255, 0, 0))
     pixels = tiny_model.processor.look([wide]).pixels
     assert pixels.shape == (1, 3, 32, 32)
     levels = ((pixels[0] + 1) * 127.5).round()
-    assert levels[:, 0, 0].tolist() == [127, 127, 127]  # above the picture
+    assert levels[:, 0, 0].tolist() == [127, 127, 127]  # above the image
     assert levels[:, 16, 16].tolist() == [255, 0, 0]
 
 
-def test_pictures_to_tokenise_are_cropped(tiny_model: UniMM) -> None:
+def test_images_to_tokenise_are_cropped(tiny_model: UniMM) -> None:
     halves = np.zeros((20, 60, 3), np.uint8)
     halves[:, 20:40] = 255  # the middle third is what a square crop keeps
     pixels = tiny_model.processor.drawing_pixels([Image.fromarray(halves)])

@@ -21,7 +21,7 @@ from unimm.training.recipe import load_recipe
 from unimm.training.trainer import train
 
 MAKERS: dict[str, Callable[[Path], Path]] = {
-    "folder": lambda folder: forms.picture_folder(folder, 6),
+    "folder": lambda folder: forms.image_folder(folder, 6),
     "tars": lambda folder: forms.shards(folder, 6),
     "list": lambda folder: forms.llava(folder, 6, "talks.jsonl"),
 }
@@ -77,8 +77,8 @@ def test_unchanged_data_is_not_spoken_of(tiny: Path, tmp_path: Path) -> None:
         stopped_and_resumed(recipe_file(tmp_path / "r", tiny, sources))
 
 
-def test_pictures_of_a_tokenizer_are_compared_too(tmp_path: Path) -> None:
-    data = forms.picture_folder(tmp_path / "data", 6)
+def test_images_of_a_tokenizer_are_compared_too(tmp_path: Path) -> None:
+    data = forms.image_folder(tmp_path / "data", 6)
     given = [*overrides(tmp_path / "run", str(data)), "logging.samples_every=0"]
     given = [one for one in given if not one.startswith("logging.")]
     recipe = find_recipe("emojiscenes-tiny")

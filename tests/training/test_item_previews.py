@@ -45,7 +45,7 @@ def shown(
 
 
 def square(pixels: Any, target_size: Any) -> Any:
-    """A picture as it is trained on."""
+    """An image as it is trained on."""
     return to_uint8(target_size.pixels(Image.fromarray(pixels))[None])[0]
 
 
@@ -81,7 +81,7 @@ def test_a_resumed_run_has_each_preview_once(tiny: Path, tmp_path: Path) -> None
 def test_where_nothing_is_held_out_the_items_are_said_to_be_trained_on(
     tiny: Path, tmp_path: Path, scenes: bool
 ) -> None:
-    sources = twice(forms.picture_folder(tmp_path / "data", 4))
+    sources = twice(forms.image_folder(tmp_path / "data", 4))
     mixture = dict.fromkeys(sources, 1) | ({"emojiscenes/understanding": 1} if scenes else {})
     path = recipe_file(tmp_path, tiny, sources, logging=SHOWING, stage={"mixture": mixture, "steps": 2})
     train(load_recipe(path, [] if scenes else ["prompts=[a bell]"]), quiet=True)
@@ -103,7 +103,7 @@ def test_tensorboard_has_sheets_numbers_and_answers(tiny: Path, tmp_path: Path) 
 
 
 def test_questions_are_asked_as_training_has_them(tiny: Path, tmp_path: Path) -> None:
-    """Several turns and pictures, a system's turn, words alone: the first answer is left to the model."""
+    """Several turns and images, a system's turn, words alone: the first answer is left to the model."""
     talks = [
         {"messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "what is this?"},
                       {"role": "assistant", "content": "a bell"}]},
@@ -125,21 +125,19 @@ def test_questions_are_asked_as_training_has_them(tiny: Path, tmp_path: Path) ->
         prompt = one.inputs["input_ids"][0].tolist()
         assert prompt == sample["ids"][: len(prompt)].tolist()
         assert (sample["labels"][: len(prompt)] == -100).all() and sample["labels"][len(prompt)] != -100
-        assert len(one.images) == len(one.inputs.get("pixel_values", ())) == len(record.pictures())
+        assert len(one.images) == len(one.inputs.get("pixel_values", ())) == len(record.images())
     assert asked["scene-0"].inputs["pixel_values"].shape[0] == 2
     assert asked["line 2"].answers == ["a"] and asked["line 1"].question == "what is this?"
 
 
-def test_drawings_stand_beside_the_pictures_of_the_data(
-    tiny: Path, tmp_path: Path, tiny_model: UniMM
-) -> None:
-    """Of pictures, of pictures as codes, and of changes to a picture."""
-    folder = forms.picture_folder(tmp_path / "data", 3)
+def test_drawings_stand_beside_the_images_of_the_data(tiny: Path, tmp_path: Path, tiny_model: UniMM) -> None:
+    """Of images, of images as codes, and of changes to an image."""
+    folder = forms.image_folder(tmp_path / "data", 3)
     encode_source(EncodingJob(str(folder), tmp_path / "tars", str(tiny), Reading("text_to_image")))
     change = {"original_image": "000.png", "edit_prompt": "make it night", "edited_image": "001.png"}
     (folder / "changes.jsonl").write_text(json.dumps(change) + "\n")
     sources = {
-        "pictures": {"path": str(forms.picture_folder(tmp_path / "plain", 3)), "pairs": "text_to_image"},
+        "images": {"path": str(forms.image_folder(tmp_path / "plain", 3)), "pairs": "text_to_image"},
         "coded": {"path": str(tmp_path / "tars")},
         "changes": {"path": str(folder / "changes.jsonl")},
     }
@@ -163,7 +161,7 @@ def test_drawings_stand_beside_the_pictures_of_the_data(
         assert sheet.width > sheet.height / 2
 
 
-def test_features_have_no_picture_to_show(tiny: Path, tmp_path: Path, tiny_model: UniMM) -> None:
+def test_features_have_no_image_to_show(tiny: Path, tmp_path: Path, tiny_model: UniMM) -> None:
     encode_source(
         EncodingJob(str(forms.llava(tmp_path / "llava", 3)), tmp_path / "tars", str(tiny), features="float32")
     )

@@ -52,16 +52,16 @@ RED = Image.new("RGB", (32, 32), "red")
 
 
 def recipe_file(folder: Path, side: str, **changes: Any) -> Path:
-    """A recipe of a one-sided model, on pictures of one's own, some of them held out."""
-    pictures = folder / "pictures"
-    if not pictures.exists():
-        forms.picture_folder(pictures, 8)
+    """A recipe of a one-sided model, on images of one's own, some of them held out."""
+    images = folder / "images"
+    if not images.exists():
+        forms.image_folder(images, 8)
     recipe = {
         "task": "unified",
         "output": str(folder / side),
         "model": {"decoder": DECODER, "text_tokenizer": EMBEDDED, **SIDES[side]},
         "data": {
-            "sources": {"own": {"path": str(pictures), "pairs": PAIRS[side]}},
+            "sources": {"own": {"path": str(images), "pairs": PAIRS[side]}},
             "validation": {"share": 0.25, "every": 2},
         },
         "stages": [{"name": "one", "steps": 2, "batch": 2, "lr": dict.fromkeys(GROUPS[side], 1e-2)}],

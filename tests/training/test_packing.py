@@ -30,10 +30,10 @@ def test_best_fit_by_hand() -> None:
 
 def test_best_fit_keeps_its_budgets_and_leaves_little_room() -> None:
     random = np.random.default_rng(0)
-    lengths, pictures = random.integers(20, 600, 500).tolist(), random.integers(0, 3, 500).tolist()
-    rows = best_fit(lengths, pictures, 2048, 8)
+    lengths, images = random.integers(20, 600, 500).tolist(), random.integers(0, 3, 500).tolist()
+    rows = best_fit(lengths, images, 2048, 8)
     assert sorted(index for row in rows for index in row) == [*range(500)]
-    assert all(sum(lengths[i] for i in row) <= 2048 and sum(pictures[i] for i in row) <= 8 for row in rows)
+    assert all(sum(lengths[i] for i in row) <= 2048 and sum(images[i] for i in row) <= 8 for row in rows)
     assert len(rows) <= 1.03 * sum(lengths) / 2048 + 1
 
 
@@ -63,7 +63,7 @@ def test_block_mask_says_the_same() -> None:
 
 
 def samples(task: UnifiedTask, first: int) -> list[Any]:  # noqa: F811
-    """Text, a picture to understand and one to draw, all others for another `first`."""
+    """Text, an image to understand and one to draw, all others for another `first`."""
     kinds = ("text", "understanding", "generation")
     stage = task.recipe.stages[0].model_copy(update={"options": {"prompt_dropout": 0.0}})
     return [
@@ -99,7 +99,7 @@ def test_changing_one_sample_changes_no_logit_of_another(task: UnifiedTask) -> N
 
 
 def test_packed_steps_are_those_of_padded_rows(recipe_file: Path, tmp_path: Path) -> None:  # noqa: F811
-    pack = "{length: 300, pictures: 2, rows: 1}"
+    pack = "{length: 300, images: 2, rows: 1}"
     packed = [f"stages[{stage}].pack={pack}" for stage in range(2)]
     train(load_recipe(recipe_file, [f"output={tmp_path}/padded"]), quiet=True)
     train(load_recipe(recipe_file, [f"output={tmp_path}/packed", *packed]), quiet=True)

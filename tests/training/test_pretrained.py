@@ -48,11 +48,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe_file(folder: Path, model: Path, groups: tuple[str, ...], **changes: Any) -> Path:
-    """Fine-tuning on a folder of pictures, to caption them and to draw them."""
-    pictures = forms.picture_folder(folder / "pictures", 6)
+    """Fine-tuning on a folder of images, to caption them and to draw them."""
+    images = forms.image_folder(folder / "images", 6)
     any_size = {"size": 32, "keep_ratio": True} if "emu3" in model.parts else {}
     for number, size in enumerate(SIZES):  # of several shapes
-        path = pictures / f"{number:03d}.png"
+        path = images / f"{number:03d}.png"
         Image.open(path).resize(size).save(path)
     recipe = {
         "task": "unified",
@@ -60,8 +60,8 @@ def recipe_file(folder: Path, model: Path, groups: tuple[str, ...], **changes: A
         "model": {"pretrained": str(model)},
         "data": {
             "sources": {
-                "captions": {"path": str(pictures)},
-                "drawings": {"path": str(pictures), "pairs": "text_to_image"},
+                "captions": {"path": str(images)},
+                "drawings": {"path": str(images), "pairs": "text_to_image"},
             },
             **any_size,
         },
@@ -81,8 +81,8 @@ def answers_alike(export: Path, family: str, folder: Path) -> float:
     convert(export, folder, "transformers")
     ours = unimm.load(export, device="cpu", dtype="float32")
     theirs = THEIRS[family].from_pretrained(folder, dtype=torch.float32).eval()
-    picture = Image.fromarray(forms.SCENES[0].render())
-    inputs = ours.processor([WORDS], [[picture]])
+    image = Image.fromarray(forms.SCENES[0].render())
+    inputs = ours.processor([WORDS], [[image]])
     with torch.no_grad():
         given = ours.model(**inputs).logits
         placeholder = inputs["input_ids"] == ours.model.layout.feature  # each has an id of its own for it
@@ -168,7 +168,7 @@ def test_what_is_trained_on_is_what_will_be_asked(checkpoints: Path, tmp_path: P
         sample = data[index]
         learnt = np.flatnonzero(sample["labels"] != IGNORED)
         prompt, rest = sample["ids"][: learnt[0]].tolist(), sample["ids"][learnt[0] :].tolist()
-        if not len(sample["images"]):  # a drawing, of the model's size or near the picture's shape
+        if not len(sample["images"]):  # a drawing, of the model's size or near the image's shape
             grids = GRIDS if processor.layout.shared else [processor.layout.grid] * len(SIZES)
             assert prompt in [*map(processor.drawing_ids, captions, grids)]
             continue

@@ -58,12 +58,12 @@ def records(path: Path) -> Records:
 
 @pytest.fixture
 def sources(tmp_path: Path) -> dict[str, Any]:
-    """Conversations with several pictures, drawings and plain text."""
+    """Conversations with several images, drawings and plain text."""
     lines = [json.dumps({"text": caption}) for caption in ("a red apple", "a blue star", "two bells")]
     (tmp_path / "words.jsonl").write_text("\n".join(lines))
     return {
         "talks": {"path": str(forms.llava(tmp_path / "llava", 6))},
-        "pictures": {"path": str(forms.shards(tmp_path / "tars", 5)), "pairs": "text_to_image"},
+        "images": {"path": str(forms.shards(tmp_path / "tars", 5)), "pairs": "text_to_image"},
         "words": {"path": str(tmp_path / "words.jsonl")},
     }
 
@@ -71,7 +71,7 @@ def sources(tmp_path: Path) -> dict[str, Any]:
 def test_sources_and_scenes_train_together_and_resume_exactly(
     tiny: Path, sources: dict[str, Any], tmp_path: Path
 ) -> None:
-    mixture = {"talks": 1, "pictures": 1, "words": 1, "emojiscenes/understanding": 1}
+    mixture = {"talks": 1, "images": 1, "words": 1, "emojiscenes/understanding": 1}
     path = recipe_file(tmp_path / "r", tiny, sources, stage={"mixture": mixture})
     whole = train(load_recipe(path, [f"output={tmp_path}/whole"]), quiet=True)
     train(load_recipe(path, [f"output={tmp_path}/cut", "stages[0].steps=2"]), quiet=True)
@@ -90,7 +90,7 @@ def test_sources_and_scenes_train_together_and_resume_exactly(
     assert unimm.load(whole).draw("a star", seed=0)[0].size == (32, 32)
 
 
-def test_batches_hold_pictures_and_codes_of_every_sample(
+def test_batches_hold_images_and_codes_of_every_sample(
     tiny: Path, sources: dict[str, Any], tmp_path: Path
 ) -> None:
     recipe = load_recipe(recipe_file(tmp_path / "r", tiny, sources))
@@ -107,8 +107,8 @@ def test_batches_hold_pictures_and_codes_of_every_sample(
     assert torch.isfinite(loss) and float(metrics["skipped"]) == 0
 
 
-def test_pictures_and_encoded_tars_give_equal_samples(tiny: Path, tmp_path: Path) -> None:
-    folder = forms.picture_list(tmp_path / "data", 6)
+def test_images_and_encoded_tars_give_equal_samples(tiny: Path, tmp_path: Path) -> None:
+    folder = forms.image_list(tmp_path / "data", 6)
     encode_source(EncodingJob(str(folder), tmp_path / "tars", str(tiny), Reading("text_to_image"), shard=4))
     plain = recipe_file(tmp_path / "a", tiny, {"mine": {"path": str(folder), "pairs": "text_to_image"}})
     stored = recipe_file(tmp_path / "b", tiny, {"mine": {"path": str(tmp_path / "tars")}})
@@ -126,9 +126,9 @@ def test_pictures_and_encoded_tars_give_equal_samples(tiny: Path, tmp_path: Path
 
 def with_bad(tmp_path: Path, bad: int, good: int = 12) -> dict[str, Any]:
     """Drawings of which some cannot be read."""
-    folder = forms.picture_list(tmp_path / "data", good + bad)
+    folder = forms.image_list(tmp_path / "data", good + bad)
     for i in range(bad):
-        (folder / "pictures" / f"{i * 2}.png").write_bytes(b"broken")
+        (folder / "images" / f"{i * 2}.png").write_bytes(b"broken")
     return {"mine": {"path": str(folder)}}
 
 
@@ -140,7 +140,7 @@ def test_bad_items_are_replaced_the_same_way_and_written_down(tiny: Path, tmp_pa
         drawn = [samples[position] for position in range(30)]
     notes = [str(note.message) for note in said if note.category is UserNote]
     assert len(notes) == 3, "each bad item is said once"
-    assert all("png: not a picture" in note and "another takes its place" in note for note in notes)
+    assert all("png: not an image" in note and "another takes its place" in note for note in notes)
     assert 5 <= sum(sample["skipped"] > 0 for sample in drawn) <= 12
     listed = [json.loads(line) for line in (tmp_path / "r/run/bad-items.jsonl").read_text().splitlines()]
     assert sorted(item["key"] for item in listed) == ["line 1", "line 3", "line 5"]
@@ -158,7 +158,7 @@ def test_a_run_stops_above_the_limit_and_goes_on_below_it(tiny: Path, tmp_path: 
     line = r"data\.max_bad_items: 2 items cannot be used, more than 1"
     with pytest.warns(UserNote), pytest.raises(UserError, match=line) as stopped:
         train(load_recipe(path, ["data.max_bad_items=1"]), quiet=True)
-    assert "\n" not in str(stopped.value) and ".png: not a picture" in str(stopped.value)
+    assert "\n" not in str(stopped.value) and ".png: not an image" in str(stopped.value)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserNote)
         train(load_recipe(path, ["data.max_bad_items=3"]), quiet=True)
@@ -168,7 +168,7 @@ def test_a_run_stops_above_the_limit_and_goes_on_below_it(tiny: Path, tmp_path: 
 
 PACKS = {
     "tokens": {"length": 40},  # the third conversation is longer, the long text is cut
-    "pictures": {"length": 128, "pictures": 1},  # every third conversation shows two
+    "images": {"length": 128, "images": 1},  # every third conversation shows two
 }
 
 
@@ -190,9 +190,9 @@ def test_what_a_packed_row_has_no_room_for_is_a_bad_item(tiny: Path, tmp_path: P
         train(load_recipe(path, ["data.validation={share: 0.4}"]), quiet=True)
     listed = [json.loads(line) for line in (tmp_path / "r/run/bad-items.jsonl").read_text().splitlines()]
     bad = {(item["source"], item["key"]): item["reason"] for item in listed}
-    if pack == "pictures":
+    if pack == "images":
         assert bad.keys() == {("talks", "scene-0"), ("talks", "scene-3")}
-        assert set(bad.values()) == {"2 pictures, a row holds 1"}
+        assert set(bad.values()) == {"2 images, a row holds 1"}
         return
     assert ("words", "line 3") in bad and not any(
         key in bad for key in [("words", "line 1"), ("words", "line 2")]
@@ -201,10 +201,10 @@ def test_what_a_packed_row_has_no_room_for_is_a_bad_item(tiny: Path, tmp_path: P
 
 
 def test_a_source_that_no_stage_reads_is_said(tiny: Path, tmp_path: Path, sources: dict[str, Any]) -> None:
-    for number, mixture in enumerate(({"talks": 1, "words": 1}, {"talks": 1, "words": 1, "pictures": 0})):
+    for number, mixture in enumerate(({"talks": 1, "words": 1}, {"talks": 1, "words": 1, "images": 0})):
         path = recipe_file(tmp_path / str(number), tiny, sources, stage={"mixture": mixture})
         with pytest.warns(
-            UserNote, match=r"data\.sources\.pictures: no stage's mixture gives it a share"
+            UserNote, match=r"data\.sources\.images: no stage's mixture gives it a share"
         ) as said:
             load_recipe(path).build_task()
         assert len(said) == 1
@@ -216,7 +216,7 @@ def test_a_mistake_with_a_source_is_one_line(tiny: Path, tmp_path: Path) -> None
     (tmp_path / "empty.jsonl").write_text("\n")
     broken = forms.shards(tmp_path / "tars", 6)
     (broken / "001.tar").write_bytes((broken / "001.tar").read_bytes()[:1000])
-    foreign = forms.picture_folder(tmp_path / "data", 2)
+    foreign = forms.image_folder(tmp_path / "data", 2)
     encode_source(EncodingJob(str(foreign), tmp_path / "coded", str(tiny), Reading("text_to_image")))
     plan = tmp_path / "coded" / "codes.json"
     plan.write_text(json.dumps(json.loads(plan.read_text()) | {"tokenizer": "another"}))
@@ -236,8 +236,8 @@ def test_a_mistake_with_a_source_is_one_line(tiny: Path, tmp_path: Path) -> None
         assert "\n" not in str(caught.value)
 
 
-def test_the_recipe_for_a_folder_of_pictures_trains_the_embedded_model(tmp_path: Path) -> None:
-    folder = forms.picture_folder(tmp_path / "pictures", 6)
+def test_the_recipe_for_a_folder_of_images_trains_the_embedded_model(tmp_path: Path) -> None:
+    folder = forms.image_folder(tmp_path / "images", 6)
     paths = [f"data.sources.{name}.path={folder}" for name in ("captions", "drawings")]
     small = ["stages[0].steps=3", "stages[0].batch=4", "stages[0].micro_batch=2", "logging.samples_every=0"]
     quiet = ["logging.tensorboard=false", "logging.every=1", f"output={tmp_path}/run"]
@@ -254,14 +254,14 @@ def test_the_recipe_for_a_folder_of_pictures_trains_the_embedded_model(tmp_path:
 
 
 def test_features_and_pixels_train_alike(tiny: Path, tmp_path: Path) -> None:
-    """The same losses, step by step, with the encoder frozen; alone and beside pictures of another source."""
+    """The same losses, step by step, with the encoder frozen; alone and beside images of another source."""
     talks = str(forms.llava(tmp_path / "llava", 6))
     encode_source(EncodingJob(talks, tmp_path / "tars", str(tiny), shard=4, features="float32"))
-    pictures = {"path": str(forms.shards(tmp_path / "more", 5))}
+    more = {"path": str(forms.shards(tmp_path / "more", 5))}
     losses = {}
     for name, path in (("pixels", talks), ("features", str(tmp_path / "tars"))):
         recipe = load_recipe(
-            recipe_file(tmp_path / name, tiny, {"talks": {"path": path}, "more": pictures},
+            recipe_file(tmp_path / name, tiny, {"talks": {"path": path}, "more": more},
                         stage={"lr": {"decoder": 0.01, "connector": 0.01}})
         )  # fmt: skip
         train(recipe, quiet=True)

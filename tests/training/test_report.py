@@ -1,4 +1,4 @@
-"""The report of a run: one picture with its curves and samples, and clear words where there is nothing to show."""
+"""The report of a run: one image with its curves and samples, and clear words where there is nothing to show."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unimm.errors import UserError
 from unimm.training.report import _draw, _plots, report, smooth
 
 
-def test_curves_and_samples_are_on_one_picture(tmp_path: Path) -> None:
+def test_curves_and_samples_are_on_one_image(tmp_path: Path) -> None:
     lines = [
         {"step": step, "stage": "one" if step < 5 else "two", "loss": 1 / step, "grad_norm": 1.0, "lr/a": 0.1}
         for step in range(1, 9)
@@ -40,7 +40,7 @@ def test_smoothing_follows_and_does_not_start_at_zero() -> None:
 
 
 def test_panels_are_those_that_the_run_logged(tmp_path: Path) -> None:
-    """An image tokenizer's run: its own losses, codebook and held-out pictures; no tokens a second."""
+    """An image tokenizer's run: its own losses, codebook and held-out images; no tokens a second."""
     lines = [
         {"step": step, "stage": "one", "loss": 1.0, "reconstruction": 0.5, "generator": 0.0, "psnr": 20.0}
         | {"codebook_use": 0.5, "tokens_per_second": 0.0, "samples_per_second": 3.0, "grad_norm": 1.0}

@@ -87,7 +87,7 @@ def test_links_within_the_folders_of_a_run_are_replaced(tmp_path: Path) -> None:
     assert all(torch.equal(weights(tmp_path / "run")[name], value) for name, value in expected.items())
 
 
-def test_pictures_and_lines_of_previews_go_through_no_link(tmp_path: Path) -> None:
+def test_images_and_lines_of_previews_go_through_no_link(tmp_path: Path) -> None:
     for name in ("000001.png", "captions.jsonl"):
         (tmp_path / f"their-{name}").write_text("theirs")
         (tmp_path / name).symlink_to(tmp_path / f"their-{name}")

@@ -22,7 +22,7 @@ from unimm.training.trainer import train
 def test_sources_are_trained_on_with_what_is_held_out_of_them(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "words.jsonl").write_text(json.dumps({"text": "a red apple " * 300}) + "\n")
     sources: dict[str, Any] = {
-        "drawings": {"path": str(forms.picture_folder(tmp_path / "data", 8)), "pairs": "text_to_image"},
+        "drawings": {"path": str(forms.image_folder(tmp_path / "data", 8)), "pairs": "text_to_image"},
         "talks": {"path": str(forms.llava(tmp_path / "llava", 6))},
         "words": {"path": str(tmp_path / "words.jsonl")},
     }
@@ -45,9 +45,9 @@ def test_what_is_wrong_with_a_source_is_found(tiny: Path, tmp_path: Path, kind: 
     if kind == "broken":
         (forms.shards(place, 6) / "001.tar").write_bytes(b"no tar" * 100)
     elif kind == "bad items":
-        forms.picture_folder(place, 3)
-        for picture in place.glob("*.png"):
-            picture.write_bytes(b"no picture")
+        forms.image_folder(place, 3)
+        for image in place.glob("*.png"):
+            image.write_bytes(b"no image")
     path = recipe_file(tmp_path, tiny, {"mine": {"path": str(place)}})
     line = {"missing": r"data\.sources\.mine: .*data: no such file", "broken": r"data\.sources\.mine: .*001\.tar",
             "bad items": r"max_bad_items: 1 items cannot be used"}[kind]  # fmt: skip
@@ -62,16 +62,16 @@ def test_what_a_shipped_recipe_names_for_others_to_replace_is_not_needed(
     shipped = find_recipe("finetune-folder")
     recipe = smoke_recipe(shipped)
     assert recipe.stages[0].mixture == {"emojiscenes": 1} and recipe.validation is None
-    assert "data.sources.captions: my-pictures: not here" in capfd.readouterr().err
-    with pytest.raises(UserError, match=r"data\.sources\.captions: your-pictures: no such file"):
-        train(smoke_recipe(shipped, ["data.sources.captions.path=your-pictures"]), quiet=True)
+    assert "data.sources.captions: my-images: not here" in capfd.readouterr().err
+    with pytest.raises(UserError, match=r"data\.sources\.captions: your-images: no such file"):
+        train(smoke_recipe(shipped, ["data.sources.captions.path=your-images"]), quiet=True)
     (tmp_path / "mine.yaml").write_text(shipped.read_text())
-    with pytest.raises(UserError, match=r"data\.sources\.captions: my-pictures: no such file"):
+    with pytest.raises(UserError, match=r"data\.sources\.captions: my-images: no such file"):
         train(smoke_recipe(tmp_path / "mine.yaml"), quiet=True)
 
 
 def test_encoded_sources_are_opened_and_left_out(tiny: Path, tmp_path: Path, capfd: Any) -> None:
-    folder = forms.picture_folder(tmp_path / "data", 4)
+    folder = forms.image_folder(tmp_path / "data", 4)
     encode_source(EncodingJob(str(folder), tmp_path / "tars", str(tiny), Reading("text_to_image")))
     sources = {"coded": {"path": str(tmp_path / "tars")}, "plain": {"path": str(folder)}}
     recipe = smoke_recipe(recipe_file(tmp_path, tiny, sources))
@@ -79,15 +79,15 @@ def test_encoded_sources_are_opened_and_left_out(tiny: Path, tmp_path: Path, cap
     assert "data.sources.coded: 4 items, encoded by other parts" in capfd.readouterr().err
 
 
-def test_codes_of_many_pictures_are_made_as_they_are_needed(tiny: Path, tmp_path: Path) -> None:
+def test_codes_of_many_images_are_made_as_they_are_needed(tiny: Path, tmp_path: Path) -> None:
     """Not all ahead: a run of a few samples reads no more than these."""
-    source = {"mine": {"path": str(forms.picture_folder(tmp_path / "data", 42)), "pairs": "text_to_image"}}
+    source = {"mine": {"path": str(forms.image_folder(tmp_path / "data", 42)), "pairs": "text_to_image"}}
     train(smoke_recipe(recipe_file(tmp_path, tiny, source)), quiet=True)
     assert not (tmp_path / "run-smoke/codes").exists()
 
 
-def test_pictures_of_a_tokenizer_are_read(tmp_path: Path) -> None:
-    data = forms.picture_folder(tmp_path / "data", 6)
+def test_images_of_a_tokenizer_are_read(tmp_path: Path) -> None:
+    data = forms.image_folder(tmp_path / "data", 6)
     recipe = find_recipe("emojiscenes-tiny")
     train(smoke_recipe(recipe, overrides(tmp_path / "run", str(data))), quiet=True)
     with pytest.raises(UserError, match=r"data\.sources\.mine\.path: .*none: no such"):

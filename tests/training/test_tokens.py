@@ -90,7 +90,7 @@ def models(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 
 def finetune(folder: Path, model: Path, **changes: object) -> Path:
     """A recipe of four steps that renews tokens."""
-    sources = {"captions": {"path": str(forms.picture_folder(folder / "pictures", 6))}}
+    sources = {"captions": {"path": str(forms.image_folder(folder / "images", 6))}}
     return recipe_file(
         folder, model, sources, model={"pretrained": str(model), "renew_tokens": True}, **changes
     )

@@ -46,8 +46,8 @@ def twice(folder: Path) -> dict[str, Any]:
 
 
 def validated(folder: Path, tiny: Path, validation: dict[str, Any] | None = None, **changes: Any) -> Path:
-    """A recipe on twelve pictures, some of them held out."""
-    sources = twice(forms.picture_folder(folder / "data", 12))
+    """A recipe on twelve images, some of them held out."""
+    sources = twice(forms.image_folder(folder / "data", 12))
     path = recipe_file(folder, tiny, sources, **changes)
     recipe = yaml.safe_load(path.read_text())
     recipe["data"]["validation"] = SHARE if validation is None else validation
@@ -206,7 +206,7 @@ def test_there_must_be_something_to_hold_out(tiny: Path, tmp_path: Path) -> None
         UserError, match=r"data\.validation\.share: there are no sources to hold items out of"
     ):
         load_recipe(path, ["data.validation={share: 0.1}"]).build_task()
-    one = recipe_file(tmp_path / "b", tiny, twice(forms.picture_folder(tmp_path / "one", 1)))
+    one = recipe_file(tmp_path / "b", tiny, twice(forms.image_folder(tmp_path / "one", 1)))
     with pytest.raises(UserError, match=r"data\.validation\.share: .*one: fewer than two items"):
         started(one, "data.validation={share: 0.1}")
 

@@ -27,10 +27,10 @@ SHOWN = 20  # bad items on the screen; `--json` has more
 
 def _source(function: F) -> F:
     """The source of data and what says how to read it."""
-    kinds = "file, folder or pattern: pictures, JSON, CSV, tars, Parquet, datasets; or several tars or Parquet files"
-    pairs = "what a picture with a text is for (default: image_to_text)"
+    kinds = "file, folder or pattern: images, JSON, CSV, tars, Parquet, datasets; or several tars or Parquet files"
+    pairs = "what an image with a text is for (default: image_to_text)"
     field = "a column of another name; image= says that there is none"
-    size = "side of pictures to draw, where a model draws any size (default: the model's)"
+    size = "side of images to draw, where a model draws any size (default: the model's)"
     return decorate(
         function,
         click.argument("source", type=FILE, nargs=-1, required=True, metavar="SOURCE...", help=kinds),
@@ -39,7 +39,7 @@ def _source(function: F) -> F:
         ),
         click.option("--field", type=FIELD, multiple=True, metavar="NAME=COLUMN", help=field),
         click.option(
-            "--images", type=FOLDER, metavar="DIR", help="folder that names of pictures are relative to"
+            "--images", type=FOLDER, metavar="DIR", help="folder that names of images are relative to"
         ),
         click.option("--split", metavar="NAME", help="where names of files say several (default: train)"),
         click.option("--allow-outside", is_flag=True, help="let the data name files outside its folder"),
@@ -98,7 +98,7 @@ def check(options: Options) -> Any:
 @click.option(
     "--features",
     type=Choice("float32", "float16"),
-    help="store pictures to look at as features of the model's encoder (default: as pictures)",
+    help="store images to look at as features of the model's encoder (default: as images)",
 )
 def encode(options: Options) -> Any:
     """Write a source with image codes."""
@@ -126,9 +126,9 @@ def preview(options: Options) -> Any:
     """Write a contact sheet of scenes."""
     from unimm.data.emojiscenes.preview import contact_sheet
     from unimm.images import save_image
-    from unimm.outputs import check_output, is_picture
+    from unimm.outputs import check_output, is_image_file
 
-    check_output(options.output, "a picture", is_picture)
+    check_output(options.output, "an image", is_image_file)
     save_image(contact_sheet(split=options.split, seed=options.seed), options.output)
     return {"sheet": options.output}
 

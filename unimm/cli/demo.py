@@ -1,7 +1,7 @@
 """What `unimm demo` does: caption, ask and draw with the embedded model, on one contact sheet.
 
 The scenes are the first ones of held-out splits, not chosen by hand: `seen` has layouts that were never
-trained on, `vendor` has the artwork of two families of which no picture was trained on.
+trained on, `vendor` has the artwork of two families of which no image was trained on.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from unimm.data.emojiscenes.scenes import EmojiScenes, Question, Scene
 from unimm.errors import UserError
 from unimm.images import save_image
 from unimm.loading import load
-from unimm.outputs import check_output, is_picture
+from unimm.outputs import check_output, is_image_file
 from unimm.sheet import Card, Line, SheetSection, draw_sheet
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def run(
     except OSError as error:
         raise UserError(f"{os.fspath(folder)}: cannot be used as a folder ({error.strerror})") from None
     sheet = Path(folder) / "unimm-demo.png"
-    check_output(sheet, "a picture", is_picture)
+    check_output(sheet, "an image", is_image_file)
     um = load(source, device=device, dtype=dtype, revision=revision, image_tokenizer=image_tokenizer)
     if um.processor.views is None or um.processor.drawing_size is None:
         raise UserError("--model: the demo wants a model that understands images and draws")
@@ -129,13 +129,13 @@ def _caption(um: UniMM) -> tuple[list[Captioned], list[SheetSection]]:
     sections = []
     notes = {"seen": "known artwork in layouts never trained on", "vendor": "artwork never trained on"}
     for split, note in notes.items():
-        pictures = [_picture(scene) for scene in _scenes(split, CAPTIONED)]
+        images = [_image(scene) for scene in _scenes(split, CAPTIONED)]
         truths = [scene.captions() for scene in _scenes(split, CAPTIONED)]
-        said = um.caption(pictures, MAX_TOKENS)
+        said = um.caption(images, MAX_TOKENS)
         new = [Captioned(split, t[0], s, s in t) for t, s in zip(truths, said, strict=True)]
         cards = [
-            Card([picture], _verdict(row.caption, row.truth, row.right))
-            for picture, row in zip(pictures, new, strict=True)
+            Card([image], _verdict(row.caption, row.truth, row.right))
+            for image, row in zip(images, new, strict=True)
         ]
         sections.append(SheetSection("Captions", cards, note))
         rows += new
@@ -148,8 +148,8 @@ def _ask(um: UniMM) -> tuple[list[Answered], SheetSection]:
     for split, count in ASKED.items():
         for scene in _scenes(split, CAPTIONED + count)[CAPTIONED:]:
             asked += [(split, scene, question) for question in scene.questions()[-QUESTIONS:]]
-    pictures = [_picture(scene) for _, scene, _ in asked]
-    said = um.ask(pictures, [question.question for _, _, question in asked], MAX_TOKENS)
+    images = [_image(scene) for _, scene, _ in asked]
+    said = um.ask(images, [question.question for _, _, question in asked], MAX_TOKENS)
     rows = [
         Answered(split, scene.captions()[0], q.question, q.answer, answer, answer == q.answer)
         for (split, scene, q), answer in zip(asked, said, strict=True)
@@ -159,7 +159,7 @@ def _ask(um: UniMM) -> tuple[list[Answered], SheetSection]:
         lines: list[Line] = []
         for row in rows[first : first + QUESTIONS]:
             lines += [Line(row.question, "muted"), *_verdict(row.answer, row.truth, row.right)]
-        cards.append(Card([pictures[first]], lines))
+        cards.append(Card([images[first]], lines))
     return rows, SheetSection("Answers", cards, "the last two on artwork never trained on")
 
 
@@ -169,7 +169,7 @@ def _scenes(split: str, count: int) -> list[Scene]:
     return [dataset[index] for index in range(count)]
 
 
-def _picture(scene: Scene) -> Image.Image:
+def _image(scene: Scene) -> Image.Image:
     """Render a scene."""
     return Image.fromarray(scene.render())
 

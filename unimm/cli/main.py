@@ -47,7 +47,7 @@ PREFERENCES = Group(
 )
 CLI = Group(
     "unimm",
-    "one decoder that looks at pictures, answers questions about them and draws",
+    "one decoder that looks at images, answers questions about them and draws",
     {
         "Use a model": (model.demo, model.caption, model.ask, model.draw, model.info, model.convert),
         "Train and evaluate": (

@@ -83,47 +83,47 @@ def show_captions(rows: list[dict[str, Any]]) -> None:
         print_table(("image", "caption"), [(row["image"], row["caption"]) for row in rows])
 
 
-@command("caption", "say what pictures show", show_captions)
-@click.argument("images", type=FILE, nargs=-1, required=True, metavar="IMAGE...", help="picture files")
+@command("caption", "say what images show", show_captions)
+@click.argument("images", type=FILE, nargs=-1, required=True, metavar="IMAGE...", help="image files")
 @_max_new_tokens
 @model_options
 def caption(options: Options) -> Any:
-    """Caption pictures."""
+    """Caption images."""
     from unimm.images import read_image
 
-    pictures = [
+    images = [
         read_image(path) for path in options.images
     ]  # before the model is loaded: mistakes show at once
     from unimm.processing.processor import CAPTION_REQUESTS
 
     um, most = load(options), options.max_new_tokens
-    answers = um.answers(pictures, [CAPTION_REQUESTS[0]] * len(pictures), most)
+    answers = um.answers(images, [CAPTION_REQUESTS[0]] * len(images), most)
     return [
         {"image": path, "caption": answer.text, "cut": answer.cut}
         for path, answer in zip(options.images, answers, strict=True)
     ]
 
 
-@command("ask", "ask a question about pictures", lambda row: print_text(row["answer"]))
+@command("ask", "ask a question about images", lambda row: print_text(row["answer"]))
 @click.argument(
     "items",
     type=FILE,
     nargs=-1,
     required=True,
     metavar="[IMAGE]... QUESTION",
-    help="picture files, if any, then one question",
+    help="image files, if any, then one question",
 )
 @_max_new_tokens
 @model_options
 def ask(options: Options) -> Any:
-    """Ask one question about any number of pictures."""
+    """Ask one question about any number of images."""
     from unimm.images import SUFFIXES, read_image
 
     *paths, question = options.items
     if os.path.isfile(question) or (not paths and question.lower().endswith(SUFFIXES)):
-        raise UserError(f"ask: after the pictures comes a question; {question!r} is the last argument")
-    pictures = [read_image(path) for path in paths]
-    answers = load(options).answers([pictures], [question], options.max_new_tokens)  # one about all pictures
+        raise UserError(f"ask: after the images comes a question; {question!r} is the last argument")
+    images = [read_image(path) for path in paths]
+    answers = load(options).answers([images], [question], options.max_new_tokens)  # one about all images
     return {"images": paths, "question": question, "answer": answers[0].text, "cut": answers[0].cut}
 
 
@@ -141,9 +141,9 @@ def show_drawings(rows: list[dict[str, Any]]) -> None:
     type=FILE,
     multiple=True,
     metavar="FILE",
-    help="a picture that goes with every prompt; may be given several times",
+    help="an image that goes with every prompt; may be given several times",
 )
-@click.option("--seed", type=INTEGER, metavar="SEED", help="the same seed draws the same pictures")
+@click.option("--seed", type=INTEGER, metavar="SEED", help="the same seed draws the same images")
 @sampling_options
 @click.option("--size", type=SIZE, metavar="WxH", help="in pixels, where the model draws several")
 @click.option(
@@ -161,7 +161,7 @@ def draw(options: Options) -> Any:
     from unimm.cli.drawings import drawing_name, save_drawing
     from unimm.images import read_image
 
-    pictures = [read_image(path) for path in options.image]
+    images = [read_image(path) for path in options.image]
     folder = Path(options.output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -184,7 +184,7 @@ def draw(options: Options) -> Any:
                 seed=seed,
                 size=options.size,
                 on_progress=report,
-                images=[pictures] * len(options.prompts),
+                images=[images] * len(options.prompts),
             )
             for drawing in itertools.chain.from_iterable(batches):
                 index = len(rows)

@@ -162,7 +162,7 @@ def show_vote(document: dict[str, Any]) -> None:
 @model_options
 def vote(options: Options) -> Any:
     """Serve the page on which a person votes, until Ctrl-C."""
-    from unimm.preferences.vote.booth import BallotPictures, Booth
+    from unimm.preferences.vote.booth import BallotImages, Booth
     from unimm.preferences.vote.pairs import read_ballot
     from unimm.preferences.vote.server import VoteServer
     from unimm.preferences.vote.votes import Votes
@@ -180,16 +180,16 @@ def vote(options: Options) -> Any:
                 f"{votes.path}: holds votes on other candidates than {ballot.file}; give another output"
             )
         with VoteServer(options.port) as server:
-            pictures = BallotPictures(ballot, load(options) if ballot.has_codes else None)
-            with progress("pictures") as report:
-                pictures.check(report)
+            images = BallotImages(ballot, load(options) if ballot.has_codes else None)
+            with progress("images") as report:
+                images.check(report)
             if votes.note:
                 say(votes.note)
             if ballot.alike:
                 say(f"{ballot.alike} prompts left out: all of their candidates are equal")
             say(f"{len(votes.kept)} of {total} pairs voted on; vote at {server.url} (Ctrl-C ends)")
             with contextlib.suppress(KeyboardInterrupt):
-                server.serve(Booth(ballot, votes, pictures, voter))
+                server.serve(Booth(ballot, votes, images, voter))
         done, ties = len(votes.kept), votes.ties
     return {"preferences": options.output, "kept": done - ties, "ties": ties, "left": total - done}
 

@@ -25,18 +25,18 @@ def check_source(
     size: int | None = None,
     keep_ratio: bool = False,
 ) -> dict[str, Any]:
-    """Read everything once; every picture is decoded.
+    """Read everything once; every image is decoded.
 
     Args:
         location: what `open_source` takes.
         reading: how to read it.
         model: whose processor counts tokens; None: the embedded model's.
         on_progress: called with records done and records in all.
-        size: pixels a side that pictures to draw are brought to; None: the model's.
+        size: pixels a side that images to draw are brought to; None: the model's.
         keep_ratio: keep their ratio, in an area of that side squared (`unimm.processing.views.TargetSize`).
 
     Returns:
-        Form, records (good ones), kinds, pictures, tokens, bad (how many) and bad_items.
+        Form, records (good ones), kinds, images, tokens, bad (how many) and bad_items.
 
     Raises:
         UserError: nothing of the source can be read, or it is empty.
@@ -67,7 +67,7 @@ def check_source(
         "form": source.form,
         "records": sum(kinds.values()),
         "kinds": {kind: kinds[kind] for kind in RECORD_KINDS if kinds[kind]},
-        "pictures": {**_picture_sizes(found.sizes), "formats": dict(found.formats.most_common())},
+        "images": {**_image_sizes(found.sizes), "formats": dict(found.formats.most_common())},
         "tokens": {**_spread(found.lengths), "context": context, "too_long": over},
         "unanswered": found.unanswered,
         "repeated_keys": sum(found.kinds.values()) - len(found.keys),
@@ -77,7 +77,7 @@ def check_source(
 
 
 def _builder(processor: UniMMProcessor, size: int | None, keep_ratio: bool) -> SampleBuilder:
-    """What makes samples for a model, but for the codes of pictures to draw, of which only the number counts."""
+    """What makes samples for a model, but for the codes of images to draw, of which only the number counts."""
     if processor.drawing_size is None:
         return SampleBuilder(processor, None, lambda pixels: pixels)
     target_size = processor.target_size(size, keep_ratio)
@@ -102,11 +102,11 @@ class _Findings:
             BadRecord: it cannot be used.
         """
         sample = builder.build(record, location)
-        for picture in record.pictures():
-            if picture.encoded or picture.featured:
-                self.formats["codes" if picture.encoded else "features"] += 1
+        for image in record.images():
+            if image.encoded or image.featured:
+                self.formats["codes" if image.encoded else "features"] += 1
                 continue
-            form, size = picture.header()
+            form, size = image.header()
             self.formats[form] += 1
             self.sizes.append(size)
         self.kinds[record.kind] += 1
@@ -123,7 +123,7 @@ def _spread(values: Sequence[float]) -> dict[str, int]:
     return dict(zip(("min", "median", "p95", "max"), parts, strict=True))
 
 
-def _picture_sizes(sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """How many pictures, and the spread of their widths and heights in pixels."""
+def _image_sizes(sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """How many images, and the spread of their widths and heights in pixels."""
     widths, heights = zip(*sizes, strict=True) if sizes else ((), ())
     return {"count": len(sizes), "width": _spread(widths), "height": _spread(heights)}

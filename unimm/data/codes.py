@@ -1,7 +1,7 @@
-"""Image codes of pictures and features of an understanding encoder: computed in batches, and cached in a file.
+"""Codes of images, and features of an understanding encoder: computed in batches, and cached in a file.
 
 What is stored bears a fingerprint of all that it depends on, so that it is never taken for that of another model. The
-work is cut into shards of the same records and batches of the same size whatever does it, so the codes of a picture do
+work is cut into shards of the same records and batches of the same size whatever does it, so the codes of an image do
 not depend on who computes them, or on how often the work was interrupted.
 """
 
@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from unimm.data.sources import BadRecord, Picture, Reading, Record, Source
+from unimm.data.sources import BadRecord, ImagePart, Reading, Record, Source
 from unimm.errors import UserError
 from unimm.files import atomic_write
 from unimm.models.configs import own_keys
@@ -31,9 +31,9 @@ from unimm.processing.messages import digest
 from unimm.processing.processor import UniMMProcessor
 from unimm.processing.views import TargetSize
 
-ENCODING_BATCH = 32  # pictures that go through the tokenizer at once
+ENCODING_BATCH = 32  # images that go through the tokenizer at once
 SHARD = 1000  # records
-PROBES = 64  # records looked at to see whether a source has pictures to draw
+PROBES = 64  # records looked at to see whether a source has images to draw
 CodeArray: TypeAlias = NDArray[np.int32]
 Features: TypeAlias = NDArray[np.floating[Any]]  # [tokens, width]
 FeatureType = Literal["float32", "float16"]
@@ -97,9 +97,9 @@ def _tokenizer_fields(tokenizer: Any) -> dict[str, Any]:
 def encode_range(
     source: Source, start: int, stop: int, target_size: TargetSize, tokenizer: Any, device: torch.device
 ) -> list[tuple[Record | BadRecord, list[CodeArray]]]:
-    """The records of a stretch, each with the codes [h, w] of its pictures to draw; a bad one says why.
+    """The records of a stretch, each with the codes [h, w] of its images to draw; a bad one says why.
 
-    Codes that are stored already are taken as they are. Pictures of one size go through the tokenizer together,
+    Codes that are stored already are taken as they are. Images of one size go through the tokenizer together,
     `ENCODING_BATCH` at once but for the last of each size.
     """
     found: list[tuple[Record | BadRecord, list[CodeArray]]] = []
@@ -114,7 +114,7 @@ def encode_range(
     for index in range(start, stop):
         try:
             record = source[index]
-            drawn = [_load(picture, target_size) for picture in record.pictures(draw=True)]
+            drawn = [_load(image, target_size) for image in record.images(draw=True)]
         except BadRecord as error:
             found.append((error, []))
             continue
@@ -134,27 +134,27 @@ def encode_range(
     return found
 
 
-def _load(picture: Picture, target_size: TargetSize) -> Tensor | CodeArray:
-    """A picture to draw: float [3, H, W] in [-1, 1], or its codes [h, w] where those are stored."""
-    if picture.encoded:
-        return picture.codes().astype(np.int32)
-    return target_size.pixels(picture.image())
+def _load(image: ImagePart, target_size: TargetSize) -> Tensor | CodeArray:
+    """An image to draw: float [3, H, W] in [-1, 1], or its codes [h, w] where those are stored."""
+    if image.encoded:
+        return image.codes().astype(np.int32)
+    return target_size.pixels(image.image())
 
 
 def feature_range(
     records: Sequence[Record], viewer: tuple[UniMMProcessor, nn.Module, torch.device], dtype: FeatureType
 ) -> list[list[Features]]:
-    """The features [tokens, width] of the pictures to look at of each record, `ENCODING_BATCH` pictures at once.
+    """The features [tokens, width] of the images to look at of each record, `ENCODING_BATCH` images at once.
 
     Raises:
-        UserError: a picture cannot be read; records come here after a look at them.
+        UserError: an image cannot be read; records come here after a look at them.
     """
     processor, vision, device = viewer
     found: list[list[Features]] = [[] for _ in records]
-    places = [(n, picture) for n, record in enumerate(records) for picture in record.pictures(draw=False)]
+    places = [(n, image) for n, record in enumerate(records) for image in record.images(draw=False)]
     for start in range(0, len(places), ENCODING_BATCH):
         batch = places[start : start + ENCODING_BATCH]
-        images = processor.look([picture.image() for _, picture in batch])
+        images = processor.look([image.image() for _, image in batch])
         assert images.pixels is not None
         seen = vision(images.pixels.to(device)).float().cpu().numpy().astype(dtype)
         for (number, _), one in zip(batch, seen, strict=True):
@@ -163,9 +163,9 @@ def feature_range(
 
 
 def draws(source: Source) -> bool:
-    """Whether a source has pictures to draw that are not encoded yet, by a look at some of its records."""
-    pictures = (picture for record in some_records(source) for picture in record.pictures(draw=True))
-    return any(not picture.encoded for picture in pictures)
+    """Whether a source has images to draw that are not encoded yet, by a look at some of its records."""
+    images = (image for record in some_records(source) for image in record.images(draw=True))
+    return any(not image.encoded for image in images)
 
 
 def some_records(source: Source) -> Iterator[Record]:
@@ -210,11 +210,11 @@ def _is_these(path: Path, mark: str, min_codes: int) -> bool:
 
 
 class StoredCodes:
-    """The image codes of a source's pictures to draw, computed once and cached in one file.
+    """The image codes of a source's images to draw, computed once and cached in one file.
 
     Args:
         path: the safetensors file; made again if it is of another tokenizer or of other data.
-        source: whose pictures.
+        source: whose images.
         reading: how it is read.
         target_size: what they are brought to.
         tokenizer: what encodes.
@@ -240,7 +240,7 @@ class StoredCodes:
         self.starts, self.places = _ends(stored["counts"]), _ends(stored["sizes"].prod(1))
 
     def get(self, index: int) -> list[Tensor]:
-        """Codes int64 [h, w] of each picture to draw of a record.
+        """Codes int64 [h, w] of each image to draw of a record.
 
         Raises:
             BadRecord: one of them could not be read.
@@ -260,7 +260,7 @@ def _ends(counts: Tensor) -> list[int]:
 
 
 def _compute(source: Source, target_size: TargetSize, tokenizer: Any, device: torch.device) -> Cached:
-    """Codes int32 of all M pictures in a row, their sizes [M, 2], counts for each record [N], and the bad by index."""
+    """Codes int32 of all M images in a row, their sizes [M, 2], counts for each record [N], and the bad by index."""
     from rich.progress import track
 
     torch.nn.Module.to(tokenizer, device)

@@ -1,6 +1,6 @@
-"""Sources written anew as tars in which pictures to draw are image codes, by one process or several.
+"""Sources written anew as tars in which images to draw are image codes, by one process or several.
 
-Pictures to look at may go into the tars as features of an understanding encoder that no longer trains.
+Images to look at may go into the tars as features of an understanding encoder that no longer trains.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import nn
 
 from unimm.console import ProgressCallback
 from unimm.data.codes import SHARD, CodeArray, Features, FeatureType, encode_range, feature_range, fingerprint
-from unimm.data.sources import BadRecord, Location, Message, Picture, Reading, Record, Source, open_source
+from unimm.data.sources import BadRecord, ImagePart, Location, Message, Reading, Record, Source, open_source
 from unimm.data.sources.tars import PLAN_FILE
 from unimm.errors import UserError, UserNote
 from unimm.files import atomic_write, remove_leftovers, write_json
@@ -63,9 +63,9 @@ class EncodingJob:
         reading: how to read the source.
         shard: records in a tar.
         device: "auto", "cpu" or "cuda"; with several GPUs the processes share them out.
-        features: store pictures to look at as the features of the model's understanding encoder, in this number
-            format; None: as pictures.
-        size: pixels a side that pictures to draw are brought to; None: the model's.
+        features: store images to look at as the features of the model's understanding encoder, in this number
+            format; None: as images.
+        size: pixels a side that images to draw are brought to; None: the model's.
         keep_ratio: keep their ratio, in an area of that side squared (`unimm.processing.views.TargetSize`).
     """
 
@@ -83,10 +83,10 @@ class EncodingJob:
 def encode_source(
     job: EncodingJob, processes: int = 1, on_progress: ProgressCallback | None = None
 ) -> dict[str, Any]:
-    """Write a source as webdataset tars in which pictures to draw are image codes.
+    """Write a source as webdataset tars in which images to draw are image codes.
 
     Tars that are whole are not written again, so a call that was cut off is resumed by the same call.
-    Pictures to look at are copied as they are, or stored as features. Bad records are left out and listed in
+    Images to look at are copied as they are, or stored as features. Bad records are left out and listed in
     `NAME.bad.jsonl`.
 
     Args:
@@ -179,7 +179,7 @@ def _die_with_parent() -> None:
 def _coder(
     model: str | None, device: str, number: int, size: int | None, keep_ratio: bool
 ) -> tuple[TargetSize, Any, torch.device]:
-    """What pictures are brought to, and the image tokenizer (float32, on a device) of a model."""
+    """What images are brought to, and the image tokenizer (float32, on a device) of a model."""
     from unimm.families.image_tokenizers import is_image_tokenizer, load_image_tokenizer
     from unimm.loading import load
 
@@ -214,15 +214,15 @@ def _viewer(model: str | None, device: str, number: int) -> tuple[UniMMProcessor
         raise UserError(f"{model}: an image tokenizer has no understanding encoder, so it has no features")
     um, place = load(model, "cpu", "float32"), _place(device, number)
     if um.model.vision is None:
-        raise UserError(f"{model}: this model understands pictures by their codes, so it has no features")
+        raise UserError(f"{model}: this model understands images by their codes, so it has no features")
     return um.processor, nn.Module.to(um.model.vision.eval(), place), place
 
 
 def _readable(record: Record) -> BadRecord | None:
-    """Why a record's pictures to look at cannot be used; None where they can."""
+    """Why a record's images to look at cannot be used; None where they can."""
     try:
-        for picture in record.pictures(draw=False):
-            picture.image()
+        for image in record.images(draw=False):
+            image.image()
     except UserError as error:
         return BadRecord(record.key, "", str(error))
     return None
@@ -284,21 +284,21 @@ def sample_members(
 
     Args:
         record: what to write.
-        codes: of its pictures to draw.
-        features: of its pictures to look at; None: these are written as they are.
+        codes: of its images to draw.
+        features: of its images to look at; None: these are written as they are.
 
     Raises:
-        UserError: a picture to look at cannot be read or decoded.
+        UserError: an image to look at cannot be read or decoded.
     """
     left, seen = iter(codes), iter(features or ())
     members: list[tuple[str, bytes]] = []
-    for number, picture in enumerate(record.pictures()):
-        if picture.draw:
+    for number, image in enumerate(record.images()):
+        if image.draw:
             members.append((f"{number}{CODES_SUFFIX}", _array(next(left))))
         elif features is not None:
             members.append((f"{number}{FEATURES_SUFFIX}", _array(next(seen))))
         else:
-            members.append((f"{number}.{_extension(picture)}", picture.blob.read()))
+            members.append((f"{number}.{_extension(image)}", image.blob.read()))
     names = [name for name, _ in members]
     row: dict[str, Any] = {"key": record.key, "messages": _written(record.messages, names)}
     if record.others:
@@ -308,7 +308,7 @@ def sample_members(
 
 
 def _written(messages: Sequence[Message], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Messages as a sample's JSON has them, with the names of the members that their pictures are."""
+    """Messages as a sample's JSON has them, with the names of the members that their images are."""
     left = iter(names)
     return [
         {
@@ -331,10 +331,10 @@ def _array(array: CodeArray | Features) -> bytes:
     return buffer.getvalue()
 
 
-def _extension(picture: Picture) -> str:
-    """The extension for a picture's bytes, by what they are."""
-    picture.image()  # a bad one is found now, not in training
-    form = picture.header()[0].lower()
+def _extension(image: ImagePart) -> str:
+    """The extension for an image's bytes, by what they are."""
+    image.image()  # a bad one is found now, not in training
+    form = image.header()[0].lower()
     return {"jpeg": "jpg", "mpo": "jpg", "tiff": "tif"}.get(form, form)
 
 

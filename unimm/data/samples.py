@@ -15,7 +15,7 @@ from torch import Tensor
 from unimm.errors import UserError
 from unimm.models.inputs import Images
 from unimm.processing.conversation import Grid, ImageSlot
-from unimm.processing.messages import BadRecord, Message, Picture, Record
+from unimm.processing.messages import BadRecord, ImagePart, Message, Record
 from unimm.processing.processor import CAPTION_REQUESTS, UniMMProcessor, grids_of
 from unimm.processing.rows import Row
 from unimm.processing.views import TargetSize
@@ -33,7 +33,7 @@ class SampleBuilder:
         encode: gives the codes of such an image.
         requests: what is asked of an image that has only a caption.
         context: most tokens of a sample; None: what the model holds.
-        pictures: most images to look at of a sample; None: any number.
+        images: most images to look at of a sample; None: any number.
     """
 
     def __init__(
@@ -43,13 +43,13 @@ class SampleBuilder:
         encode: Encode,
         requests: Sequence[str] = CAPTION_REQUESTS,
         context: int | None = None,
-        pictures: int | None = None,
+        images: int | None = None,
     ) -> None:
-        self.processor, self.target_size, self.encode, self.pictures = (
+        self.processor, self.target_size, self.encode, self.images = (
             processor,
             target_size,
             encode,
-            pictures,
+            images,
         )
         self.requests = tuple(requests)
         self.context = processor.context if context is None else min(context, processor.context)
@@ -89,12 +89,12 @@ class SampleBuilder:
         self, record: Record, stored: Callable[[], Sequence[Tensor]] | None, request: int, drop_prompt: bool
     ) -> Sample:
         codes = self._codes(record, stored)
-        shown = self._shown(record.pictures(draw=False))
+        shown = self._shown(record.images(draw=False))
         row = self.row(record, grids_of(shown), codes, request)
         if drop_prompt and record.kind == "text_to_image" and row.drawn == 1:
             row = self.processor.conversation.drop_prompt(row, _size(codes[0]))
-        if self.pictures is not None and row.seen > self.pictures:
-            raise UserError(f"{row.seen} pictures, a row holds {self.pictures}")
+        if self.images is not None and row.seen > self.images:
+            raise UserError(f"{row.seen} images, a row holds {self.images}")
         images = shown.first(row.seen)
         images.codes = self.processor.drawn(codes[: row.drawn]).codes
         return {**row.arrays(), "whole": row.whole, "images": images}
@@ -149,12 +149,12 @@ class SampleBuilder:
             return Row(row.ids[: self.context], row.labels[: self.context], whole=length)
         raise UserError(f"{length} tokens, the context holds {self.context}")
 
-    def _shown(self, pictures: Sequence[Picture]) -> Images:
+    def _shown(self, images: Sequence[ImagePart]) -> Images:
         """Images to look at as the model takes them."""
         processor = self.processor
-        if not pictures or not all(picture.featured for picture in pictures):
-            return processor.look([picture.image() for picture in pictures])
-        features = [torch.from_numpy(picture.features()) for picture in pictures]
+        if not images or not all(image.featured for image in images):
+            return processor.look([image.image() for image in images])
+        features = [torch.from_numpy(image.features()) for image in images]
         wanted = processor.feature_shape
         if wanted is None:
             raise UserError("features of an encoder, but this model has none")
@@ -165,18 +165,18 @@ class SampleBuilder:
         return Images(features=torch.stack(features), grids=grids)
 
     def _codes(self, record: Record, stored: Callable[[], Sequence[Tensor]] | None) -> Sequence[Tensor]:
-        """Codes of a record's pictures to draw: its own, the stored ones, or made now."""
-        drawn = record.pictures(draw=True)
+        """Codes of a record's images to draw: its own, the stored ones, or made now."""
+        drawn = record.images(draw=True)
         if not drawn:
             return []
         if self.target_size is None:
-            raise UserError("a picture to draw, but this model cannot draw")
-        if all(picture.encoded for picture in drawn):
-            codes: Sequence[Tensor] = [torch.from_numpy(picture.codes()) for picture in drawn]
+            raise UserError("an image to draw, but this model cannot draw")
+        if all(image.encoded for image in drawn):
+            codes: Sequence[Tensor] = [torch.from_numpy(image.codes()) for image in drawn]
         elif stored is not None:
             codes = stored()
         else:
-            codes = [self.encode(self.target_size.pixels(picture.image())) for picture in drawn]
+            codes = [self.encode(self.target_size.pixels(image.image())) for image in drawn]
         for one in codes:
             self._check_codes(one)
         return codes
@@ -192,7 +192,7 @@ class SampleBuilder:
 
 
 def blank_codes(target_size: TargetSize) -> Encode:
-    """An encoder that only says how many codes a picture has; all of them are 0."""
+    """An encoder that only says how many codes an image has; all of them are 0."""
     return lambda pixels: torch.zeros(
         pixels.shape[1] // target_size.stride, pixels.shape[2] // target_size.stride, dtype=torch.int64
     )
@@ -205,8 +205,8 @@ def _size(codes: Tensor) -> Grid:
 def _slots(messages: Sequence[Message], grids: Sequence[Grid], codes: Sequence[Tensor]) -> list[ImageSlot]:
     """What is known of each image of messages, in their order; there may be more than they have."""
     seen, drawn = iter(grids), iter(codes)
-    pictures = [part for message in messages for part in message.parts if isinstance(part, Picture)]
-    return [next(drawn) if picture.draw else next(seen) for picture in pictures]
+    images = [part for message in messages for part in message.parts if isinstance(part, ImagePart)]
+    return [next(drawn) if image.draw else next(seen) for image in images]
 
 
 def _lacks_words(messages: Sequence[Message], place: int) -> bool:

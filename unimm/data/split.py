@@ -28,7 +28,7 @@ def split_key(record: Record, folder: str) -> str:
 
     So several captions of one image, and the image as a caption to learn and as a drawing, stay on one side.
     """
-    images = record.pictures()
+    images = record.images()
     if images and images[0].blob.path is not None and images[0].blob.size is None:
         return os.path.relpath(images[0].blob.path, folder)
     return record.key
@@ -105,7 +105,7 @@ def shared_items(trained: Iterable[Record], held: Iterable[Record]) -> list[tupl
 
 def _contents(record: Record) -> list[Blob]:
     """The images of a record, or its texts as one."""
-    if images := record.pictures():
+    if images := record.images():
         return [image.blob for image in images]
     texts = [part for message in record.messages for part in message.parts if isinstance(part, str)]
     return [Blob(record.key, "\0".join(texts).encode("utf-8", "surrogatepass"))]

@@ -20,7 +20,7 @@ class Naming(Section):
     """Captions of single objects."""
 
     samples: Positive = 1000
-    """Pictures a split."""
+    """Images a split."""
     splits: Splits = Field(default=["seen", "composed", "vendor"])
 
 
@@ -52,7 +52,7 @@ class JudgeSection(Section):
     """The judge of drawings: a linear probe on frozen ImageNet features, fitted on real renders."""
 
     renders: Positive = 2000
-    """Pictures the probe is fitted on."""
+    """Images the probe is fitted on."""
     side: Annotated[int, Field(ge=32)] = 96
     """Pixels a side that a cut-out object is brought to."""
     decay: Annotated[float, Field(gt=0)] = 1e-4

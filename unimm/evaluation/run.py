@@ -14,7 +14,7 @@ from unimm.evaluation.emojiscenes.questions import evaluate_questions
 from unimm.evaluation.recipe import EvaluationRecipe
 from unimm.files import atomic_write
 from unimm.loading import load
-from unimm.outputs import check_output, document_has, is_picture
+from unimm.outputs import check_output, document_has, is_image_file
 from unimm.pipeline import UniMM
 
 
@@ -35,7 +35,7 @@ def evaluate(recipe: EvaluationRecipe) -> dict[str, Any]:
     output = Path(recipe.output)
     check_output(output / "report.json", "an earlier report", document_has("model", "seed"))
     for split in () if recipe.drawing is None else recipe.drawing.splits:
-        check_output(output / f"drawings-{split}.png", "a picture", is_picture)
+        check_output(output / f"drawings-{split}.png", "an image", is_image_file)
     output.mkdir(parents=True, exist_ok=True)
     um = load(recipe.model, device=recipe.device)
     _check_sides(recipe, um)

@@ -121,7 +121,7 @@ class Emu3OriginalCodes(OwnCode):
 # --- both ---------------------------------------------------------------------------------------------------
 
 
-class Pictures(Published):
+class ImageOptions(Published):
     """`preprocessor_config.json`, or the image processor in `processor_config.json`."""
 
     image_mean: Colours | None = None

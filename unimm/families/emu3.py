@@ -163,8 +163,8 @@ def _decoder(text: Mapping[str, Any], config: Mapping[str, Any], words: Any) -> 
 
 
 def _views(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Limits and normalisation of the pictures to understand, from the first of its folders that says them."""
-    options, path = checkpoint.pictures(key="min_pixels")
+    """Limits and normalisation of the images to understand, from the first of its folders that says them."""
+    options, path = checkpoint.image_options(key="min_pixels")
     fixed = {"do_resize": True, "resample": int(Image.Resampling.BICUBIC)}
     area = {"least": options.get("min_pixels", 512 * 512), "most": options.get("max_pixels", 1024 * 1024)}
     return {**area, **normalisation(options, path, fixed)}

@@ -2,7 +2,7 @@
 
 The original is code of its own around tiktoken: words in `emu3.tiktoken`, then a fixed list of special tokens, then
 those of images in `emu3_vision_tokens.txt`. transformers has the same ids in a `tokenizer.json`, in which the unused
-`<|extra_0|>` is called `<image>` and stands where a picture's codes go.
+`<|extra_0|>` is called `<image>` and stands where an image's codes go.
 
 Source: baaivision/Emu3 `emu3/mllm/tokenization_emu3.py`; transformers `TikTokenConverter`.
 """

@@ -13,7 +13,7 @@ from unimm.families.emu3_words import PLACEHOLDER, TiktokenFiles, with_placehold
 from unimm.families.family import SeparateImageTokenizer, Writer
 from unimm.families.generation_config import sampling_options
 from unimm.families.movq import MODEL_TYPE
-from unimm.families.source import PICTURES_FILE
+from unimm.families.source import PREPROCESSOR_FILE
 from unimm.families.written_template import chat_template
 from unimm.files import write_json
 from unimm.models.configuration import UniMMConfig
@@ -86,7 +86,7 @@ class Emu3Writer(Writer):
         ).save_pretrained(folder)
 
 
-def _picture_options(config: UniMMConfig) -> dict[str, Any]:
+def _image_options(config: UniMMConfig) -> dict[str, Any]:
     views = config.views_config()
     assert isinstance(views, AreaViewsConfig)
     return {
@@ -129,7 +129,7 @@ def _write_transformers(config: UniMMConfig, processor: UniMMProcessor, folder: 
     ).save_pretrained(folder)
     template = chat_template(processor, PLACEHOLDER, " ", images_first=True)
     Emu3Processor(
-        Emu3ImageProcessor(**_picture_options(config)), words, chat_template=template
+        Emu3ImageProcessor(**_image_options(config)), words, chat_template=template
     ).save_pretrained(folder)
 
 
@@ -176,5 +176,5 @@ def _write_original(config: UniMMConfig, processor: UniMMProcessor, folder: Path
         "dropout": 0.0,
     }
     write_json(folder / VISION_TOKENIZER.folder / "config.json", sizes)
-    pictures = {"image_processor_type": "Emu3VisionVQImageProcessor", **_picture_options(config)}
-    write_json(folder / VISION_TOKENIZER.folder / PICTURES_FILE, pictures)
+    images = {"image_processor_type": "Emu3VisionVQImageProcessor", **_image_options(config)}
+    write_json(folder / VISION_TOKENIZER.folder / PREPROCESSOR_FILE, images)

@@ -115,8 +115,8 @@ def _token(checkpoint: Checkpoint, token: str) -> int:
 
 
 def _normalisation(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Mean, deviation and padding of the pictures to understand."""
-    options, path = checkpoint.pictures()
+    """Mean, deviation and padding of the images to understand."""
+    options, path = checkpoint.image_options()
     fixed = {
         "do_resize": True,
         "do_pad": True,

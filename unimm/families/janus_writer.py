@@ -11,7 +11,7 @@ from transformers import GenerationConfig, JanusConfig, JanusImageProcessor, Jan
 from unimm.errors import UserError
 from unimm.families.family import Writer
 from unimm.families.generation_config import sampling_options
-from unimm.families.source import PICTURES_FILE
+from unimm.families.source import PREPROCESSOR_FILE
 from unimm.families.written_template import chat_template
 from unimm.files import read_json, write_json
 from unimm.models.configuration import UniMMConfig
@@ -132,8 +132,8 @@ def _write_original(config: UniMMConfig, processor: UniMMProcessor, folder: Path
     }
     write_json(folder / "config.json", document)
     mean, std = list(views.mean), list(views.std)
-    pictures = {"image_size": views.image_size, "image_mean": mean, "image_std": std, "min_size": MIN_SIDE}
-    write_json(folder / PICTURES_FILE, {"image_processor_type": "VLMImageProcessor", **pictures})
+    images = {"image_size": views.image_size, "image_mean": mean, "image_std": std, "min_size": MIN_SIDE}
+    write_json(folder / PREPROCESSOR_FILE, {"image_processor_type": "VLMImageProcessor", **images})
     write_json(
         folder / PROCESSOR_FILE,
         {
@@ -190,9 +190,9 @@ def _write_transformers(config: UniMMConfig, processor: UniMMProcessor, folder: 
     names = {"image_token": FEATURE, "boi_token": IMAGE_BEGIN, "eoi_token": IMAGE_END}
     write_json(path, read_json(path) | {"extra_special_tokens": names})
     size = {"height": views.image_size, "width": views.image_size}
-    pictures = JanusImageProcessor(size=size, image_mean=list(views.mean), image_std=list(views.std))
+    images = JanusImageProcessor(size=size, image_mean=list(views.mean), image_std=list(views.std))
     JanusProcessor(
-        pictures,
+        images,
         read_tokenizer(folder),
         chat_template=chat_template(processor, FEATURE, "\n\n", images_first=False),
         use_default_system_prompt=bool(processor.turns.system),

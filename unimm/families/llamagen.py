@@ -97,7 +97,7 @@ def tokenizer_options(shapes: Mapping[str, Tensor], levels: str, residual: str, 
         where: the checkpoint's path, for errors.
 
     Returns:
-        Fields of `ImageTokenizerConfig`, the picture's size apart.
+        Fields of `ImageTokenizerConfig`, the image's size apart.
 
     Raises:
         UserError: it is no tokenizer of this family.

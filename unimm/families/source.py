@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from unimm.errors import UserError
-from unimm.families.documents import Pictures
+from unimm.families.documents import ImageOptions
 from unimm.families.family import Family, SeparateImageTokenizer, recognise
 from unimm.families.generation_config import read_end_tokens, read_sampling
 from unimm.families.tensors import NoWeightsError, WeightFiles, weight_files
@@ -27,7 +27,7 @@ from unimm.processing.tokenizer_files import check_placeholders, check_vocabular
 from unimm.sections import FieldError, validate
 
 MODEL_FILE = "config.json"
-PICTURES_FILE = "preprocessor_config.json"
+PREPROCESSOR_FILE = "preprocessor_config.json"
 HALF = (0.5, 0.5, 0.5)
 
 
@@ -127,8 +127,8 @@ class Checkpoint:
             self._documents[path] = read_optional(path)
         return self._documents[path]
 
-    def pictures(self, key: str | None = None) -> tuple[dict[str, Any], Path]:
-        """Return how pictures to understand are prepared, and the file that says so.
+    def image_options(self, key: str | None = None) -> tuple[dict[str, Any], Path]:
+        """Return how images to understand are prepared, and the file that says so.
 
         Args:
             key: what the right document has, where some folders have one of these files for another purpose.
@@ -140,14 +140,14 @@ class Checkpoint:
         for prefix, folder in self.folders.items():
             inner = self.json(PROCESSOR_FILE, prefix).get("image_processor")
             found = (
-                (folder / PICTURES_FILE, "", self.json(PICTURES_FILE, prefix)),
+                (folder / PREPROCESSOR_FILE, "", self.json(PREPROCESSOR_FILE, prefix)),
                 (folder / PROCESSOR_FILE, "image_processor", inner),
             )
             for path, within, options in found:
                 if options and (not isinstance(options, dict) or key is None or key in options):
-                    validate(Pictures, options, str(path), within)
+                    validate(ImageOptions, options, str(path), within)
                     return {name: value for name, value in options.items() if value is not None}, path
-        return {}, self.folder / PICTURES_FILE
+        return {}, self.folder / PREPROCESSOR_FILE
 
     # --- its weights ----------------------------------------------------------------------------------------
 
@@ -223,7 +223,7 @@ def normalisation(options: Mapping[str, Any], where: Path, fixed: Mapping[str, A
     Rescaling by another factor than 1/255, or not at all, and normalising or not, all come to these two.
 
     Args:
-        options: what `Checkpoint.pictures` returned.
+        options: what `Checkpoint.image_options` returned.
         where: the file that they are from.
         fixed: options that are always as here, by their names; others are not supported.
 

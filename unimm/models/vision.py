@@ -14,9 +14,9 @@ from unimm.models.parts import EncoderConfig, TimmEncoderConfig
 
 
 class ConvStem(PatchEmbed):
-    """Patch embedding by 3x3 convolutions that each halve the picture (Xiao et al. 2021, arXiv 2106.14881).
+    """Patch embedding by 3x3 convolutions that each halve the image (Xiao et al. 2021, arXiv 2106.14881).
 
-    A small ViT trained from nothing learns from several times fewer pictures with it than with one wide
+    A small ViT trained from nothing learns from several times fewer images with it than with one wide
     convolution. Normalised at each pixel over its channels, so that colours stay.
     """
 

@@ -29,7 +29,7 @@ def is_preferences(location: Location, reading: Reading | None = None) -> bool:
 def check_preferences(
     location: Location, model: str | None = None, reading: Reading | None = None
 ) -> dict[str, Any]:
-    """Read preferences whole, every picture too, and count what they hold.
+    """Read preferences whole, every image too, and count what they hold.
 
     Args:
         location: what `read_preferences` takes.
@@ -61,13 +61,13 @@ def check_preferences(
 
 
 def _check(preference: Preference, model: str | None, generation: Any) -> None:
-    """Read the pictures of a preference and hold its codes against a model's.
+    """Read the images of a preference and hold its codes against a model's.
 
     Raises:
         UserError: one is unreadable, or a code is not the model's.
     """
     for name in preference.names():
-        preference.picture(name)
+        preference.read_image(name)
     if model is None or preference.modality == "text":
         return
     if generation is None:

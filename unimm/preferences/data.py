@@ -27,9 +27,9 @@ from pydantic import Field, PrivateAttr, model_validator
 from unimm.data.sources import (
     BadRecord,
     Blob,
+    ImagePart,
     Location,
     Message,
-    Picture,
     Reading,
     RowSource,
     location_name,
@@ -171,7 +171,7 @@ class Preference(Section):
         """Every image that the prompt and the answers name."""
         return [self._files[name] for name in self.names()]
 
-    def picture(self, name: str) -> Image.Image:
+    def read_image(self, name: str) -> Image.Image:
         """An image by its name.
 
         Raises:
@@ -191,14 +191,14 @@ class Preference(Section):
     def turns(self) -> list[Message]:
         """The prompt as messages of a record."""
 
-        def part(one: PromptPart) -> str | Picture:
-            return one.text if one.text is not None else Picture(self._files[str(one.image)])
+        def part(one: PromptPart) -> str | ImagePart:
+            return one.text if one.text is not None else ImagePart(self._files[str(one.image)])
 
         return [Message(message.role, tuple(map(part, message.content))) for message in self.prompt]
 
-    def pictures(self) -> list[Image.Image]:
+    def read_images(self) -> list[Image.Image]:
         """The prompt's images."""
-        return [self.picture(name) for name in self.images]
+        return [self.read_image(name) for name in self.images]
 
 
 def find_problem(preference: Preference) -> str | None:
@@ -289,7 +289,7 @@ def find_preferences(location: Location, reading: Reading = ANYWHERE) -> Found:
     """As `read_preferences`, which says what this only counts; its errors are those."""
     source = open_source(location, reading)
     if not isinstance(source, RowSource):
-        raise UserError(f"{source.location}: pictures, but no preferences")
+        raise UserError(f"{source.location}: images, but no preferences")
     found = Found([], [])
     problems: list[str] = []
     for index in range(len(source)):

@@ -1,13 +1,13 @@
 """From a row in anybody's form to a prompt and two answers, named as a `Preference` names them.
 
-`chosen` and `rejected` are texts, pictures, objects of ours (`{"text"}`, `{"image"}`, `{"codes"}`), a turn of the
+`chosen` and `rejected` are texts, images, objects of ours (`{"text"}`, `{"image"}`, `{"codes"}`), a turn of the
 assistant, or turns that end in one. The prompt is the first of these that a row has:
 
 - the turns that both answers begin with (UltraFeedback);
 - `conversations` or `messages`: turns (LLaMA-Factory, ms-swift, whose `rejected_response` is the worse answer);
 - `prompt` (ours, TRL's), `question` (RLAIF-V), `instruction` with `input` (Alpaca) and the like: words or turns.
 
-Pictures and `<image>` are as in other data (`unimm.data.sources.rows`).
+Images and `<image>` are as in other data (`unimm.data.sources.rows`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from unimm.data.sources import Blob, Message, Picture, Record
+from unimm.data.sources import Blob, ImagePart, Message, Record
 from unimm.data.sources.columns import ASKED, KNOWN, renamed
-from unimm.data.sources.pictures import looks_like_picture
+from unimm.data.sources.images import looks_like_image
 from unimm.data.sources.rows import Find, dialogue, question_turns
 from unimm.data.sources.turns import SAID, Turn, read_turns, write_messages
 from unimm.documents import shown_key
@@ -44,7 +44,7 @@ def read_form(row: Any, find: Find, fields: Mapping[str, str]) -> tuple[dict[str
 
     Args:
         row: its columns.
-        find: makes a `Blob` of what a column says of a picture.
+        find: makes a `Blob` of what a column says of an image.
         fields: our name of a column -> the row's.
 
     Raises:
@@ -58,7 +58,7 @@ def read_form(row: Any, find: Find, fields: Mapping[str, str]) -> tuple[dict[str
         found = next((name for name in others if name in columns), None)
         if ours not in columns and found is not None:
             columns[ours] = columns[found]
-    pictures = _Pictures(find)
+    images = _Images(find)
     whole = "chosen" not in columns and {"messages", "rejected"} <= columns.keys()
     prompt = _split_messages(columns) if whole else None
     for side in SIDES:
@@ -66,7 +66,7 @@ def read_form(row: Any, find: Find, fields: Mapping[str, str]) -> tuple[dict[str
             raise UserError(f"{side}: missing")
     sides = [_turns(columns[side], side) for side in SIDES]
     answers = [
-        _answer(columns[side] if turns is None else turns[-1], side, pictures)
+        _answer(columns[side] if turns is None else turns[-1], side, images)
         for side, turns in zip(SIDES, sides, strict=True)
     ]
     if any(isinstance(answer, Mapping) and "text" not in answer for answer in answers):
@@ -75,13 +75,13 @@ def read_form(row: Any, find: Find, fields: Mapping[str, str]) -> tuple[dict[str
     value: dict[str, Any] = {
         name: columns[name] for name in ("margin", "scores", "source") if name in columns
     }
-    asked = Record("prompt", tuple(dialogue(columns, turns, pictures.find)))  # checks who says what
-    value["prompt"] = [pictures.message(message) for message in asked.messages]
-    return {**value, **dict(zip(SIDES, answers, strict=True))}, pictures.files
+    asked = Record("prompt", tuple(dialogue(columns, turns, images.find)))  # checks who says what
+    value["prompt"] = [images.message(message) for message in asked.messages]
+    return {**value, **dict(zip(SIDES, answers, strict=True))}, images.files
 
 
-class _Pictures:
-    """The pictures of a row by name: the data's own, or a number where it gives none."""
+class _Images:
+    """The images of a row by name: the data's own, or a number where it gives none."""
 
     def __init__(self, find: Find) -> None:
         self._find = find
@@ -89,7 +89,7 @@ class _Pictures:
         self.names: dict[Blob, str] = {}
 
     def find(self, value: Any) -> Blob:
-        """The blob of what a column says of a picture.
+        """The blob of what a column says of an image.
 
         Raises:
             UserError: it says something else, or there is no such file.
@@ -105,14 +105,14 @@ class _Pictures:
         return blob
 
     def name(self, value: Any) -> str:
-        """The name of what a column says of a picture."""
+        """The name of what a column says of an image."""
         return self.names[self.find(value)]
 
     def message(self, message: Message) -> dict[str, Any]:
         """A message as a `Preference` has it."""
         content: list[dict[str, Any]] = []
         for part in message.parts:
-            if not isinstance(part, Picture):
+            if not isinstance(part, ImagePart):
                 content.append({"text": part})
             elif part.draw:
                 raise UserError("prompt: a drawing among earlier answers; only words are looked back at")
@@ -154,31 +154,31 @@ def _turns(value: Any, side: str) -> list[Turn] | None:
     return turns
 
 
-def _answer(value: Any, side: str, pictures: _Pictures) -> Any:
+def _answer(value: Any, side: str, images: _Images) -> Any:
     """An answer as a `Preference` has it; what is none is left to be refused there."""
     if isinstance(value, Turn):
         if isinstance(value.content, str):
             return {"text": value.content}
-        (message,) = write_messages([value], [], pictures.find)
+        (message,) = write_messages([value], [], images.find)
         match message.parts:
             case (str(words),):
                 return {"text": words}
-            case (Picture(blob),):
-                return {"image": pictures.names[blob]}
+            case (ImagePart(blob),):
+                return {"image": images.names[blob]}
         raise UserError(f"{side}: several parts; give words or one drawing")
     if isinstance(value, str):
         return {"text": value}
     if isinstance(value, Mapping):
         given = {name: one for name, one in value.items() if one is not None}
         if given and given.keys() <= NAMED_BY_US:
-            return {"image": pictures.name(given["image"])} if given.keys() == {"image"} else given
-    if looks_like_picture(value):
-        return {"image": pictures.name(value)}
+            return {"image": images.name(given["image"])} if given.keys() == {"image"} else given
+    if looks_like_image(value):
+        return {"image": images.name(value)}
     return value
 
 
 def _drop_members(columns: dict[str, Any]) -> None:
-    """Forget pictures that a tar put into the row: its answers name them."""
+    """Forget images that a tar put into the row: its answers name them."""
     for name in ("image", "images"):
         value = columns.get(name)
         if all(isinstance(one, Blob) for one in (value if isinstance(value, list) else [value])):

@@ -18,8 +18,8 @@ from pydantic import Field
 from torch.nn import functional as F
 
 from unimm.data.emojiscenes.scenes import EmojiScenes, Scene
-from unimm.evaluation.emojiscenes.batches import picture_size
-from unimm.evaluation.emojiscenes.drawing import FIGURES, Verdict, judge_pictures, prompt_for
+from unimm.evaluation.emojiscenes.batches import image_size
+from unimm.evaluation.emojiscenes.drawing import FIGURES, Verdict, judge_images, prompt_for
 from unimm.evaluation.emojiscenes.judge import Judge
 from unimm.evaluation.emojiscenes.naming import evaluate_naming
 from unimm.evaluation.emojiscenes.questions import evaluate_questions
@@ -49,7 +49,7 @@ class Measure(Section):
     guidance_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.7
     words: NotNegative = 1000
-    """Pictures to name, and questions of each kind, of each of `word_splits`."""
+    """Images to name, and questions of each kind, of each of `word_splits`."""
     word_splits: Splits = Field(default=["seen", "composed"])
 
 
@@ -111,10 +111,10 @@ def measure_drawings(
             temperature=section.temperature,
             return_codes=True,
         )
-        pictures = [np.asarray(image.convert("RGB")) for image in images]
-        _judge(judge, shown, pictures, section.n, values)
+        pixels = [np.asarray(image.convert("RGB")) for image in images]
+        _judge(judge, shown, pixels, section.n, values)
         values[CODES] += [float(len(part.unique())) for part in codes.split(section.n)]
-        values[DISTANCE] += _distances(judge, pictures, section.n)
+        values[DISTANCE] += _distances(judge, pixels, section.n)
         if on_progress is not None:
             on_progress(start + len(shown), section.prompts)
     return values
@@ -122,7 +122,7 @@ def measure_drawings(
 
 def held_out(um: UniMM, section: Measure, seed: int, indices: range) -> tuple[list[Scene], list[int]]:
     """Some of the held-out scenes, and the seeds of all their drawings, `section.n` for each."""
-    scenes = EmojiScenes(section.split, section.scene_seed, picture_size(um), section.prompts)
+    scenes = EmojiScenes(section.split, section.scene_seed, image_size(um), section.prompts)
     first = seed * 1_000_000
     return [scenes[index] for index in indices], [
         first + number for number in range(indices.start * section.n, indices.stop * section.n)
@@ -130,10 +130,10 @@ def held_out(um: UniMM, section: Measure, seed: int, indices: range) -> tuple[li
 
 
 def _judge(
-    judge: Judge, scenes: Sequence[Scene], pictures: Sequence[Pixels], n: int, values: Mapping[str, Values]
+    judge: Judge, scenes: Sequence[Scene], images: Sequence[Pixels], n: int, values: Mapping[str, Values]
 ) -> None:
     """Add each scene's shares of its `n` drawings."""
-    verdicts = judge_pictures(judge, [scene for scene in scenes for _ in range(n)], pictures)
+    verdicts = judge_images(judge, [scene for scene in scenes for _ in range(n)], images)
     for start in range(0, len(verdicts), n):
         part = verdicts[start : start + n]
         values[ALIGNMENT].append(sum(verdict.all_right() for verdict in part) / n)
@@ -147,12 +147,10 @@ def _share(verdicts: Sequence[Verdict], figure: str) -> float | None:
     return None if given[0] is None else sum(given) / len(given)
 
 
-def _distances(judge: Judge, pictures: Sequence[Pixels], n: int) -> Values:
+def _distances(judge: Judge, images: Sequence[Pixels], n: int) -> Values:
     """For each prompt the mean of 1 - cosine of the features of two of its drawings."""
     side = judge.section.side
-    resized = [
-        np.asarray(Image.fromarray(p).resize((side, side), Image.Resampling.BICUBIC)) for p in pictures
-    ]
+    resized = [np.asarray(Image.fromarray(p).resize((side, side), Image.Resampling.BICUBIC)) for p in images]
     features = F.normalize(judge.features(resized), dim=1).view(-1, n, judge.weight.shape[1])
     cosines = features @ features.mT  # [prompts, n, n]
     pairs = torch.triu_indices(n, n, 1)

@@ -35,8 +35,8 @@ from unimm.preferences.scorers import (
     Scorer,
     ScorerError,
     find_scorer,
+    image_candidates,
     make_scorer,
-    picture_candidates,
     score_candidates,
 )
 from unimm.processing.messages import DRAWN, Message
@@ -306,7 +306,7 @@ class OnlineTask(PolicyTask):
             for place, (number, drawn) in enumerate(zip(numbers, codes, strict=True)):
                 prompt, own = self.prompts[number], seeds[place * group : (place + 1) * group]
                 try:
-                    rewards.append(score_candidates(scorer, picture_candidates(um, prompt, own, drawn)))
+                    rewards.append(score_candidates(scorer, image_candidates(um, prompt, own, drawn)))
                 except ScorerError as error:
                     raise UserError(f"scorer {name}: prompt {prompt.prompt!r}: {error}") from error
         return torch.tensor(rewards, dtype=torch.float64)

@@ -44,8 +44,6 @@ def cached_before(folder: Path, make: Callable[[], dict[str, Any]]) -> dict[str,
 
 def before_and_after(um: UniMM, prompts: Sequence[str], *codes: list[Any]) -> Image.Image:
     """Return a sheet of drawings of fixed prompts, side by side."""
-    pictures = [um.decode_codes(torch.tensor(one, device=um.model.device)) for one in codes]
-    cards = [
-        Card(list(drawings), [Line(prompt)]) for prompt, *drawings in zip(prompts, *pictures, strict=True)
-    ]
+    images = [um.decode_codes(torch.tensor(one, device=um.model.device)) for one in codes]
+    cards = [Card(list(drawings), [Line(prompt)]) for prompt, *drawings in zip(prompts, *images, strict=True)]
     return draw_sheet("Drawings", "before and after", [SheetSection("Fixed prompts and seeds", cards)])

@@ -15,7 +15,7 @@ from unimm.errors import UserError
 from unimm.outputs import check_output, first_line_has
 from unimm.preferences.candidates import PromptCandidates
 from unimm.preferences.data import write_lines
-from unimm.preferences.scorers import Candidate, Scorer, ScorerError, picture_candidates, score_candidates
+from unimm.preferences.scorers import Candidate, Scorer, ScorerError, image_candidates, score_candidates
 
 if TYPE_CHECKING:
     from unimm.pipeline import UniMM
@@ -56,7 +56,7 @@ def rank_candidates(
     """Score every prompt's candidates and write the pairs as preferences.
 
     Args:
-        um: the model that drew, which turns codes into pictures.
+        um: the model that drew, which turns codes into images.
         rows: candidates.
         scorer: gives each candidate a number.
         name: what the scorer is called, kept with each pair.
@@ -121,9 +121,9 @@ def best_and_worst(scores: Tensor, count: int) -> Tensor:
 
 
 def candidates_of(um: UniMM, row: PromptCandidates) -> list[Candidate]:
-    """A prompt's candidates with their pictures."""
+    """A prompt's candidates with their images."""
     codes = torch.tensor([drawing.codes for drawing in row.candidates])
-    return picture_candidates(um, row, [drawing.seed for drawing in row.candidates], codes)
+    return image_candidates(um, row, [drawing.seed for drawing in row.candidates], codes)
 
 
 def _outcome(scores: Sequence[float], rules: Rules) -> str:

@@ -77,7 +77,7 @@ class PairSamples(Sequence["Sample"]):
     def _texts(self, preference: Preference) -> Sample:
         """A prompt, perhaps with images, with two answers in words."""
         conversation, turns = self.processor.conversation, preference.turns()
-        images = self.processor.look(preference.pictures())
+        images = self.processor.look(preference.read_images())
         grids = grids_of(images)
         sample: Sample = {"prompt": conversation.ask(turns, grids), "images": images}
         for side, answer in zip(SIDES, (preference.chosen, preference.rejected), strict=True):
@@ -113,8 +113,8 @@ class PairSamples(Sequence["Sample"]):
         for start in range(0, len(files), TOKENISED_AT_ONCE):
             assert model.image_tokenizer is not None
             part = files[start : start + TOKENISED_AT_ONCE]
-            pictures = [self.preferences[index].picture(name) for (index, _), name in part]
-            pixels = self.processor.drawing_pixels(pictures).to(model.device, model.dtype)
+            images = [self.preferences[index].read_image(name) for (index, _), name in part]
+            pixels = self.processor.drawing_pixels(images).to(model.device, model.dtype)
             codes = model.image_tokenizer.encode(pixels).cpu()
             found |= {key: one for (key, _), one in zip(part, codes, strict=True)}
         return self._paired(found)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A drawing of a prompt, as a picture and as codes [h, w]."""
+    """A drawing of a prompt, as an image and as codes [h, w]."""
 
     prompt: DrawingPrompt
     seed: int
@@ -75,7 +75,7 @@ class ScorerContext:
             UserError: it has no encoder.
         """
         if self.um.model.vision is None:
-            raise UserError(f"{scorer}: this model has no encoder of pictures")
+            raise UserError(f"{scorer}: this model has no encoder of images")
 
     @contextmanager
     def same_candidates(self) -> Iterator[None]:
@@ -87,7 +87,7 @@ class ScorerContext:
             self._kept = None
 
     def features(self, candidates: Sequence[Candidate]) -> Tensor:
-        """The model's encoder's features [N, tokens, width] of candidates' pictures."""
+        """The model's encoder's features [N, tokens, width] of candidates' images."""
         if self._kept:
             return self._kept[0]
         model = self.um.model
@@ -100,10 +100,10 @@ class ScorerContext:
         return features
 
 
-def picture_candidates(
+def image_candidates(
     um: UniMM, prompt: DrawingPrompt, seeds: Sequence[int], codes: Tensor
 ) -> list[Candidate]:
-    """Return a prompt's candidates with their pictures.
+    """Return a prompt's candidates with their images.
 
     Args:
         um: has the image tokenizer.
@@ -111,11 +111,11 @@ def picture_candidates(
         seeds: of the N candidates.
         codes: [N, h, w].
     """
-    return [Candidate(prompt, *one) for one in zip(seeds, codes, to_pictures(um, codes), strict=True)]
+    return [Candidate(prompt, *one) for one in zip(seeds, codes, to_images(um, codes), strict=True)]
 
 
-def to_pictures(um: UniMM, codes: Tensor) -> list[Image.Image]:
-    """The pictures of int64 codes [B, h, w]."""
+def to_images(um: UniMM, codes: Tensor) -> list[Image.Image]:
+    """The images of int64 codes [B, h, w]."""
     with torch.inference_mode():
         return um.decode_codes(codes.to(um.model.device))
 
@@ -233,9 +233,9 @@ def self_vqa(context: ScorerContext) -> Scorer:
 def question_rows(
     processor: UniMMProcessor, candidates: Sequence[Candidate]
 ) -> tuple[dict[str, Any], list[int]]:
-    """Rows of a picture and its questions, each answer numbered, and the candidate of each answer.
+    """Rows of an image and its questions, each answer numbered, and the candidate of each answer.
 
-    Of the pictures, only those that are understood by their codes are among the inputs; the others are features.
+    Of the images, only those that are understood by their codes are among the inputs; the others are features.
     """
     images = None
     grids = [processor.image_grid] * len(candidates)
@@ -266,9 +266,9 @@ def rules(context: ScorerContext) -> Scorer:
     """Pixel rules on scenes: the background's colour, the number of objects, and how two of them lie to each other."""
     from unimm.evaluation.emojiscenes.pixels import background_name, find_objects, relation
 
-    def one(scene: Scene, picture: Pixels) -> float:
-        boxes = find_objects(picture)
-        right = [background_name(picture) == scene.background, len(boxes) == len(scene.objects)]
+    def one(scene: Scene, image: Pixels) -> float:
+        boxes = find_objects(image)
+        right = [background_name(image) == scene.background, len(boxes) == len(scene.objects)]
         if scene.relation is not None:
             sideways = scene.relation in ("left of", "right of")
             found = relation(boxes[0], boxes[1]) if len(boxes) == 2 else None
@@ -315,7 +315,7 @@ def variety(context: ScorerContext) -> Scorer:
 
 def probe(context: ScorerContext) -> Scorer:
     """The judge of drawings on scenes: the share of background, object, place and count that is right."""
-    from unimm.evaluation.emojiscenes.drawing import judge_pictures
+    from unimm.evaluation.emojiscenes.drawing import judge_images
     from unimm.evaluation.emojiscenes.judge import Judge
     from unimm.evaluation.recipe import JudgeSection
 
@@ -323,7 +323,7 @@ def probe(context: ScorerContext) -> Scorer:
 
     def score(candidates: Sequence[Candidate]) -> list[float]:
         scenes = [_scene(candidate, "probe") for candidate in candidates]
-        verdicts = judge_pictures(judge, scenes, [np.asarray(candidate.image) for candidate in candidates])
+        verdicts = judge_images(judge, scenes, [np.asarray(candidate.image) for candidate in candidates])
         shares = []
         for verdict in verdicts:
             figures = (verdict.background, verdict.object, verdict.place_named, verdict.count)

@@ -30,7 +30,7 @@ from unimm.models.turns import (
     Join,
     Turns,
 )
-from unimm.processing.messages import SHOWN, Message, Picture
+from unimm.processing.messages import SHOWN, ImagePart, Message
 from unimm.processing.rows import Row
 
 Grid = tuple[int, int]
@@ -258,7 +258,7 @@ class _Piece:
 
     turn: int
     place: str
-    part: str | Picture
+    part: str | ImagePart
 
     @property
     def labelled(self) -> bool:
@@ -314,7 +314,7 @@ class _Writer:
             self._flush()
         return self.row
 
-    def _give(self, part: str | Picture) -> None:
+    def _give(self, part: str | ImagePart) -> None:
         """Take a piece that is not labelled."""
         if isinstance(part, str):
             self.pending.append(part)
@@ -330,7 +330,7 @@ class _Writer:
         self.pending += [] if left.startswith("assistant") else self.conversation.special(given)
         return lead
 
-    def _answer(self, part: str | Picture, lead: str) -> None:
+    def _answer(self, part: str | ImagePart, lead: str) -> None:
         """Write a piece that is labelled."""
         conversation, row = self.conversation, self.row
         if isinstance(part, str):
@@ -391,7 +391,7 @@ def _pieces(messages: Sequence[Message], images_first: bool) -> list[_Piece]:
             words = " ".join(part for part in message.parts if isinstance(part, str))
             pieces.append(_Piece(-1, SYSTEM_TEXT, words))
             continue
-        parts: list[str | Picture] = list(message.parts)
+        parts: list[str | ImagePart] = list(message.parts)
         if images_first and message.role == "user":
             parts.sort(key=lambda part: isinstance(part, str))
         for part in parts:
@@ -400,11 +400,11 @@ def _pieces(messages: Sequence[Message], images_first: bool) -> list[_Piece]:
     return pieces
 
 
-def _drawing_pieces(message: Message, praise: str) -> list[tuple[str, str | Picture]]:
+def _drawing_pieces(message: Message, praise: str) -> list[tuple[str, str | ImagePart]]:
     """The images of a prompt for a drawing, then its words: where each stands, and itself."""
     words = " ".join(part.strip() for part in message.parts if isinstance(part, str)).strip()
-    pictures = [part for part in message.parts if isinstance(part, Picture)]
-    return [*((USER_IMAGE, picture) for picture in pictures), (USER_TEXT, words + praise)]
+    images = [part for part in message.parts if isinstance(part, ImagePart)]
+    return [*((USER_IMAGE, image) for image in images), (USER_TEXT, words + praise)]
 
 
 def _is_drawing(messages: Sequence[Message]) -> bool:
@@ -412,7 +412,7 @@ def _is_drawing(messages: Sequence[Message]) -> bool:
     roles = [message.role for message in messages]
     return (
         roles == ["user", "assistant"]
-        and [isinstance(part, Picture) for part in messages[1].parts] == [True]
+        and [isinstance(part, ImagePart) for part in messages[1].parts] == [True]
         and any(isinstance(part, str) for part in messages[0].parts)
     )
 

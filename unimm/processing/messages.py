@@ -1,15 +1,15 @@
-"""The one structure that every source gives: a `Record`, a keyed list of messages made of texts and pictures.
+"""The one structure that every source gives: a `Record`, a keyed list of messages made of texts and images.
 
 How each form of data maps onto it (`user` and `assistant` are the roles of its messages):
 
 - text: one assistant message with the text; all of it is learnt.
-- caption: user [picture], assistant [text]; the request for a caption is put in when it is used.
-- conversation: user [pictures and text in any order], assistant [text], as many turns as there are.
-- text to image: user [text], assistant [picture to draw].
-- image and text to image: user [pictures, text], assistant [picture to draw].
-- interleaved: messages in which the assistant mixes text and pictures to draw; a document is one such message.
+- caption: user [image], assistant [text]; the request for a caption is put in when it is used.
+- conversation: user [images and text in any order], assistant [text], as many turns as there are.
+- text to image: user [text], assistant [image to draw].
+- image and text to image: user [images, text], assistant [image to draw].
+- interleaved: messages in which the assistant mixes text and images to draw; a document is one such message.
 
-Pictures stay encoded bytes, where they lie, until they are asked for.
+Images stay encoded bytes, where they lie, until they are asked for.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ RECORD_KINDS: tuple[RecordKind, ...] = (
     "image_text_to_image",
     "interleaved",
 )
-CODES_SUFFIX = ".codes.npy"  # of a member that holds a picture as image codes
-FEATURES_SUFFIX = ".features.npy"  # of one that holds a picture as features of a frozen encoder
+CODES_SUFFIX = ".codes.npy"  # of a member that holds an image as image codes
+FEATURES_SUFFIX = ".features.npy"  # of one that holds an image as features of a frozen encoder
 
 
 class BadRecord(UserError):
@@ -91,8 +91,8 @@ class Blob:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture to look at, or one to `draw`.
+class ImagePart:
+    """An image to look at, or one to `draw`.
 
     Instead of pixels the first may be stored as features of an understanding encoder, the second as image codes.
     """
@@ -114,21 +114,19 @@ class Picture:
         """Decode to upright RGB (`unimm.images.read_image`).
 
         Raises:
-            UserError: the bytes are missing or no picture.
+            UserError: the bytes are missing or no image.
         """
         if self.encoded:
             raise UserError(f"{self.blob.name}: holds image codes, which can be drawn but not looked at")
         if self.featured:
-            raise UserError(
-                f"{self.blob.name}: holds features of an encoder, from which no picture comes back"
-            )
+            raise UserError(f"{self.blob.name}: holds features of an encoder, from which no image comes back")
         return read_image(self.blob.read(), self.blob.name)
 
     def header(self) -> tuple[str, tuple[int, int]]:
-        """The picture's format, as PIL names it ("JPEG"), and its width and height when upright.
+        """The image's format, as PIL names it ("JPEG"), and its width and height when upright.
 
         Raises:
-            UserError: the bytes are missing or no picture.
+            UserError: the bytes are missing or no image.
         """
         return image_header(self.blob.read(), self.blob.name)
 
@@ -166,14 +164,14 @@ class Picture:
         return stored
 
 
-SHOWN, DRAWN = Picture(Blob("image")), Picture(Blob("image"), draw=True)
+SHOWN, DRAWN = ImagePart(Blob("image")), ImagePart(Blob("image"), draw=True)
 """Stand in a message for an image that comes apart from it, to look at or to draw."""
-Part: TypeAlias = "str | Picture"
+Part: TypeAlias = "str | ImagePart"
 
 
 @dataclass(frozen=True)
 class Message:
-    """What one side says: texts and pictures in their order."""
+    """What one side says: texts and images in their order."""
 
     role: Role
     parts: tuple[Part, ...]
@@ -186,7 +184,7 @@ class Record:
     Attributes:
         key: names it within its source.
         messages: what is said and shown.
-        others: the same in other words, as where a picture has several captions; their pictures are the same.
+        others: the same in other words, as where an image has several captions; their images are the same.
 
     Raises:
         UserError: a turn holds what its role cannot say.
@@ -213,35 +211,33 @@ class Record:
     @property
     def kind(self) -> RecordKind:
         """What is learnt from it."""
-        if not self.pictures(draw=True):
-            return "image_to_text" if self.pictures(draw=False) else "text"
+        if not self.images(draw=True):
+            return "image_to_text" if self.images(draw=False) else "text"
         said = [part for m in self.messages if m.role == "assistant" for part in m.parts]
         if any(isinstance(part, str) for part in said):
             return "interleaved"
-        return "image_text_to_image" if self.pictures(draw=False) else "text_to_image"
+        return "image_text_to_image" if self.images(draw=False) else "text_to_image"
 
-    def pictures(self, draw: bool | None = None) -> list[Picture]:
-        """All pictures, or those to draw, or those to look at, in the order of the messages."""
-        found = [part for message in self.messages for part in message.parts if isinstance(part, Picture)]
-        return [picture for picture in found if draw is None or picture.draw == draw]
+    def images(self, draw: bool | None = None) -> list[ImagePart]:
+        """All images, or those to draw, or those to look at, in the order of the messages."""
+        found = [part for message in self.messages for part in message.parts if isinstance(part, ImagePart)]
+        return [image for image in found if draw is None or image.draw == draw]
 
 
 def _check_messages(messages: Sequence[Message]) -> None:
-    """Refuse what no row can hold: pictures on a side that does not show or draw them, a late system turn."""
+    """Refuse what no row can hold: images on a side that does not show or draw them, a late system turn."""
     for position, message in enumerate(messages):
         if message.role == "system" and position:
             raise UserError(f"messages[{position}]: a system turn may only come first")
         for part in message.parts:
-            if not isinstance(part, Picture):
+            if not isinstance(part, ImagePart):
                 continue
             if message.role == "system":
-                raise UserError(
-                    f"messages[{position}]: a picture in the system turn; only the user shows any"
-                )
+                raise UserError(f"messages[{position}]: an image in the system turn; only the user shows any")
             if part.draw != (message.role == "assistant"):
                 wrong = "to be drawn" if part.draw else "to be looked at"
                 raise UserError(
-                    f"messages[{position}]: a picture {wrong} in a turn of the {message.role}; "
+                    f"messages[{position}]: an image {wrong} in a turn of the {message.role}; "
                     "the user's are looked at, the assistant's are drawn"
                 )
 

@@ -212,7 +212,7 @@ class UniMMProcessor:
         return square_pixels(images, self.drawing_size)
 
     def target_size(self, size: int | None = None, keep_ratio: bool = False) -> TargetSize:
-        """Return what pictures to learn drawing are brought to.
+        """Return what images to learn drawing are brought to.
 
         Args:
             size: pixels a side; None: the model's own.
@@ -269,7 +269,7 @@ class UniMMProcessor:
         return [text.strip() for text in texts]
 
     def to_images(self, pixels: Tensor) -> list[Image.Image]:
-        """Return pictures of float pixels [B, 3, H, W] in [-1, 1]."""
+        """Return images of float pixels [B, 3, H, W] in [-1, 1]."""
         return [Image.fromarray(array) for array in to_uint8(pixels)]
 
 

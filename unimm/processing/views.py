@@ -114,13 +114,13 @@ class AreaViews(Views):
         """Return images as pixels, filled up with 0 to the largest, and their sizes; see `Views.prepare`."""
         resized = []
         for image in images:
-            picture = read_image(image)
-            height, width = area_size(picture.height, picture.width, self.stride, self.least, self.most)
-            resized.append(picture.resize((width, height), Image.Resampling.BICUBIC))
-        sizes = torch.tensor([(picture.height, picture.width) for picture in resized])
+            opened = read_image(image)
+            height, width = area_size(opened.height, opened.width, self.stride, self.least, self.most)
+            resized.append(opened.resize((width, height), Image.Resampling.BICUBIC))
+        sizes = torch.tensor([(opened.height, opened.width) for opened in resized])
         pixels = torch.zeros(len(resized), 3, int(sizes[:, 0].max()), int(sizes[:, 1].max()))
-        for i, picture in enumerate(resized):
-            pixels[i, :, : picture.height, : picture.width] = self._normal([picture])[0]
+        for i, opened in enumerate(resized):
+            pixels[i, :, : opened.height, : opened.width] = self._normal([opened])[0]
         return Images(pixels=pixels, sizes=sizes, grids=sizes // self.stride)
 
 
@@ -138,7 +138,7 @@ def make_views(config: UniMMConfig) -> Views | None:
 
 
 def letterbox(image: Image.Image, side: int, colour: tuple[int, ...]) -> Image.Image:
-    """Return a picture brought to `side` pixels by its long side and padded (transformers' `JanusImageProcessor`)."""
+    """Return an image brought to `side` pixels by its long side and padded (transformers' `JanusImageProcessor`)."""
     scale = side / max(image.size)
     width, height = (max(round(length * scale), MIN_SIDE) for length in image.size)
     square = Image.new("RGB", (max(width, height),) * 2, colour)
@@ -148,19 +148,19 @@ def letterbox(image: Image.Image, side: int, colour: tuple[int, ...]) -> Image.I
 
 
 def square_pixels(images: Sequence[ImageInput], side: int) -> Tensor:
-    """Return pictures to tokenise, float [M, 3, side, side] in [-1, 1]: short side to `side`, cropped."""
+    """Return images to tokenise, float [M, 3, side, side] in [-1, 1]: short side to `side`, cropped."""
     squares = [ImageOps.fit(read_image(image), (side, side), Image.Resampling.BICUBIC) for image in images]
     return to_tensor(np.stack([np.asarray(square) for square in squares]))
 
 
 @dataclass(frozen=True)
 class TargetSize:
-    """What pictures to learn drawing are brought to.
+    """What images to learn drawing are brought to.
 
     Attributes:
         side: pixels.
         stride: pixels a side of a code.
-        keep_ratio: pictures keep their ratio, in an area of `side` squared at most, their sides multiples of
+        keep_ratio: images keep their ratio, in an area of `side` squared at most, their sides multiples of
             `stride` (Emu3, `prepare_data.py`: `smart_resize`); else they are squares, cropped from the middle.
 
     Raises:
@@ -179,18 +179,18 @@ class TargetSize:
             raise UserError(f"size: {self.side}; give a multiple of {self.stride}, such as {near}")
 
     def pixels(self, image: ImageInput) -> Tensor:
-        """Return a picture to tokenise, float [3, H, W] in [-1, 1].
+        """Return an image to tokenise, float [3, H, W] in [-1, 1].
 
         Raises:
             UserError: it cannot be read, or one side is more than 200 times the other.
         """
         if not self.keep_ratio:
             return square_pixels([image], self.side)[0]
-        picture = read_image(image)
-        check_ratio(picture.height, picture.width)
-        scale = self.side / math.sqrt(picture.height * picture.width) / self.stride
-        width, height = (max(int(length * scale), 1) * self.stride for length in picture.size)
-        return to_tensor(ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC))
+        opened = read_image(image)
+        check_ratio(opened.height, opened.width)
+        scale = self.side / math.sqrt(opened.height * opened.width) / self.stride
+        width, height = (max(int(length * scale), 1) * self.stride for length in opened.size)
+        return to_tensor(ImageOps.fit(opened, (width, height), Image.Resampling.BICUBIC))
 
     def __str__(self) -> str:
         """What stored codes are marked by."""
@@ -198,7 +198,7 @@ class TargetSize:
 
 
 def check_ratio(height: int, width: int) -> None:
-    """Refuse a picture that is all but a line.
+    """Refuse an image that is all but a line.
 
     Raises:
         UserError: one side is more than 200 times the other.
@@ -210,7 +210,7 @@ def check_ratio(height: int, width: int) -> None:
 
 
 def area_size(height: int, width: int, factor: int, min_area: int, max_area: int) -> tuple[int, int]:
-    """Return the height and width, multiples of `factor`, that keep a picture's ratio within an area.
+    """Return the height and width, multiples of `factor`, that keep an image's ratio within an area.
 
     Source: Emu3 `image_processing_emu3visionvq.py` (`smart_resize`, from Qwen2-VL).
 

@@ -68,17 +68,15 @@ def _packed(task: Task, source: SampleSource, stage: Stage, first: int, rank: in
     assert stage.pack is not None and isinstance(task, Packs)
     settings = stage.pack
     samples = [source[index] for index in range(first + rank, first + stage.batch, world)]
-    lengths, pictures = [task.length(one) for one in samples], [task.pictures(one) for one in samples]
+    lengths, images = [task.length(one) for one in samples], [task.images(one) for one in samples]
     key = f"stages.{stage.name}.pack"
     if max(lengths) > settings.length:
         raise UserError(f"{key}.length: a sample has {max(lengths)} tokens, a row holds {settings.length}")
-    if settings.pictures is not None and max(pictures) > settings.pictures:
-        raise UserError(
-            f"{key}.pictures: a sample has {max(pictures)} pictures, a row holds {settings.pictures}"
-        )
+    if settings.images is not None and max(images) > settings.images:
+        raise UserError(f"{key}.images: a sample has {max(images)} images, a row holds {settings.images}")
     rows = [
         [samples[index] for index in row]
-        for row in best_fit(lengths, pictures, settings.length, settings.pictures)
+        for row in best_fit(lengths, images, settings.length, settings.images)
     ]
     return [
         task.collate_rows(rows[start : start + settings.rows]) for start in range(0, len(rows), settings.rows)

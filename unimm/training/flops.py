@@ -34,14 +34,14 @@ class Counts:
         pairs: of a position and one that it sees, itself among them.
         words: positions whose text loss counts.
         codes: positions whose code loss counts.
-        pictures: that the understanding encoder looks at.
+        images: that the understanding encoder looks at.
     """
 
     tokens: float
     pairs: float
     words: float
     codes: float
-    pictures: float = 0
+    images: float = 0
 
 
 class Operations:
@@ -68,9 +68,9 @@ class Operations:
         )  # queries by keys, and by values
         self.word = weights_of(head) * (4 + 2 * learns)
         self.code = weights_of(code_head) * (4 + 2 * bool(groups & {"decoder", "code_head"}))
-        self.picture = 0
+        self.image = 0
         if model.vision is not None and isinstance(encoder, TimmEncoderConfig):
-            self.picture = encoder.tokens * weights_of(model.vision) * (6 if "vision" in groups else 2)
+            self.image = encoder.tokens * weights_of(model.vision) * (6 if "vision" in groups else 2)
 
     def of(self, counts: Counts) -> float:
         """Operations on what is counted."""
@@ -79,7 +79,7 @@ class Operations:
             + counts.pairs * self.pair
             + counts.words * self.word
             + counts.codes * self.code
-            + counts.pictures * self.picture
+            + counts.images * self.image
         )
 
 

@@ -94,7 +94,7 @@ class PreviewItems:
         return [self._question(place) for place in self.asked if not self._featured(place)]
 
     def _featured(self, place: Place) -> bool:
-        return any(picture.featured for picture in self.items.record(place).pictures())
+        return any(image.featured for image in self.items.record(place).images())
 
     def _question(self, place: Place) -> PreviewQuestion:
         record = self.items.record(place)
@@ -105,7 +105,7 @@ class PreviewItems:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         inputs |= sample["images"].inputs()
         answers = [_words(_first_turn(record.version(n).messages)[-1:]) for n in range(record.versions)]
-        images = [picture.image() for picture in first.pictures(draw=False)]
+        images = [image.image() for image in first.images(draw=False)]
         words = _words([message for message in first.messages if message.role == "user"])
         return PreviewQuestion(record.key, words, images, answers, BatchFeature(inputs))
 
@@ -120,7 +120,7 @@ class PreviewItems:
                 continue
             words = _words([message for message in turn if message.role == "user"])
             with suppress(UserError):
-                images = [picture.image() for picture in record.pictures(draw=False)]
+                images = [image.image() for image in record.images(draw=False)]
                 um.processor.drawing_inputs(words, images)
                 if original.encoded:
                     codes = torch.from_numpy(original.codes())[None].to(um.model.device)

@@ -1,4 +1,4 @@
-"""Which samples share a row: best-fit decreasing, within a budget of tokens and of pictures."""
+"""Which samples share a row: best-fit decreasing, within a budget of tokens and of images."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def best_fit(
-    lengths: Sequence[int], pictures: Sequence[int], length: int, max_images: int | None = None
+    lengths: Sequence[int], images: Sequence[int], length: int, max_images: int | None = None
 ) -> list[list[int]]:
     """Share out samples over rows.
 
@@ -16,9 +16,9 @@ def best_fit(
 
     Args:
         lengths: tokens of each sample, none above `length`.
-        pictures: pictures of each sample, none above `max_images`.
+        images: images of each sample, none above `max_images`.
         length: tokens that a row holds.
-        max_images: pictures that a row holds; None: any number.
+        max_images: images that a row holds; None: any number.
 
     Returns:
         The indices of each row's samples, in their given order; rows in the order of their first.
@@ -28,14 +28,14 @@ def best_fit(
     shown: list[int] = []
 
     def share(index: int) -> float:
-        return max(lengths[index] / length, pictures[index] / max_images if max_images else 0.0)
+        return max(lengths[index] / length, images[index] / max_images if max_images else 0.0)
 
     for index in sorted(range(len(lengths)), key=lambda i: (-share(i), i)):  # the largest first
         fitting = [
             row
             for row in range(len(rows))
             if room[row] >= lengths[index]
-            and (max_images is None or shown[row] + pictures[index] <= max_images)
+            and (max_images is None or shown[row] + images[index] <= max_images)
         ]
         if fitting:  # the fullest, which leaves the others their room
             chosen = min(fitting, key=lambda row: room[row])
@@ -46,5 +46,5 @@ def best_fit(
             shown.append(0)
         rows[chosen].append(index)
         room[chosen] -= lengths[index]
-        shown[chosen] += pictures[index]
+        shown[chosen] += images[index]
     return sorted(sorted(row) for row in rows)

@@ -69,7 +69,7 @@ class Machines:
         memory: of each, GiB.
         peak: of each, TFLOP/s in bfloat16.
         utilisation: share of the peak that is reached.
-        words: text tokens that a sample holds on average beside its picture.
+        words: text tokens that a sample holds on average beside its image.
         here: this machine, with which the plan is compared too.
     """
 
@@ -208,5 +208,5 @@ def _sample(model: UniMMModel, kind: str, words: int, size: int | None) -> Count
         pairs=length * (length + 1) / 2,
         words=0 if kind == "generation" else words,
         codes=codes,
-        pictures=int(kind == "understanding" and model.vision is not None),
+        images=int(kind == "understanding" and model.vision is not None),
     )

@@ -100,8 +100,8 @@ class Packing(Section):
 
     length: Positive
     """Tokens that a row holds, and most that a sample may have; of sources, what is longer is cut or a bad item."""
-    pictures: Positive | None = None
-    """Pictures to understand that a row holds; null: any number. An item of a source with more is bad."""
+    images: Positive | None = None
+    """Images to understand that a row holds; null: any number. An item of a source with more is bad."""
     rows: Positive = 1
     """Rows in one forward on one device."""
 

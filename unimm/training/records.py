@@ -1,7 +1,7 @@
 """Samples of sources: records at random access, shuffled by grain, with a bad one replaced and written down.
 
 Everything about a sample follows from the seed and its position, replacements too, so a run that resumes meets
-the same samples. Image codes of pictures to draw are read where they are stored, or computed once into a file.
+the same samples. Image codes of images to draw are read where they are stored, or computed once into a file.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ class SourceSection(Section):
 
     path: str
     pairs: PairDirection = "image_to_text"
-    """What a picture with a text is for."""
+    """What an image with a text is for."""
     fields: dict[str, str] = Field(default_factory=dict)
     """Our name of a column (image, text, question ...) -> the source's; an empty one says that there is none."""
     images: str | None = None
-    """Folder that the names of pictures are relative to; null: where the source lies."""
+    """Folder that the names of images are relative to; null: where the source lies."""
     split: str | None = None
     """Which split, where names of files or a Hugging Face folder say that there are several; null: train."""
     allow_outside: bool = False
     """Whether the data may name files outside its folder, and links may lead out of it."""
     requests: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = CAPTION_REQUESTS
-    """What is asked of a picture that has only a caption."""
+    """What is asked of an image that has only a caption."""
 
     @property
     def kind(self) -> str:
@@ -218,7 +218,7 @@ class Records:
         limit: most bad items.
         processor: of the model.
         tokenizer: the model's image tokenizer; None where it does not draw.
-        target_size: what pictures to draw are brought to; None where it does not draw.
+        target_size: what images to draw are brought to; None where it does not draw.
         device: where codes are made.
 
     Raises:
@@ -318,7 +318,7 @@ class Records:
     def _samples(
         self, name: str, indices: Sequence[int], seed: int, dropout: float, pack: Packing | None
     ) -> RecordSamples:
-        room = (pack.length, pack.pictures) if pack is not None else (None, None)
+        room = (pack.length, pack.images) if pack is not None else (None, None)
         builder = SampleBuilder(
             self.processor, self.target_size, self._encode, self.sections[name].requests, *room
         )

@@ -1,4 +1,4 @@
-"""One picture of a run: its curves, how good it is on what it never saw, and the samples it made on the way."""
+"""One image of a run: its curves, how good it is on what it never saw, and the samples it made on the way."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from unimm.errors import UserError
 from unimm.files import atomic_write
 from unimm.images import read_image
-from unimm.outputs import check_output, is_picture
+from unimm.outputs import check_output, is_image_file
 from unimm.training.logging import kind_and_step
 from unimm.training.recipe import VALIDATION
 
@@ -49,10 +49,8 @@ PANELS = (
     Panel("Speed", "tokens a second", lambda key: key == "tokens_per_second"),
 )
 PREVIEWS = {  # files of numbers beside the samples
-    "psnr.jsonl": Panel("Pictures never trained on", "PSNR, dB", lambda key: True, smooth=False),
-    "psnr-trained-on.jsonl": Panel(
-        "Pictures that are trained on", "PSNR, dB", lambda key: True, smooth=False
-    ),
+    "psnr.jsonl": Panel("Images never trained on", "PSNR, dB", lambda key: True, smooth=False),
+    "psnr-trained-on.jsonl": Panel("Images that are trained on", "PSNR, dB", lambda key: True, smooth=False),
     "captions.jsonl": Panel("Captions of scenes never trained on", "right, %", lambda key: True, False, 100),
     "held-out.jsonl": Panel("Answers on held-out items", "like the data's, %", lambda key: True, False, 100),
     "trained-on.jsonl": Panel(
@@ -90,12 +88,12 @@ def report(run: str | Path, file: str | Path | None = None) -> Path:
         The file.
 
     Raises:
-        UserError: there is no log, the file is something else than a picture, or matplotlib is missing.
+        UserError: there is no log, the file is something else than an image, or matplotlib is missing.
     """
     folder = Path(run)
     lines = read_metrics(folder)
     target = Path(file) if file is not None else folder / "report.png"
-    check_output(target, "a picture", is_picture, (folder / "samples").rglob("*.png"))
+    check_output(target, "an image", is_image_file, (folder / "samples").rglob("*.png"))
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -112,7 +110,7 @@ def report(run: str | Path, file: str | Path | None = None) -> Path:
     for place, row in enumerate(rows, len(heights) - len(rows)):
         span = 6 // _across(row[0])
         for column, sheet in enumerate(row):
-            _picture(figure.add_subplot(grid[place, span * column : span * (column + 1)]), sheet)
+            _image(figure.add_subplot(grid[place, span * column : span * (column + 1)]), sheet)
     figure.suptitle(_title(folder, lines), fontsize=16, fontweight="bold")
     figure.supxlabel(
         "Faint: as logged. Strong: smoothed. Dots: measured on held-out items. Dotted upright: where a stage ends.",
@@ -235,7 +233,7 @@ def _across(path: Path) -> int:
 
 
 def _ratio(path: Path) -> float:
-    """Width over height of a picture."""
+    """Width over height of an image."""
     width, height = read_image(path).size
     return width / height
 
@@ -246,7 +244,7 @@ def _height(row: Sequence[Path]) -> float:
     return max(width / _ratio(path) for path in row) + 0.4
 
 
-def _picture(axes: Any, path: Path) -> None:
+def _image(axes: Any, path: Path) -> None:
     axes.imshow(read_image(path))
     kind, step = kind_and_step(path)
     words = [kind or "drawings"] + ([f"step {step:,}"] if step is not None else [])

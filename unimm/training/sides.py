@@ -63,7 +63,7 @@ def check_source_images(recipe: BaseRecipe, key: str, source: Source, processor:
     if draws and understands:
         return
     records = list(some_records(source))
-    if records and not draws and all(record.pictures(draw=True) for record in records):
+    if records and not draws and all(record.images(draw=True) for record in records):
         raise recipe.error(key, f"has images to draw, but {NO_DRAWING}")
-    if records and not understands and all(record.pictures(draw=False) for record in records):
+    if records and not understands and all(record.images(draw=False) for record in records):
         raise recipe.error(key, f"has images to look at, but {NO_UNDERSTANDING}")

@@ -117,8 +117,8 @@ class Task(Protocol):
 class Packs(Protocol):
     """A task that can put several samples into a row (`pack` of a stage)."""
 
-    def pictures(self, sample: Sample) -> int:
-        """How many pictures a sample holds that take room of their own."""
+    def images(self, sample: Sample) -> int:
+        """How many images a sample holds that take room of their own."""
         ...
 
     def collate_rows(self, rows: list[list[Sample]]) -> Batch:

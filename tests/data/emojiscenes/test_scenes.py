@@ -60,12 +60,12 @@ def test_splits_hold_what_training_never_shows() -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_pictures_show_what_the_scene_says(split: Split) -> None:
+def test_images_show_what_the_scene_says(split: Split) -> None:
     for scene in (EmojiScenes(split)[i] for i in range(60)):
-        picture = scene.render()
-        assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8
-        assert tuple(picture[0, 32]) == BACKGROUNDS[scene.background] or scene.objects[0].y == 0
-        mask = (picture != np.array(BACKGROUNDS[scene.background], np.uint8)).any(-1)
+        image = scene.render()
+        assert image.shape == (64, 64, 3) and image.dtype == np.uint8
+        assert tuple(image[0, 32]) == BACKGROUNDS[scene.background] or scene.objects[0].y == 0
+        mask = (image != np.array(BACKGROUNDS[scene.background], np.uint8)).any(-1)
         for placed in scene.objects:
             assert mask[placed.y : placed.y + placed.size, placed.x : placed.x + placed.size].mean() > 0.1
             mask[placed.y : placed.y + placed.size, placed.x : placed.x + placed.size] = False

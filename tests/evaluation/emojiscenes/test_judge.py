@@ -12,7 +12,7 @@ import torch
 from unimm.data.emojiscenes.scenes import CONCEPTS, EmojiScenes
 from unimm.errors import UserError
 from unimm.evaluation import evaluate_recipe
-from unimm.evaluation.emojiscenes.drawing import FIGURES, Verdict, judge_pictures
+from unimm.evaluation.emojiscenes.drawing import FIGURES, Verdict, judge_images
 from unimm.evaluation.emojiscenes.judge import Judge, fit_probe
 from unimm.evaluation.emojiscenes.pixels import find_objects
 from unimm.evaluation.recipe import JudgeSection, load_evaluation
@@ -43,8 +43,8 @@ def test_probe_separates_what_can_be_separated() -> None:
 
 def test_judge_names_held_out_renders(judge: Judge) -> None:
     scenes = EmojiScenes("seen", 1, kinds=("single",))
-    pictures = [scenes[index].render() for index in range(60)]
-    guesses = judge.scores(pictures, [find_objects(picture)[0] for picture in pictures]).argmax(1)
+    images = [scenes[index].render() for index in range(60)]
+    guesses = judge.scores(images, [find_objects(image)[0] for image in images]).argmax(1)
     right = [CONCEPTS[guess] == scenes[index].concept for index, guess in enumerate(guesses)]
     assert np.mean(right) > 0.6  # chance is 0.02; the shipped recipe fits on many more
 
@@ -58,11 +58,11 @@ def test_probe_is_kept_and_fitted_anew_for_other_settings(judge: Judge, cache: P
     assert not torch.equal(other.weight, judge.weight)
 
 
-def test_true_pictures_are_right_and_false_ones_wrong(judge: Judge) -> None:
+def test_true_images_are_right_and_false_ones_wrong(judge: Judge) -> None:
     pairs = EmojiScenes("seen", 1, kinds=("pair",))
     counts = EmojiScenes("seen", 1, kinds=("count",))
     scenes = [pairs[index] for index in range(12)] + [counts[index] for index in range(12)]
-    verdicts = judge_pictures(judge, scenes, [scene.render() for scene in scenes])
+    verdicts = judge_images(judge, scenes, [scene.render() for scene in scenes])
     assert all(verdict.background for verdict in verdicts)
     assert np.mean([verdict.place for verdict in verdicts[:12]]) > 0.8
     assert all(verdict.count for verdict in verdicts[12:])
@@ -70,9 +70,9 @@ def test_true_pictures_are_right_and_false_ones_wrong(judge: Judge) -> None:
     mirrored = [
         np.ascontiguousarray(scene.render()[::-1, ::-1]) for scene in scenes[:12]
     ]  # turned half round
-    assert np.mean([verdict.place for verdict in judge_pictures(judge, scenes[:12], mirrored)]) < 0.3
+    assert np.mean([verdict.place for verdict in judge_images(judge, scenes[:12], mirrored)]) < 0.3
     empty = [np.full((64, 64, 3), 0, np.uint8) for _ in scenes]
-    nothing = judge_pictures(judge, scenes, empty)
+    nothing = judge_images(judge, scenes, empty)
     assert not any(verdict.place or verdict.count for verdict in nothing)
     assert Verdict(True, place=False).line() == "background right, place wrong"
 

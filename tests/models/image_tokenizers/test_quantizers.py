@@ -37,7 +37,7 @@ def tokenizer(kind: str) -> ImageTokenizer:
     return ImageTokenizer(ImageTokenizerConfig(**sizes, quantizer=KINDS[kind])).eval()
 
 
-def pictures(count: int = 3) -> Tensor:
+def images(count: int = 3) -> Tensor:
     return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
@@ -60,19 +60,19 @@ def test_codes_go_out_and_come_back(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pass_in_training_agrees_with_encoding_and_moves_every_weight(kind: str) -> None:
     model = tokenizer(kind)
-    codes = model.encode(pictures())
+    codes = model.encode(images())
     assert codes.shape == (3, 4, 4) and codes.dtype == torch.int64
-    output = model.train()(pictures())
+    output = model.train()(images())
     assert torch.equal(output.codes, codes) and output.pixels.shape == (3, 3, 16, 16)
     (output.pixels.square().mean() + output.commitment).backward()
     for name, weight in model.named_parameters():
         assert weight.grad is not None and weight.grad.isfinite().all(), name
         assert weight.grad.abs().sum() > 0 or "bias" in name, name
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model.encode(pictures())
+    model.encode(images())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    blended = model(pictures(), blend=0.0)
-    torch.testing.assert_close(blended.pixels, model.pixels(model.quantize.plain(model.latents(pictures()))))
+    blended = model(images(), blend=0.0)
+    torch.testing.assert_close(blended.pixels, model.pixels(model.quantize.plain(model.latents(images()))))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -82,12 +82,12 @@ def test_saved_and_loaded_gives_the_same_codes_and_trains_on(kind: str, tmp_path
     loaded = AutoModel.from_pretrained(tmp_path)
     assert isinstance(loaded, ImageTokenizer) and type(loaded.quantize) is type(model.quantize)
     assert loaded.config.quantizer == model.config.quantizer
-    codes = model.encode(pictures())
-    assert torch.equal(loaded.encode(pictures()), codes)
+    codes = model.encode(images())
+    assert torch.equal(loaded.encode(images()), codes)
     # not to the bit for simvq: a product of matrices depends on where they lie in memory
     tolerance = 1e-5 if kind == "simvq" else 0.0
     torch.testing.assert_close(loaded.decode(codes), model.decode(codes), atol=tolerance, rtol=0)
-    assert loaded.train()(pictures()).commitment.isfinite()
+    assert loaded.train()(images()).commitment.isfinite()
     with torch.device("meta"):
         assert tokenizer(kind).vectors.shape == model.vectors.shape
 

@@ -25,7 +25,7 @@ def tiny(**changes: object) -> ImageTokenizer:
     return ImageTokenizer(ImageTokenizerConfig(**(settings | changes))).eval()  # type: ignore[arg-type]
 
 
-def pictures(count: int = 3, height: int = 32, width: int = 32) -> torch.Tensor:
+def images(count: int = 3, height: int = 32, width: int = 32) -> torch.Tensor:
     return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
@@ -42,7 +42,7 @@ def pictures(count: int = 3, height: int = 32, width: int = 32) -> torch.Tensor:
 def test_codes_and_pixels_have_the_promised_form(changes: dict[str, object], size: tuple[int, int]) -> None:
     tokenizer = tiny(**changes)
     stride = tokenizer.stride
-    codes = tokenizer.encode(pictures(3, *size))
+    codes = tokenizer.encode(images(3, *size))
     assert codes.shape == (3, size[0] // stride, size[1] // stride)
     assert codes.dtype == torch.int64 and codes.min() >= 0 and codes.max() < 32
     pixels = tokenizer.decode(codes)
@@ -58,14 +58,14 @@ def test_stride_follows_patch_and_levels() -> None:
 def test_decoding_codes_is_the_second_half_of_a_forward_pass() -> None:
     tokenizer = tiny()
     with torch.no_grad():
-        whole = tokenizer(pictures())
-    assert torch.equal(whole.codes, tokenizer.encode(pictures()))
+        whole = tokenizer(images())
+    assert torch.equal(whole.codes, tokenizer.encode(images()))
     # not to the bit: code vectors are brought to length 1 once more
     torch.testing.assert_close(whole.pixels.clamp(-1, 1), tokenizer.decode(whole.codes), atol=1e-5, rtol=0)
 
 
 def test_a_code_is_placed_where_it_belongs() -> None:
-    """Changing one code changes the picture around its own square most, in a grid that is not square."""
+    """Changing one code changes the image around its own square most, in a grid that is not square."""
     tokenizer = tiny()
     codes = torch.zeros(1, 4, 8, dtype=torch.long)
     other = codes.clone()
@@ -75,10 +75,10 @@ def test_a_code_is_placed_where_it_belongs() -> None:
     assert by_square.argmax() == 1 * 8 + 6
 
 
-def test_pictures_do_not_depend_on_their_neighbours() -> None:
+def test_images_do_not_depend_on_their_neighbours() -> None:
     tokenizer = tiny()
-    together = tokenizer.encode(pictures(4))
-    assert torch.equal(together, torch.cat([tokenizer.encode(picture[None]) for picture in pictures(4)]))
+    together = tokenizer.encode(images(4))
+    assert torch.equal(together, torch.cat([tokenizer.encode(image[None]) for image in images(4)]))
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_channels_must_fit_the_groups() -> None:
 @pytest.mark.parametrize("changes", [{}, {"kmeans_init": True, "latent_norm": True, "linear_shortcut": True}])
 def test_saved_and_loaded_is_the_same_to_the_bit(tmp_path: Path, changes: dict[str, object]) -> None:
     tokenizer = tiny(**changes)
-    tokenizer.train()(pictures(8))  # moves the codebook, so that its averages are not what they start as
+    tokenizer.train()(images(8))  # moves the codebook, so that its averages are not what they start as
     tokenizer.eval().save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     loaded = AutoModel.from_pretrained(tmp_path)
@@ -130,11 +130,11 @@ def test_saved_and_loaded_is_the_same_to_the_bit(tmp_path: Path, changes: dict[s
     assert loaded.state_dict().keys() == tokenizer.state_dict().keys()
     for name, tensor in tokenizer.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
-    codes = tokenizer.encode(pictures())
-    assert torch.equal(loaded.encode(pictures()), codes)
+    codes = tokenizer.encode(images())
+    assert torch.equal(loaded.encode(images()), codes)
     assert torch.equal(loaded.decode(codes), tokenizer.decode(codes))
     trained = loaded.train()(
-        pictures()
+        images()
     )  # the constant that is not saved is zero again, so the loss is a number
     assert trained.commitment.isfinite()
 
@@ -144,7 +144,7 @@ def test_encode_leaves_the_codebook_alone_even_in_training_mode() -> None:
     tokenizer = parent["image_tokenizer"]
     assert isinstance(tokenizer, ImageTokenizer)
     before = {name: tensor.clone() for name, tensor in tokenizer.state_dict().items()}
-    tokenizer.encode(pictures())
+    tokenizer.encode(images())
     assert all(torch.equal(tensor, before[name]) for name, tensor in tokenizer.state_dict().items())
     assert tokenizer.quantize.training and tokenizer.latent_norm.training
 
@@ -152,11 +152,11 @@ def test_encode_leaves_the_codebook_alone_even_in_training_mode() -> None:
 def test_blend_goes_from_plain_latents_to_codes() -> None:
     tokenizer = tiny()
     with torch.no_grad():
-        latents = tokenizer.latents(pictures())
-        plain, coded = tokenizer(pictures(), blend=0.0), tokenizer(pictures())
+        latents = tokenizer.latents(images())
+        plain, coded = tokenizer(images(), blend=0.0), tokenizer(images())
         directions = latents / latents.norm(dim=1, keepdim=True)
         torch.testing.assert_close(plain.pixels, tokenizer.pixels(directions))
-        between = tokenizer(pictures(), blend=0.5).pixels
+        between = tokenizer(images(), blend=0.5).pixels
     assert not torch.allclose(plain.pixels, coded.pixels)
     assert (between - coded.pixels).norm() < (plain.pixels - coded.pixels).norm()
 
@@ -168,7 +168,7 @@ def test_latent_norm_spreads_the_codes() -> None:
         tokenizer = tiny(latent_norm=latent_norm)
         with torch.no_grad():
             tokenizer.quant_conv.bias += 20
-            codes = tokenizer.train()(pictures(16)).codes
+            codes = tokenizer.train()(images(16)).codes
         used[latent_norm] = len(codes.unique())
     assert used[True] >= 3 * used[False]
 
@@ -176,7 +176,7 @@ def test_latent_norm_spreads_the_codes() -> None:
 def test_training_moves_the_codebook_and_reaches_the_encoder() -> None:
     tokenizer = tiny().train()
     before = tokenizer.quantize.codebook.clone()
-    output = tokenizer(pictures())
+    output = tokenizer(images())
     (output.pixels.square().mean() + output.commitment).backward()
     assert not torch.equal(before, tokenizer.quantize.codebook)
     assert torch.allclose(tokenizer.quantize.codebook.norm(dim=-1), torch.ones(32), atol=1e-5)

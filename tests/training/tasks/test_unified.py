@@ -269,7 +269,7 @@ SHARDED = {
 
 
 def test_two_processes_take_the_steps_of_one(recipe_file: Path, tmp_path: Path) -> None:
-    """With a picture to understand on one process only in most steps, whatever is sharded, packed too."""
+    """With an image to understand on one process only in most steps, whatever is sharded, packed too."""
     halves = [f"stages[{stage}].micro_batch=2" for stage in range(2)]
     train(load_recipe(recipe_file, [f"output={tmp_path}/one", *halves]), quiet=True)
     paths = []
@@ -308,8 +308,8 @@ def test_two_processes_take_the_steps_of_one(recipe_file: Path, tmp_path: Path) 
         ("model.image_tokenizer=nowhere", "model.image_tokenizer: nowhere holds no image tokenizer"),
         ("model.initialize=nowhere", "model.initialize: nowhere holds no exported model"),
         (
-            "stages[0].mixture={pictures: 1}",
-            r"stages\[0\].mixture.pictures: no source has this name; one of emojiscenes, emojiscenes/under",
+            "stages[0].mixture={images: 1}",
+            r"stages\[0\].mixture.images: no source has this name; one of emojiscenes, emojiscenes/under",
         ),
         ("stages[0].options={dropout: 1}", "options: dropout: unknown key"),
         (
@@ -363,10 +363,10 @@ def test_a_broken_language_model_is_not_trained_from(tmp_path: Path, recipe_file
 
 def published(folder: Path, recipe_file: Path, **changes: Any) -> Path:
     """A recipe as the published ones are, on tiny parts: sources of one's own by the names of what they are for."""
-    pictures, texts = forms.picture_folder(folder / "pictures", 6), folder / "texts.jsonl"
+    images, texts = forms.image_folder(folder / "images", 6), folder / "texts.jsonl"
     texts.write_text(json.dumps({"text": "a red apple"}) + "\n")
     shipped = yaml.safe_load(find_recipe("janus-pro-1b").read_text())
-    paths = {"understanding": pictures, "text": texts, "generation": pictures}
+    paths = {"understanding": images, "text": texts, "generation": images}
     for name, source in shipped["data"]["sources"].items():
         source["path"] = str(paths[name])
     recipe = yaml.safe_load(recipe_file.read_text()) | {"output": str(folder / "run")}

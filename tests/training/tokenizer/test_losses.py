@@ -13,19 +13,19 @@ from unimm.errors import UserError
 from unimm.training.tokenizer import losses
 
 
-def pictures(count: int = 4, size: int = 16, seed: int = 0) -> torch.Tensor:
+def images(count: int = 4, size: int = 16, seed: int = 0) -> torch.Tensor:
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 def test_pixel_loss_by_hand() -> None:
     output, target = torch.full((2, 3, 4, 4), 0.5), torch.zeros(2, 3, 4, 4)
-    # each of two pictures: 3 * 0.5 + 2 * 0.25
+    # each of two images: 3 * 0.5 + 2 * 0.25
     assert losses.pixel_loss(output, target, l1=3.0, l2=2.0).item() == pytest.approx(2 * (1.5 + 0.5))
     assert losses.pixel_loss(output, target, l1=0.0, l2=0.0).item() == 0
 
 
 def test_edge_loss_sees_edges_and_not_brightness() -> None:
-    target = pictures()
+    target = images()
     assert losses.edge_loss(target + 0.25, target).item() == pytest.approx(0, abs=1e-5)
     step = torch.zeros(1, 3, 8, 8)
     step[..., 4:] = 1.0  # one vertical edge of height 1 among 7 differences
@@ -33,8 +33,8 @@ def test_edge_loss_sees_edges_and_not_brightness() -> None:
 
 
 @pytest.mark.parametrize("name", ["pixels", "edges", "generator", "discriminator"])
-def test_losses_add_up_over_pictures(name: str) -> None:
-    """The loss of a batch is the sum of its pictures' losses, as accumulation needs."""
+def test_losses_add_up_over_images(name: str) -> None:
+    """The loss of a batch is the sum of its images' losses, as accumulation needs."""
     torch.manual_seed(0)
     judge = losses.PatchDiscriminator(8, 2)
     loss = {
@@ -43,19 +43,19 @@ def test_losses_add_up_over_pictures(name: str) -> None:
         "generator": lambda a, b: losses.generator_loss(judge, a),
         "discriminator": lambda a, b: losses.discriminator_loss(judge, a, b),
     }[name]
-    output, target = pictures(seed=1), pictures(seed=2)
+    output, target = images(seed=1), images(seed=2)
     parts = [loss(a[None], b[None]) for a, b in zip(output, target, strict=True)]
     assert loss(output, target).item() == pytest.approx(sum(part.item() for part in parts), rel=1e-4)
 
 
 def test_each_player_gets_only_its_own_gradient() -> None:
     judge = losses.PatchDiscriminator(8, 2)
-    output = pictures().requires_grad_()
+    output = images().requires_grad_()
     losses.generator_loss(judge, output).backward()
     assert output.grad is not None and output.grad.abs().sum() > 0
     assert all(weight.grad is None for weight in judge.parameters())
     output.grad = None
-    losses.discriminator_loss(judge, output, pictures(seed=2)).backward()
+    losses.discriminator_loss(judge, output, images(seed=2)).backward()
     assert output.grad is None
     assert all(weight.grad is not None for weight in judge.parameters())
 
@@ -65,7 +65,7 @@ def test_the_players_pull_in_opposite_directions() -> None:
     torch.manual_seed(0)
     judge = losses.PatchDiscriminator(8, 2)
     optimizer = torch.optim.Adam(judge.parameters(), lr=1e-2)
-    real, fake = pictures(seed=1) * 0.2 + 0.5, pictures(seed=2) * 0.2 - 0.5
+    real, fake = images(seed=1) * 0.2 + 0.5, images(seed=2) * 0.2 - 0.5
     for _ in range(30):
         optimizer.zero_grad()
         losses.discriminator_loss(judge, fake, real).backward()
@@ -99,9 +99,9 @@ def test_perceptual_loss_of_a_network_in_a_folder(tmp_path: Path) -> None:
     )
     loss = losses.PerceptualLoss(f"local-dir:{tmp_path}", layers=3)
     assert not any(weight.requires_grad for weight in loss.parameters())
-    target = pictures(2, 32)
+    target = images(2, 32)
     assert loss(target, target).item() == pytest.approx(0, abs=1e-6)
-    output = (target + 0.3 * pictures(2, 32, seed=5)).requires_grad_()
+    output = (target + 0.3 * images(2, 32, seed=5)).requires_grad_()
     distance = loss(output, target)
     distance.backward()
     assert distance.item() > 0 and output.grad is not None and output.grad.abs().sum() > 0
@@ -117,9 +117,9 @@ def test_lpips_with_random_weights_is_a_distance() -> None:
     torch.manual_seed(0)
     loss = losses.make_perceptual("lpips:squeeze", 4, pretrained=False)
     assert isinstance(loss, losses.Lpips) and not any(weight.requires_grad for weight in loss.parameters())
-    target = pictures(2, 64)
+    target = images(2, 64)
     assert loss(target, target).item() == pytest.approx(0, abs=1e-6)
-    output = (target + 0.3 * pictures(2, 64, seed=5)).requires_grad_()
+    output = (target + 0.3 * images(2, 64, seed=5)).requires_grad_()
     distance = loss(output, target)
     distance.backward()
     assert output.grad is not None and output.grad.abs().sum() > 0

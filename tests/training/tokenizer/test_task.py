@@ -132,8 +132,8 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_whole(step: int) -> 
 @pytest.mark.parametrize("step", [0, 19])
 def test_every_weight_learns_and_the_log_keeps_its_columns(step: int) -> None:
     task, module = built()
-    pictures = batch(task)
-    loss, metrics = task.loss(module, pictures, step, {"images": 8.0})
+    images = batch(task)
+    loss, metrics = task.loss(module, images, step, {"images": 8.0})
     loss.backward()
     names = {"reconstruction", "commitment", "psnr", "codebook_use", "perplexity"}
     assert set(metrics) == names | {"generator", "discriminator"}
@@ -159,11 +159,11 @@ def test_psnr_by_hand() -> None:
 def test_ssim_by_hand() -> None:
     target = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert ssim(target, target).tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
-    # flat pictures have no variance: only the term of their means is left
+    # flat images have no variance: only the term of their means is left
     low, high = torch.full((1, 3, 16, 16), 0.2), torch.full((1, 3, 16, 16), 0.8)
     wanted = (2 * 0.2 * 0.8 + 0.0004) / (0.2**2 + 0.8**2 + 0.0004)
     assert ssim(low, high).item() == pytest.approx(wanted, abs=1e-4)
-    # a value of torchmetrics 1.9's structural_similarity_index_measure for the same two pictures
+    # a value of torchmetrics 1.9's structural_similarity_index_measure for the same two images
     rows = torch.linspace(-1, 1, 16).expand(1, 3, 16, 16)
     assert ssim(rows * 0.8, (rows + rows.mT) / 2).item() == pytest.approx(0.2934, abs=1e-4)
 

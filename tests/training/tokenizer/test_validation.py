@@ -1,4 +1,4 @@
-"""Held-out pictures of a tokenizer's own sources: never trained on, measured, shown; others are called trained on."""
+"""Held-out images of a tokenizer's own sources: never trained on, measured, shown; others are called trained on."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ SHARE = "data.validation={share: 0.3, every: 2, items: 6}"
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Twelve pictures, each of a shade of its own, one of them broken."""
-    folder = tmp_path / "pictures"
+def images(tmp_path: Path) -> Path:
+    """Twelve images, each of a shade of its own, one of them broken."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for number in range(12):
         pixels = np.full((40, 40, 3), 20 * number, np.uint8)
@@ -55,8 +55,8 @@ def lines(run: Path, name: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("place", ["folder", "tars"])
-def test_a_share_is_held_out_measured_and_shown(pictures: Path, tmp_path: Path, place: str) -> None:
-    source = str(pictures if place == "folder" else forms.shards(tmp_path / "tars", 12))
+def test_a_share_is_held_out_measured_and_shown(images: Path, tmp_path: Path, place: str) -> None:
+    source = str(images if place == "folder" else forms.shards(tmp_path / "tars", 12))
     given = overrides(tmp_path / "run", source, SHARE)
     train(load(*given), quiet=True)
     measured = [line for line in lines(tmp_path / "run", "metrics.jsonl") if "validation/loss" in line]
@@ -76,24 +76,24 @@ def test_a_share_is_held_out_measured_and_shown(pictures: Path, tmp_path: Path, 
         "held-out-mine-0000002.png", "held-out-mine-0000004.png", "psnr.jsonl"
     }  # fmt: skip
     titles = [panel.title for panel, _ in _plots(tmp_path / "run", read_metrics(tmp_path / "run"))]
-    assert "Pictures never trained on" in titles and "Pictures that are trained on" not in titles
+    assert "Images never trained on" in titles and "Images that are trained on" not in titles
 
 
-def test_pictures_that_are_trained_on_are_not_called_held_out(pictures: Path, tmp_path: Path) -> None:
-    train(load(*overrides(tmp_path / "run", str(pictures))), quiet=True)
+def test_images_that_are_trained_on_are_not_called_held_out(images: Path, tmp_path: Path) -> None:
+    train(load(*overrides(tmp_path / "run", str(images))), quiet=True)
     names = {path.name for path in (tmp_path / "run/samples").iterdir()}
     assert names == {"trained-on-mine-0000002.png", "trained-on-mine-0000004.png", "psnr-trained-on.jsonl"}
     titles = [panel.title for panel, _ in _plots(tmp_path / "run", read_metrics(tmp_path / "run"))]
-    assert "Pictures that are trained on" in titles and "Pictures never trained on" not in titles
+    assert "Images that are trained on" in titles and "Images never trained on" not in titles
 
 
 def test_measuring_changes_nothing_not_even_a_codebook_that_has_not_begun(
-    pictures: Path, tmp_path: Path
+    images: Path, tmp_path: Path
 ) -> None:
-    own = f"data.validation={{sources: {{other: {{path: '{pictures}'}}}}, every: 1}}"
+    own = f"data.validation={{sources: {{other: {{path: '{images}'}}}}, every: 1}}"
     weights = {}
     for name, others in {"plain": [], "measured": [own, "checkpoint.keep_best=1"]}.items():
-        given = overrides(tmp_path / name, str(pictures), *others)
+        given = overrides(tmp_path / name, str(images), *others)
         weights[name] = load_file(train(load(*given), quiet=True) / "model.safetensors")
     assert weights["plain"].keys() == weights["measured"].keys()
     assert all(torch.equal(weights["plain"][name], value) for name, value in weights["measured"].items())
@@ -101,12 +101,12 @@ def test_measuring_changes_nothing_not_even_a_codebook_that_has_not_begun(
     assert (tmp_path / "measured/samples/held-out-other-0000004.png").exists()
 
 
-def test_a_held_out_picture_that_cannot_be_read_is_left_out(pictures: Path, tmp_path: Path) -> None:
-    task = started(*overrides(tmp_path / "a", str(pictures), SHARE))
+def test_a_held_out_image_that_cannot_be_read_is_left_out(images: Path, tmp_path: Path) -> None:
+    task = started(*overrides(tmp_path / "a", str(images), SHARE))
     broken = task.files["mine"].files[task.held["mine"][0]]
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     with pytest.warns(UserNote, match=f"mine: .*{broken.name}"):
-        again = started(*overrides(tmp_path / "b", str(pictures), SHARE))
+        again = started(*overrides(tmp_path / "b", str(images), SHARE))
     assert task.measured is not None and again.measured is not None
     assert len(again.measured.places) == len(task.measured.places) - 1
 
@@ -119,11 +119,11 @@ def test_a_held_out_picture_that_cannot_be_read_is_left_out(pictures: Path, tmp_
             "data.validation={sources: {a: {path: none}}}",
             r"data\.validation\.sources\.a\.path: none: no such",
         ),
-        ("data.sources={}", r"data\.validation\.share: there are no sources to hold pictures out of"),
+        ("data.sources={}", r"data\.validation\.share: there are no sources to hold images out of"),
     ],
 )
-def test_mistakes_are_one_line(pictures: Path, tmp_path: Path, override: str, line: str) -> None:
+def test_mistakes_are_one_line(images: Path, tmp_path: Path, override: str, line: str) -> None:
     mixture = "stages[0].mixture={scenes: 1}" if "sources={}" in override else "seed=0"
     with pytest.raises(UserError, match=line) as caught:
-        started(*overrides(tmp_path, str(pictures), SHARE, override, mixture))
+        started(*overrides(tmp_path, str(images), SHARE, override, mixture))
     assert "\n" not in str(caught.value)

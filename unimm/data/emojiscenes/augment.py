@@ -1,7 +1,7 @@
-"""Changes to training pictures that leave every caption true: the artwork varies, what is shown does not.
+"""Changes to training images that leave every caption true: the artwork varies, what is shown does not.
 
 A held-out artwork family differs in outline, shading and exact colour, so these vary; the background keeps
-its colour (captions name it), and a picture is mirrored only where no caption says left or right. Random
+its colour (captions name it), and an image is mirrored only where no caption says left or right. Random
 numbers are drawn with the sample, in numpy; the arithmetic is done here on whole batches.
 """
 
@@ -32,16 +32,16 @@ Amount = Annotated[float, Field(ge=0, le=1)]
 
 
 class Augmentation(Section):
-    """How far training pictures may change; 0 turns a change off."""
+    """How far training images may change; 0 turns a change off."""
 
     scale: Fraction = 0.12
     """Size and, at half that, the ratio of width to height."""
     angle: Annotated[float, Field(ge=0, le=45)] = 12.0
     """Degrees."""
     shift: Amount = 0.06
-    """Of half the picture's side."""
+    """Of half the image's side."""
     elastic: Amount = 0.07
-    """Of half the picture's side."""
+    """Of half the image's side."""
     gain: Fraction = 0.12
     """Of each colour channel, on objects."""
     contrast: Fraction = 0.3
@@ -63,12 +63,12 @@ def draw_numbers(rng: np.random.Generator) -> NDArray[np.float32]:
 
 
 def augment(pixels: Tensor, background: Tensor, mirrored: Tensor, draws: Tensor, how: Augmentation) -> Tensor:
-    """Change a batch of pictures.
+    """Change a batch of images.
 
     Args:
         pixels: [B, 3, H, W] in [-1, 1].
         background: colour of each background [B, 3] in [-1, 1].
-        mirrored: bool [B]; whether a picture may be mirrored.
+        mirrored: bool [B]; whether an image may be mirrored.
         draws: [B, DRAWS] from `draw_numbers`.
         how: the extent of each change.
 

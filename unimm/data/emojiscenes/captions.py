@@ -37,6 +37,6 @@ def caption_held_out(model: UniMMModel, processor: UniMMProcessor, folder: Path,
 
 def caption_scenes(model: UniMMModel, processor: UniMMProcessor, scenes: Sequence[Scene]) -> list[str]:
     """Caption scenes in one batch."""
-    pictures = [[Image.fromarray(scene.render())] for scene in scenes]
-    inputs = processor([CAPTION_REQUESTS[0]] * len(pictures), pictures)
+    images = [[Image.fromarray(scene.render())] for scene in scenes]
+    inputs = processor([CAPTION_REQUESTS[0]] * len(images), images)
     return generate_text(model, processor, inputs, max_new_tokens=32)

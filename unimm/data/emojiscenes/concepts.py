@@ -86,24 +86,22 @@ def with_article(noun: str) -> str:
 
 @functools.cache
 def load_artwork(family: str) -> dict[str, Image.Image]:
-    """Return the packed RGBA pictures of a family, by slug of the concept."""
+    """Return the packed RGBA images of a family, by slug of the concept."""
     file = resources.files("unimm") / "assets" / "emojiscenes" / f"{family}.tar"
-    pictures = {}
+    images = {}
     with tarfile.open(fileobj=io.BytesIO(file.read_bytes())) as tar:
         for member in tar:
             handle = tar.extractfile(member)
             assert handle is not None
-            pictures[member.name.removesuffix(".webp")] = Image.open(io.BytesIO(handle.read())).convert(
-                "RGBA"
-            )
-    return pictures
+            images[member.name.removesuffix(".webp")] = Image.open(io.BytesIO(handle.read())).convert("RGBA")
+    return images
 
 
 @functools.lru_cache(maxsize=8192)
 def sprite(family: str, concept: str, size: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return one object at `size` pixels: colour times alpha [S, S, 3] in 0..255, and alpha [S, S, 1] in 0..1."""
-    picture = load_artwork(family)[slug(concept)]
-    rgba = np.asarray(picture, dtype=np.float32)
+    image = load_artwork(family)[slug(concept)]
+    rgba = np.asarray(image, dtype=np.float32)
     alpha = rgba[..., 3:] / 255
     # Premultiplied before resizing: the colour of transparent pixels must not bleed into the edge.
     planes = np.concatenate([rgba[..., :3] * alpha, alpha], axis=2)

@@ -1,4 +1,4 @@
-"""Pack the EmojiScenes artwork: SVG icon packages in, one small tar of WebP pictures for each family out.
+"""Pack the EmojiScenes artwork: SVG icon packages in, one small tar of WebP images for each family out.
 
 The six families come as npm packages (`npm i --ignore-scripts @iconify-json/<family> emojibase-data`), each
 with an `icons.json` of SVG bodies, an `info.json` with author and licence, and sometimes a `chars.json` that
@@ -24,7 +24,7 @@ from unimm.files import atomic_write
 from unimm.outputs import check_output
 
 PACKED_FAMILIES = ("noto", "noto-v1", "twemoji", "fluent-emoji-flat", "emojione", "fxemoji")
-SPRITE = 64  # pixels a side of a packed picture
+SPRITE = 64  # pixels a side of a packed image
 MAX_WORDS = 3
 MIN_FAMILIES = 6
 TITLE = "EmojiScenes artwork: rendered, unchanged in shape and colour, from these icon sets."
@@ -102,7 +102,7 @@ class ArtworkFamily:
         return parent[0], {**parent[1], **alias}
 
     def render(self, body: str, properties: dict[str, Any]) -> Image.Image:
-        """Rasterise an SVG body to a square RGBA picture of `SPRITE` pixels."""
+        """Rasterise an SVG body to a square RGBA image of `SPRITE` pixels."""
         import resvg_py
 
         width = properties.get("width", self.icons.get("width", 16))
@@ -113,14 +113,14 @@ class ArtworkFamily:
             f'viewBox="{left} {top} {width} {height}">{body}</svg>'
         )
         png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SPRITE, height=SPRITE))
-        picture = Image.open(io.BytesIO(png)).convert("RGBA")
+        image = Image.open(io.BytesIO(png)).convert("RGBA")
         if properties.get("hFlip"):
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if properties.get("vFlip"):
-            picture = picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
-        if picture.getchannel("A").getbbox() is None:
+            image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+        if image.getchannel("A").getbbox() is None:
             raise UserError(f"{self.name}: an icon renders to nothing")
-        return picture
+        return image
 
 
 def notice(families: list[ArtworkFamily]) -> str:
@@ -166,7 +166,7 @@ def pack(modules: Path, folder: Path) -> dict[str, int]:
         folder: where the shards go.
 
     Returns:
-        How many pictures each family got.
+        How many images each family got.
 
     Raises:
         UserError: a package is missing, or the folder has such files of something else.

@@ -1,4 +1,4 @@
-"""A contact sheet of EmojiScenes: pictures with a caption and their questions, to be looked at before training."""
+"""A contact sheet of EmojiScenes: images with a caption and their questions, to be looked at before training."""
 
 from __future__ import annotations
 

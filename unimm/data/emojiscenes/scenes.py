@@ -1,4 +1,4 @@
-"""EmojiScenes: pictures of known objects on plain backgrounds, with captions and questions, from a seed.
+"""EmojiScenes: images of known objects on plain backgrounds, with captions and questions, from a seed.
 
 A scene is one object, two objects beside or above each other, or one to four of the same, drawn from one
 artwork family. Sample `i` of a split depends on nothing but the seed and `i`, so any sample can be drawn again.
@@ -99,7 +99,7 @@ def _held_out(one_in: int, *words: object) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """One picture before it is drawn. `objects[0]` stands in `relation` to `objects[1]`; `key` seeds its words."""
+    """One image before it is drawn. `objects[0]` stands in `relation` to `objects[1]`; `key` seeds its words."""
 
     kind: SceneKind
     family: str
@@ -116,7 +116,7 @@ class Scene:
 
     @property
     def mirrorable(self) -> bool:
-        """Whether every caption stays true of the mirrored picture."""
+        """Whether every caption stays true of the mirrored image."""
         return self.relation not in ("left of", "right of")
 
     def render(self) -> NDArray[np.uint8]:
@@ -299,11 +299,11 @@ class EmojiScenes(Sequence[Scene]):
     Args:
         split: train, seen, composed or vendor.
         seed: another seed is another sample of the same split.
-        size: pixels a side of the pictures.
+        size: pixels a side of the images.
         length: how many scenes there are; indices wrap nowhere, so past it is an IndexError.
         kinds: the kinds of scene to draw, in their usual ratio, or kind -> share.
         lattice: pixels that places are multiples of where possible. On a tokenizer's stride an object meets its
-            grid in one phase, so the same art gives the same codes and drawing is learnt from fewer pictures.
+            grid in one phase, so the same art gives the same codes and drawing is learnt from fewer images.
 
     Raises:
         ValueError: for an unknown split or kind, or a lattice that is no multiple of `LATTICE`.

@@ -1,6 +1,6 @@
 """Data as people have it, by random access: `open_source(path)` finds out the form and gives typed records.
 
-Forms: a folder of pictures with a list (JSONL, CSV) or a file beside each; LLaVA's, ShareGPT's and other JSON; COCO's
+Forms: a folder of images with a list (JSONL, CSV) or a file beside each; LLaVA's, ShareGPT's and other JSON; COCO's
 captions; webdataset tars; Parquet; `datasets` folders. `unimm.data.sources.rows` says which rows there are, and
 `unimm.processing.messages` how each becomes a `Record`.
 """
@@ -16,7 +16,7 @@ from glob import glob
 from pathlib import Path
 
 from unimm.data.sources.entries import RowSource
-from unimm.data.sources.folder import PictureFolder
+from unimm.data.sources.folder import ImageFolder
 from unimm.data.sources.lines import LIST_SUFFIXES, CsvRows, JsonRows
 from unimm.data.sources.reach import WAY_OUT, Reach, walk
 from unimm.data.sources.rows import Reading
@@ -25,7 +25,7 @@ from unimm.data.sources.tables import DatasetFolder, ParquetRows
 from unimm.data.sources.tars import TarShards
 from unimm.errors import UserError, UserNote
 from unimm.images import SUFFIXES
-from unimm.processing.messages import RECORD_KINDS, BadRecord, Blob, Message, Picture, Record, Source
+from unimm.processing.messages import RECORD_KINDS, BadRecord, Blob, ImagePart, Message, Record, Source
 
 __all__ = [
     "RECORD_KINDS",
@@ -33,7 +33,7 @@ __all__ = [
     "Blob",
     "Location",
     "Message",
-    "Picture",
+    "ImagePart",
     "Reading",
     "Record",
     "RowSource",
@@ -50,7 +50,7 @@ LISTS = tuple(
 )
 MAX_FILES = 1_000_000  # that a range may stand for
 _RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
-_WAYS_OUT = "expected pictures, *.jsonl, *.json, *.csv, *.tar, *.parquet or a datasets folder"
+_WAYS_OUT = "expected images, *.jsonl, *.json, *.csv, *.tar, *.parquet or a datasets folder"
 
 
 def open_source(path: Location, reading: Reading | None = None, strict: bool = True) -> Source:
@@ -159,11 +159,11 @@ def _open_folder(folder: Path, reading: Reading, location: str, strict: bool) ->
         chosen = split_folder(folder, reading.split, location)
         if chosen is not None and inside.allows(chosen, strict):
             return _open_folder(chosen, replace(reading, split=None), location, strict)
-    pictures = PictureFolder(folder, reading, location)
-    if not len(pictures):
-        refused = f"; {pictures.broken[0]}" if pictures.broken else ""
+    images = ImageFolder(folder, reading, location)
+    if not len(images):
+        refused = f"; {images.broken[0]}" if images.broken else ""
         raise UserError(f"{location}: holds no data; {_WAYS_OUT}{refused}")
-    return inside.report_left_out(pictures, strict)
+    return inside.report_left_out(images, strict)
 
 
 class _Inside:
@@ -203,7 +203,7 @@ class _Inside:
         return True
 
     def list_file(self, names: set[str]) -> Path | None:
-        """The folder's list of records; None where it has none, or a JSON file beside each picture.
+        """The folder's list of records; None where it has none, or a JSON file beside each image.
 
         Raises:
             UserError: there are several, or it is a link that leads out.
@@ -215,8 +215,8 @@ class _Inside:
                 for path in sorted(map(Path, names))
                 if path.suffix in LIST_SUFFIXES and path.name[0] != "."
             ]
-            pictures = {Path(name).stem for name in names if Path(name).suffix.lower() in SUFFIXES}
-            if lists and all(path.suffix == ".json" and path.stem in pictures for path in lists):
+            images = {Path(name).stem for name in names if Path(name).suffix.lower() in SUFFIXES}
+            if lists and all(path.suffix == ".json" and path.stem in images for path in lists):
                 return None
             found = [self.folder / path for path in lists]
             if len(found) > 1:

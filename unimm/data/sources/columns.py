@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from unimm.data.sources.pictures import looks_like_picture, may_name_picture
+from unimm.data.sources.images import looks_like_image, may_name_image
 from unimm.data.sources.text import clip
 from unimm.errors import UserError
 from unimm.sections import near
@@ -88,12 +88,12 @@ def renamed(row: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]
 
 
 def _is_meant(name: str, columns: Mapping[str, Any]) -> bool:
-    """Whether a column of another's name is there; a file's name counts only where it may be a picture's."""
-    return name in columns and (name not in FILE_NAMES or may_name_picture(columns[name]))
+    """Whether a column of another's name is there; a file's name counts only where it may be an image's."""
+    return name in columns and (name not in FILE_NAMES or may_name_image(columns[name]))
 
 
-def check_no_picture(row: Mapping[str, Any], fields: Mapping[str, str]) -> None:
-    """Refuse a row that was read as words alone though a column looks like a picture.
+def check_no_image(row: Mapping[str, Any], fields: Mapping[str, str]) -> None:
+    """Refuse a row that was read as words alone though a column looks like an image.
 
     Raises:
         UserError: it does; the line names the column.
@@ -101,9 +101,9 @@ def check_no_picture(row: Mapping[str, Any], fields: Mapping[str, str]) -> None:
     if fields.get("image") == "":
         return
     for name, value in row.items():
-        if looks_like_picture(value):
+        if looks_like_image(value):
             raise UserError(
-                f"{clip(name)}: looks like a picture, but no column of pictures is called so; "
+                f"{clip(name)}: looks like an image, but no column of images is called so; "
                 f"say fields: {{image: {clip(name)}}}, or {{image: ''}} to read the words alone"
             )
 

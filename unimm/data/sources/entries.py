@@ -11,7 +11,7 @@ from unimm.processing.messages import BadRecord, Record, Source
 
 
 class RowEntry(NamedTuple):
-    """A row: its key, the file that holds it, its columns, and what finds the pictures that they name."""
+    """A row: its key, the file that holds it, its columns, and what finds the images that they name."""
 
     key: str
     file: str

@@ -1,4 +1,4 @@
-"""A folder of pictures, each with its words beside it: `a.jpg` and `a.txt`, or `a.json` with any row."""
+"""A folder of images, each with its words beside it: `a.jpg` and `a.txt`, or `a.json` with any row."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from unimm.data.sources.pictures import find_file
+from unimm.data.sources.images import find_file
 from unimm.data.sources.reach import WAY_OUT, Reach, walk
 from unimm.data.sources.rows import Reading, make_record, row_key
 from unimm.data.sources.text import decode_text, parse_strict_json
@@ -15,18 +15,18 @@ from unimm.errors import UserError
 from unimm.images import SUFFIXES
 from unimm.processing.messages import BadRecord, Blob, Record, Source, digest, file_state
 
-TEXT_SUFFIXES = (".txt", ".caption", ".json")  # beside a picture, the first that is there
+TEXT_SUFFIXES = (".txt", ".caption", ".json")  # beside an image, the first that is there
 
 
-class PictureFinder:
-    """The picture files of a folder and of those below it, in the order of their names.
+class ImageFinder:
+    """The image files of a folder and of those below it, in the order of their names.
 
     Args:
         folder: is walked; linked folders too, where they stay inside.
         allow_outside: whether links may lead out of it.
 
     Attributes:
-        paths: the pictures.
+        paths: the images.
         others: what else lies there, in no order.
         refused: linked folders that lead out, and were not gone into.
     """
@@ -45,7 +45,7 @@ class PictureFinder:
             yield BadRecord("", str(path), reason)
 
     def blob(self, path: Path) -> Blob:
-        """The bytes of a picture.
+        """The bytes of an image.
 
         Raises:
             UserError: it is a link that leads out of the folder.
@@ -54,43 +54,43 @@ class PictureFinder:
         return Blob(str(path), path=str(path))
 
 
-class PictureFolder(Source):
-    """Pictures below a folder, with their words beside each; the key is the name within the folder."""
+class ImageFolder(Source):
+    """Images below a folder, with their words beside each; the key is the name within the folder."""
 
     form = "folder"
 
     def __init__(self, folder: Path, reading: Reading, location: str | None = None) -> None:
         super().__init__(location or str(folder))
         self.folder, self.reading = folder, reading
-        self.found = PictureFinder(folder, reading.allow_outside)
-        self.pictures = self.found.paths
+        self.found = ImageFinder(folder, reading.allow_outside)
+        self.images = self.found.paths
         self.broken.extend(self.found.problems())
-        if self.pictures and not any(_words(path) for path in self.pictures):
+        if self.images and not any(_words(path) for path in self.images):
             raise UserError(
-                f"{folder}: {len(self.pictures)} pictures, but no words; expected metadata.jsonl (or .csv) with "
+                f"{folder}: {len(self.images)} images, but no words; expected metadata.jsonl (or .csv) with "
                 'file_name and text, or a .txt of the same name beside each, as "a.jpg" and "a.txt"'
             )
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> Record:
-        path = self.pictures[self.check_index(index)]
+        path = self.images[self.check_index(index)]
         key, words = str(path.relative_to(self.folder)), _words(path)
         if words is None:
             missing = path.with_suffix(".txt").name
-            raise BadRecord(key, str(self.folder), f"{missing}: missing beside the picture")
+            raise BadRecord(key, str(self.folder), f"{missing}: missing beside the image")
         try:
             return self._record(key, path, words)
         except UserError as error:
             raise BadRecord(key, str(words), str(error).removeprefix(f"{words}: ")) from None
 
     def _record(self, key: str, path: Path, words: Path) -> Record:
-        """The record of a picture; what is in a JSON file counts before the picture beside it."""
-        reading, picture = self.reading, self.found.blob(path)
+        """The record of an image; what is in a JSON file counts before the image beside it."""
+        reading, image = self.reading, self.found.blob(path)
         data = self.found.blob(words).read()
         if words.suffix != ".json":
-            row: Any = {"image": picture, "text": decode_text(data)}
+            row: Any = {"image": image, "text": decode_text(data)}
             return make_record(key, row, lambda value: value, Reading(reading.pairs))
         row = parse_strict_json(data)
         if not isinstance(row, dict):
@@ -98,21 +98,21 @@ class PictureFolder(Source):
         fields = {name: field for name, field in reading.fields.items() if name != "image"}
         return make_record(
             row_key(row, key),
-            row | {"image": picture},
+            row | {"image": image},
             lambda value: find_file(path.parent, value, reading.allow_outside),
             Reading(reading.pairs, fields),
         )
 
     def files(self) -> Sequence[Path]:
-        """All pictures."""
-        return self.pictures
+        """All images."""
+        return self.images
 
     def signature(self) -> str:
-        """A digest of names, sizes and times of pictures and words."""
-        return digest(file_state(file) for path in self.pictures for file in (path, _words(path)) if file)
+        """A digest of names, sizes and times of images and words."""
+        return digest(file_state(file) for path in self.images for file in (path, _words(path)) if file)
 
 
 def _words(path: Path) -> Path | None:
-    """The file with a picture's words, where there is one."""
+    """The file with an image's words, where there is one."""
     beside = (path.with_suffix(suffix) for suffix in TEXT_SUFFIXES)
     return next((file for file in beside if file.exists()), None)

@@ -1,4 +1,4 @@
-"""Rows in a JSON, JSONL, CSV or TSV file, with pictures in it or beside it: LLaVA, ShareGPT, COCO, lists of folders."""
+"""Rows in a JSON, JSONL, CSV or TSV file, with images in it or beside it: LLaVA, ShareGPT, COCO, lists of folders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from unimm.data.sources.columns import KNOWN
 from unimm.data.sources.entries import RowEntry, RowSource
-from unimm.data.sources.pictures import find_file
+from unimm.data.sources.images import find_file
 from unimm.data.sources.rows import Reading, row_key
 from unimm.data.sources.text import clip, decode_text, parse_strict_json
 from unimm.errors import UserError
@@ -21,12 +21,12 @@ from unimm.files import open_regular
 from unimm.processing.messages import BadRecord, Blob
 
 LIST_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
-MAX_CELL = 1 << 28  # bytes of one cell of a CSV file, which may hold a picture as base64
+MAX_CELL = 1 << 28  # bytes of one cell of a CSV file, which may hold an image as base64
 _WIDE = (b"\xff\xfe", b"\xfe\xff")  # marks of UTF-16, whose lines do not end as bytes say
 
 
 class ListedRows(RowSource):
-    """The rows of one file; names of pictures are relative to the file's folder, or to what the reading says.
+    """The rows of one file; names of images are relative to the file's folder, or to what the reading says.
 
     Args:
         path: the file.
@@ -217,9 +217,7 @@ class CsvRows(ListedRows):
             raise UserError(f"two columns are called {clip(twice)}")
         if not any(name in KNOWN or name in self.reading.fields.values() for name in names):
             shown = ", ".join(map(clip, names[:8]))
-            raise UserError(
-                f"of no known form; expected pictures and texts, but its first line says: {shown}"
-            )
+            raise UserError(f"of no known form; expected images and texts, but its first line says: {shown}")
         return names
 
     def __len__(self) -> int:

@@ -12,7 +12,7 @@ A row is one of these; the first that fits is taken, and `fields` renames column
 - `text`.
 
 `<image>` in a text stands for the next of the row's `image` or `images`; where no text has it, they come first.
-Pictures of the assistant are to be drawn, all others are looked at.
+Images of the assistant are to be drawn, all others are looked at.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from unimm.data.sources.columns import ANSWERED, ASKED, check_no_picture, renamed, row_key, unknown_form
+from unimm.data.sources.columns import ANSWERED, ASKED, check_no_image, renamed, row_key, unknown_form
 from unimm.data.sources.text import clean
 from unimm.data.sources.turns import Find, Turn, read_turns, tidy, without_marks, write_messages
 from unimm.errors import UserError
-from unimm.processing.messages import Message, Part, Picture, Record
+from unimm.processing.messages import ImagePart, Message, Part, Record
 
 __all__ = ["Find", "PairDirection", "Reading", "make_record", "row_key"]
 
@@ -40,9 +40,9 @@ class Reading:
     """How a source is to be read.
 
     Attributes:
-        pairs: what a picture with a text is for.
+        pairs: what an image with a text is for.
         fields: our name of a column -> the source's; an empty one: there is none.
-        images: folder that names of pictures are relative to; None: where the source lies.
+        images: folder that names of images are relative to; None: where the source lies.
         split: which split of a Hugging Face folder that has several.
         allow_outside: whether data may name files outside its folder.
     """
@@ -60,7 +60,7 @@ def make_record(key: str, row: Any, find: Find, reading: Reading) -> Record:
     Args:
         key: the record's key.
         row: the row's columns.
-        find: turns what a column says of a picture (a name, bytes) into a `Blob`.
+        find: turns what a column says of an image (a name, bytes) into a `Blob`.
         reading: how to read it.
 
     Raises:
@@ -76,8 +76,8 @@ def make_record(key: str, row: Any, find: Find, reading: Reading) -> Record:
     if not any(message.role == "assistant" for message in first):
         raise UserError("nobody answers, so nothing can be learnt from it")
     record = Record(key, tuple(first), tuple(map(tuple, others)))
-    if not record.pictures():
-        check_no_picture(row, reading.fields)
+    if not record.images():
+        check_no_image(row, reading.fields)
     return record
 
 
@@ -136,26 +136,26 @@ def _document(row: Mapping[str, Any], find: Find) -> Iterator[Part]:
     """The parts of a document of two lists of one length."""
     texts, images = row["texts"], row.get("images")
     if not isinstance(texts, list) or not isinstance(images, list) or len(texts) != len(images):
-        raise UserError("texts: expected a list as long as images, with null where a picture stands")
+        raise UserError("texts: expected a list as long as images, with null where an image stands")
     for position, (text, image) in enumerate(zip(texts, images, strict=True)):
         where = f"texts[{position}]"
         if not isinstance(text, str | None):
             raise UserError(f"{where}: expected a text, got {type(text).__name__}")
         said = text is not None and text.strip()
         if said and image is not None:
-            raise UserError(f"{where}: a text where images has a picture; one of the two must be null")
+            raise UserError(f"{where}: a text where images has an image; one of the two must be null")
         if not said and image is None:
-            raise UserError(f"{where}: neither a text nor a picture")
-        yield Picture(find(image), draw=True) if image is not None else str(text)
+            raise UserError(f"{where}: neither a text nor an image")
+        yield ImagePart(find(image), draw=True) if image is not None else str(text)
 
 
 def _edit(row: Mapping[str, Any], find: Find) -> list[Message]:
-    """A picture, or several or none, what to do with them, and the picture that comes of it."""
+    """An image, or several or none, what to do with them, and the image that comes of it."""
     name = next((name for name in ("instruction", "text") if name in row), "instruction")
     turn = Turn("user", _text(row, name), name)
     shown = row.get("input_image")
     listed = [] if shown is None else list(shown) if isinstance(shown, list | tuple) else [shown]
-    drawn = Picture(find(row["output_image"]), draw=True)
+    drawn = ImagePart(find(row["output_image"]), draw=True)
     return [*write_messages([turn], listed, find), Message("assistant", (drawn,))]
 
 
@@ -210,27 +210,27 @@ def _most_frequent(row: Mapping[str, Any], name: str) -> str:
 
 
 def _pair(row: Mapping[str, Any], value: Any, name: str, find: Find, reading: Reading) -> Versions:
-    """A text, or several that say the same, alone or with the pictures that they describe."""
-    pictures = [Picture(find(one)) for one in _listed(row)]
+    """A text, or several that say the same, alone or with the images that they describe."""
+    images = [ImagePart(find(one)) for one in _listed(row)]
     texts = list(value) if isinstance(value, list | tuple) else [value]
     if not texts:
         raise UserError(f"{name}: empty")
     versions: Versions = []
     for text in texts:
-        words = without_marks(_text({name: text}, name), name, len(pictures))
+        words = without_marks(_text({name: text}, name), name, len(images))
         said: Part = _text({name: words}, name)
-        if not pictures:
+        if not images:
             versions.append([Message("assistant", (said,))])
         elif reading.pairs == "image_to_text":
-            versions.append([Message("user", tuple(pictures)), Message("assistant", (said,))])
+            versions.append([Message("user", tuple(images)), Message("assistant", (said,))])
         else:
-            drawn = tuple(Picture(picture.blob, draw=True) for picture in pictures)
+            drawn = tuple(ImagePart(image.blob, draw=True) for image in images)
             versions.append([Message("user", (said,)), Message("assistant", drawn)])
     return versions
 
 
 def _listed(row: Mapping[str, Any]) -> Sequence[Any]:
-    """What the row says of its pictures: `images`, or `image`, which may be a list too."""
+    """What the row says of its images: `images`, or `image`, which may be a list too."""
     for name in ("images", "image"):
         value = row.get(name)
         if isinstance(value, list | tuple):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from unimm.data.sources.entries import RowEntry, RowSource
-from unimm.data.sources.pictures import find_file
+from unimm.data.sources.images import find_file
 from unimm.data.sources.reach import Reach
 from unimm.data.sources.rows import Reading, row_key
 from unimm.errors import UserError
@@ -36,7 +36,7 @@ def need(name: str, what: str) -> Any:
 
 
 class ParquetRows(RowSource):
-    """The rows of Parquet files; pictures are columns of bytes, or of `{"bytes", "path"}` as Hugging Face writes.
+    """The rows of Parquet files; images are columns of bytes, or of `{"bytes", "path"}` as Hugging Face writes.
 
     A row is had by reading its whole row group, of which the last few are kept: write small ones (100 rows), or
     make tars of them, where rows are read in random order.
@@ -160,7 +160,7 @@ def _check_group(size: int) -> None:
 
 
 class DatasetFolder(RowSource):
-    """What `datasets` wrote with `save_to_disk`; pictures stay encoded.
+    """What `datasets` wrote with `save_to_disk`; images stay encoded.
 
     Raises:
         UserError: it is broken, names files outside, or holds several splits and none was named.
@@ -254,7 +254,7 @@ def _named_files(folder: Path) -> Iterator[str]:
 
 
 def _entry(row: Any, name: str, file: Path, folder: Path, reading: Reading) -> RowEntry:
-    """A table's row; pictures named by path are looked for in the reading's folder, or beside."""
+    """A table's row; images named by path are looked for in the reading's folder, or beside."""
     root = Path(reading.images) if reading.images is not None else folder
     find = functools.partial(find_file, root, allow_outside=reading.allow_outside)
     return RowEntry(row_key(row, name), str(file), row, find)

@@ -199,7 +199,7 @@ def _samples(key: str, group: list[Member]) -> Iterator[tuple[str, list[tuple[st
         return
     found: dict[str, list[tuple[str, Member]]] = {}
     stems = {_stem(member.name) for extension, member in plain if has_words(extension)}
-    stems = stems or {_stem(member.name) for member in group}  # without words each picture is one
+    stems = stems or {_stem(member.name) for member in group}  # without words each image is one
     for member in group:
         whole = [stem for stem in stems if member.name.startswith(f"{stem}.")]
         stem = max(whole, key=len, default=None)
@@ -207,7 +207,7 @@ def _samples(key: str, group: list[Member]) -> Iterator[tuple[str, list[tuple[st
             yield key, plain
             return
         found.setdefault(stem, []).append((member.name[len(stem) + 1 :].lower(), member))
-    shown = [any(is_picture_member(extension) for extension, _ in sample) for sample in found.values()]
+    shown = [any(is_image_member(extension) for extension, _ in sample) for sample in found.values()]
     if any(shown) and not all(shown):
         yield key, plain
     else:
@@ -225,6 +225,6 @@ def has_words(extension: str) -> bool:
     return extension.rpartition(".")[2] in (*TEXT_EXTENSIONS, "json")
 
 
-def is_picture_member(extension: str) -> bool:
-    """Whether a member of this extension is a picture, or the image codes or the features of one."""
+def is_image_member(extension: str) -> bool:
+    """Whether a member of this extension is an image, or the image codes or the features of one."""
     return _ENDING.search(f".{extension}") is not None

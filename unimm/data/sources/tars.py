@@ -1,6 +1,6 @@
 """webdataset tars, read by random access: the place of every member is kept in an index beside each tar.
 
-A sample is the members of one name (`unimm.data.sources.tar_scan`): pictures are known by their extension (`jpg`,
+A sample is the members of one name (`unimm.data.sources.tar_scan`): images are known by their extension (`jpg`,
 `0.png`), words are `txt`, everything else comes from `json`, in any form that `unimm.data.sources.rows` takes. The
 index is a safetensors file, which is checked, never trusted: it is made anew when the tar's size or time differs or
 when it cannot be right; where the folder may not be written it is made in memory. Of many tars, one more file
@@ -25,10 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from unimm.data.sources.entries import RowEntry, RowSource
-from unimm.data.sources.pictures import find_file, inline_bytes
+from unimm.data.sources.images import find_file, inline_bytes
 from unimm.data.sources.reach import Reach
 from unimm.data.sources.rows import Reading, row_key
-from unimm.data.sources.tar_scan import BLOCK, NO_FILE, TEXT_EXTENSIONS, TarIndex, is_picture_member, scan_tar
+from unimm.data.sources.tar_scan import BLOCK, NO_FILE, TEXT_EXTENSIONS, TarIndex, is_image_member, scan_tar
 from unimm.data.sources.text import clip, decode_text, parse_strict_json
 from unimm.errors import UserError
 from unimm.files import atomic_write, read_json, sweep
@@ -280,7 +280,7 @@ def _shared_folder(paths: Sequence[Path]) -> Path:
 
 
 def read_marks(path: Path) -> tuple[str | None, str | None]:
-    """Which image tokenizer and which encoder pre-encoded tars are of; None for tars of pictures."""
+    """Which image tokenizer and which encoder pre-encoded tars are of; None for tars of images."""
     if not path.is_file():
         return None, None
     try:
@@ -292,7 +292,7 @@ def read_marks(path: Path) -> tuple[str | None, str | None]:
 
 
 def sample_row(members: dict[str, Blob]) -> dict[str, Any]:
-    """The members of one sample as a row: what its JSON says, its words as `text`, its pictures as `image(s)`."""
+    """The members of one sample as a row: what its JSON says, its words as `text`, its images as `image(s)`."""
     row: dict[str, Any] = {}
     if (name := _only(members, ("json",))) is not None:
         try:
@@ -305,26 +305,24 @@ def sample_row(members: dict[str, Blob]) -> dict[str, Any]:
             row["text"] = decode_text(members[name].read())
         except UserError as error:
             raise UserError(f"{name}: {str(error).removeprefix(f'{members[name].name}: ')}") from None
-    pictures = [
-        members[extension] for extension in sorted(members, key=_natural) if is_picture_member(extension)
-    ]
-    if pictures:
-        _place_pictures(row, pictures, members)
+    images = [members[extension] for extension in sorted(members, key=_natural) if is_image_member(extension)]
+    if images:
+        _place_images(row, images, members)
     return row
 
 
-def _place_pictures(row: dict[str, Any], pictures: Sequence[Blob], members: Mapping[str, Blob]) -> None:
-    """Put a sample's pictures where its row names pictures; names that are no members are of some other place."""
+def _place_images(row: dict[str, Any], images: Sequence[Blob], members: Mapping[str, Blob]) -> None:
+    """Put a sample's images where its row names images; names that are no members are of some other place."""
     name = next((name for name in ("images", "image") if name in row), None)
     named = [] if name is None else row[name] if isinstance(row[name], list) else [row[name]]
     if named and all(value is None or (isinstance(value, str) and value in members) for value in named):
         return
-    if name == "images" and sum(value is not None for value in named) == len(pictures):
-        left = iter(pictures)  # a document has null where a text stands
+    if name == "images" and sum(value is not None for value in named) == len(images):
+        left = iter(images)  # a document has null where a text stands
         row["images"] = [None if value is None else next(left) for value in named]
         return
     row.pop("images", None)
-    row["image" if len(pictures) == 1 else "images"] = pictures[0] if len(pictures) == 1 else list(pictures)
+    row["image" if len(images) == 1 else "images"] = images[0] if len(images) == 1 else list(images)
 
 
 def _only(members: Mapping[str, Blob], kinds: Sequence[str]) -> str | None:
@@ -347,7 +345,7 @@ def _natural(extension: str) -> list[tuple[int, str, str]]:
 
 
 def find_member(members: dict[str, Blob], value: Any) -> Blob:
-    """The blob of what a sample's JSON says of a picture: the name of a member, or what `find_file` takes.
+    """The blob of what a sample's JSON says of an image: the name of a member, or what `find_file` takes.
 
     Raises:
         UserError: there is no such member.
@@ -358,6 +356,6 @@ def find_member(members: dict[str, Blob], value: Any) -> Blob:
         if value.lower() in members:
             return members[value.lower()]
         if (data := inline_bytes(value)) is not None:
-            return Blob("a picture of this row", data)
+            return Blob("an image of this row", data)
         raise UserError(f"image: {clip(value)}: no such member of the sample (it has {', '.join(members)})")
     return find_file(Path(), value)

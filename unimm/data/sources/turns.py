@@ -1,4 +1,4 @@
-"""Turns of a conversation, however they are written, as messages with each picture in its place."""
+"""Turns of a conversation, however they are written, as messages with each image in its place."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from unimm.data.sources.text import clean, clip
 from unimm.errors import UserError
-from unimm.processing.messages import Blob, Message, Part, Picture, Role
+from unimm.processing.messages import Blob, ImagePart, Message, Part, Role
 
 Find = Callable[[Any], Blob]
 MARK = "<image>"
@@ -82,29 +82,29 @@ def _rows(value: Any) -> list[Any]:
 
 
 def write_messages(turns: Sequence[Turn], listed: Sequence[Any], find: Find) -> list[Message]:
-    """Turns as messages, the row's pictures at their marks, or before the first words of the user if there are none.
+    """Turns as messages, the row's images at their marks, or before the first words of the user if there are none.
 
     Args:
         turns: in their order; neighbours of one role become one message.
-        listed: what the row says of its pictures.
+        listed: what the row says of its images.
         find: makes a `Blob` of that.
 
     Raises:
-        UserError: a turn is empty or holds something else, or marks and pictures do not match.
+        UserError: a turn is empty or holds something else, or marks and images do not match.
     """
-    pictures = iter(listed)
+    images = iter(listed)
     messages: list[tuple[Role, list[Part]]] = []
     placed = False
     for turn in turns:
-        parts = list(_parts(turn, pictures, find))
-        if not any(isinstance(part, Picture) or part.strip() for part in parts):
+        parts = list(_parts(turn, images, find))
+        if not any(isinstance(part, ImagePart) or part.strip() for part in parts):
             raise UserError(f"{turn.where}: empty")
-        placed = placed or any(isinstance(part, Picture) for part in parts)
+        placed = placed or any(isinstance(part, ImagePart) for part in parts)
         if messages and messages[-1][0] == turn.role:
             messages[-1][1].extend(parts)
         else:
             messages.append((turn.role, parts))
-    left = list(pictures)
+    left = list(images)
     if left and not (placed and len(left) == len(listed)):  # else the parts name their own
         _place_unmarked(messages, listed, left, find)
     return [Message(role, tuple(tidy(parts, role))) for role, parts in messages]
@@ -113,13 +113,13 @@ def write_messages(turns: Sequence[Turn], listed: Sequence[Any], find: Find) -> 
 def _place_unmarked(
     messages: Sequence[tuple[Role, list[Part]]], listed: Sequence[Any], left: Sequence[Any], find: Find
 ) -> None:
-    """Put pictures that no mark stands for before the first of the user's words."""
+    """Put images that no mark stands for before the first of the user's words."""
     if len(left) < len(listed):
         raise UserError(f"{len(listed)} images, but {len(listed) - len(left)} {MARK} marks")
     first = next((parts for role, parts in messages if role == "user"), None)
     if first is None:
         raise UserError("images: there is no turn of the user for them to stand in")
-    first[:0] = [Picture(find(value)) for value in left]
+    first[:0] = [ImagePart(find(value)) for value in left]
 
 
 def tidy(parts: Iterable[Part], where: str) -> Iterator[Part]:
@@ -138,13 +138,13 @@ def tidy(parts: Iterable[Part], where: str) -> Iterator[Part]:
         yield words
 
 
-def _parts(turn: Turn, pictures: Iterator[Any], find: Find) -> Iterator[Part]:
+def _parts(turn: Turn, images: Iterator[Any], find: Find) -> Iterator[Part]:
     """The parts of one turn, from a text with marks or a list of typed parts."""
     where, draw = turn.where, turn.role == "assistant"
     if isinstance(turn.content, str):
         for number, piece in enumerate(turn.content.split(MARK)):
             if number:
-                yield Picture(find(_next(pictures, where)), draw)
+                yield ImagePart(find(_next(images, where)), draw)
             yield piece
         return
     if not isinstance(turn.content, list):
@@ -160,7 +160,7 @@ def _parts(turn: Turn, pictures: Iterator[Any], find: Find) -> Iterator[Part]:
                 raise UserError(f"{here}.text: expected a text, got {type(part.get('text')).__name__}")
             yield part["text"]
         elif kind in IMAGE_TYPES:
-            yield _picture(part, here, draw, pictures, find)
+            yield _image(part, here, draw, images, find)
         else:
             raise UserError(f"{here}.type: expected text or image, got {clip(repr(kind))}")
 
@@ -172,35 +172,35 @@ def _kind(part: Mapping[str, Any]) -> Any:
     return next((kind for kind in ("text", "image") if part.get(kind) is not None), None)
 
 
-def _picture(part: Mapping[str, Any], here: str, draw: bool, pictures: Iterator[Any], find: Find) -> Picture:
-    """The picture that a typed part names, or the row's next."""
+def _image(part: Mapping[str, Any], here: str, draw: bool, images: Iterator[Any], find: Find) -> ImagePart:
+    """The image that a typed part names, or the row's next."""
     flag = part.get("draw")
     if not isinstance(flag, bool | None):
         raise UserError(f"{here}.draw: expected true or false, got {clip(flag)}")
     names = ("image", "path", "url", "image_url", "base64", "source")
     value = next((part[name] for name in names if part.get(name)), None)
-    blob = find(_next(pictures, here) if value is None else value)
-    return Picture(blob, draw if flag is None else flag)
+    blob = find(_next(images, here) if value is None else value)
+    return ImagePart(blob, draw if flag is None else flag)
 
 
-def _next(pictures: Iterator[Any], where: str) -> Any:
-    value = next(pictures, None)
+def _next(images: Iterator[Any], where: str) -> Any:
+    value = next(images, None)
     if value is None:
         raise UserError(f"{where}: more {MARK} marks than images")
     return value
 
 
-def without_marks(text: str, where: str, pictures: int) -> str:
-    """A caption without the marks at its ends, which stand for the pictures beside it.
+def without_marks(text: str, where: str, images: int) -> str:
+    """A caption without the marks at its ends, which stand for the images beside it.
 
     Raises:
-        UserError: there are marks within it, or more or fewer than pictures.
+        UserError: there are marks within it, or more or fewer than images.
     """
     marks = text.count(MARK)
-    if not marks or not pictures:
+    if not marks or not images:
         return text
-    if marks != pictures:
-        raise UserError(f"{where}: {marks} {MARK} marks, but {pictures} images")
+    if marks != images:
+        raise UserError(f"{where}: {marks} {MARK} marks, but {images} images")
     bare = _OUTER_MARKS.sub("", _OUTER_MARKS.sub("", text))
     if MARK in bare:
         raise UserError(f"{where}: {MARK} within the words; give messages, or texts and images")

@@ -28,7 +28,7 @@ def batches(count: int, description: str) -> Iterator[range]:
         yield range(start, min(start + ANSWER_BATCH, count))
 
 
-def picture_size(um: UniMM) -> int:
+def image_size(um: UniMM) -> int:
     """Pixels a side of the scenes for a model: those of its drawings, else of what its encoder sees."""
     config: UniMMConfig = um.model.config
     generation, views = config.generation_config(), config.views_config()
@@ -37,6 +37,6 @@ def picture_size(um: UniMM) -> int:
     return views.image_size if isinstance(views, SquareViewsConfig) else CANVAS
 
 
-def picture(scene: Scene) -> Image.Image:
+def render_image(scene: Scene) -> Image.Image:
     """The scene as a PIL image."""
     return Image.fromarray(scene.render())

@@ -1,6 +1,6 @@
 """Drawing: are held-out scenes, drawn from their captions, what the captions say?
 
-The same judgement is passed on three pictures of every scene: the real render, the image tokenizer's
+The same judgement is passed on three images of every scene: the real render, the image tokenizer's
 reconstruction of it, and the drawing. The first two are the ceilings of the third.
 """
 
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from unimm.data.emojiscenes.scenes import CONCEPTS, SCENE_KINDS, EmojiScenes, Scene, SceneKind
-from unimm.evaluation.emojiscenes.batches import batches, picture_size
+from unimm.evaluation.emojiscenes.batches import batches, image_size
 from unimm.evaluation.emojiscenes.judge import Judge
 from unimm.evaluation.emojiscenes.pixels import Box, background_name, find_objects, relation
 from unimm.evaluation.recipe import DrawingSection, SplitName
@@ -32,7 +32,7 @@ SOURCES = ("drawn", "reconstructed", "rendered")
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is right about a picture of a scene; None where the scene poses no such question.
+    """What is right about an image of a scene; None where the scene poses no such question.
 
     Attributes:
         background: the background is the right one.
@@ -62,29 +62,27 @@ class Verdict:
 FIGURES = tuple(Verdict.__dataclass_fields__)
 
 
-def judge_pictures(judge: Judge, scenes: Sequence[Scene], pictures: Sequence[Pixels]) -> list[Verdict]:
-    """Pass judgement on pictures, each uint8 [H, W, 3], of scenes."""
-    found = [find_objects(picture) for picture in pictures]
-    looked_at: list[tuple[int, Box]] = []  # picture and box of every object that the judge is asked about
+def judge_images(judge: Judge, scenes: Sequence[Scene], images: Sequence[Pixels]) -> list[Verdict]:
+    """Pass judgement on images, each uint8 [H, W, 3], of scenes."""
+    found = [find_objects(image) for image in images]
+    looked_at: list[tuple[int, Box]] = []  # image and box of every object that the judge is asked about
     for index, (scene, boxes) in enumerate(zip(scenes, found, strict=True)):
         if scene.kind == "single":
             looked_at += [(index, box) for box in boxes[:1]]
         elif scene.kind == "pair" and len(boxes) == 2:
             looked_at += [(index, box) for box in boxes]
-    scores = judge.scores([pictures[index] for index, _ in looked_at], [box for _, box in looked_at])
+    scores = judge.scores([images[index] for index, _ in looked_at], [box for _, box in looked_at])
     rows: dict[int, list[torch.Tensor]] = {}
     for (index, _), row in zip(looked_at, scores, strict=True):
         rows.setdefault(index, []).append(row)
     return [
-        _verdict(
-            scene, background_name(pictures[index]) == scene.background, found[index], rows.get(index, [])
-        )
+        _verdict(scene, background_name(images[index]) == scene.background, found[index], rows.get(index, []))
         for index, scene in enumerate(scenes)
     ]
 
 
 def _verdict(scene: Scene, background: bool, boxes: list[Box], rows: list[torch.Tensor]) -> Verdict:
-    """The verdict on one picture, from its boxes and the judge's log-probabilities [concepts] for them."""
+    """The verdict on one image, from its boxes and the judge's log-probabilities [concepts] for them."""
     if scene.kind == "count":
         return Verdict(background, count=len(boxes) == len(scene.objects))
     wanted = [CONCEPTS.index(placed.concept) for placed in scene.objects]
@@ -133,17 +131,17 @@ def _evaluate_kind(
     verdicts: dict[str, list[Verdict]],
 ) -> SheetSection:
     """Judge one kind of scene, add to `verdicts`, and give the section of the sheet."""
-    scenes = EmojiScenes(split, seed, picture_size(um), recipe.samples, kinds=(kind,))
+    scenes = EmojiScenes(split, seed, image_size(um), recipe.samples, kinds=(kind,))
     cards: list[Card] = []
     for indices in batches(recipe.samples, f"drawing, {split}, {kind}"):
         shown = [scenes[index] for index in indices]
         prompts = [prompt_for(scene) for scene in shown]
         drawn = _draw(um, recipe, prompts, [seed * 1_000_000 + index for index in indices])
         rendered = [scene.render() for scene in shown]
-        judged = judge_pictures(judge, shown, drawn)
+        judged = judge_images(judge, shown, drawn)
         verdicts["drawn"] += judged
-        verdicts["reconstructed"] += judge_pictures(judge, shown, reconstruct(um, rendered))
-        verdicts["rendered"] += judge_pictures(judge, shown, rendered)
+        verdicts["reconstructed"] += judge_images(judge, shown, reconstruct(um, rendered))
+        verdicts["rendered"] += judge_images(judge, shown, rendered)
         for prompt, pixels, verdict in zip(prompts, drawn, judged, strict=True):
             if len(cards) < recipe.shown:
                 style = "good" if verdict.all_right() else "bad"
@@ -157,12 +155,12 @@ def prompt_for(scene: Scene) -> str:
     return captions[scene.key % len(captions)]
 
 
-def reconstruct(um: UniMM, pictures: Sequence[Pixels]) -> list[Pixels]:
-    """Pictures through the image tokenizer and back."""
+def reconstruct(um: UniMM, images: Sequence[Pixels]) -> list[Pixels]:
+    """Images through the image tokenizer and back."""
     with torch.no_grad():
         tokenizer = um.image_tokenizer
         assert tokenizer is not None
-        pixels = to_tensor(np.stack(pictures)).to(um.model.device)
+        pixels = to_tensor(np.stack(images)).to(um.model.device)
         return list(to_uint8(tokenizer.decode(tokenizer.encode(pixels))))
 
 

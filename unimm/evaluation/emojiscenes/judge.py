@@ -27,7 +27,7 @@ from unimm.files import atomic_write
 from unimm.images import Pixels
 
 MEAN, SCALE = 127.0, 128.0  # how EfficientNet-lite takes pixels
-FEATURE_BATCH = 64  # pictures through the features at once
+FEATURE_BATCH = 64  # images through the features at once
 ITERATIONS = 200  # of L-BFGS
 SOFTEST, SHARPEST = 8, 24  # pixels a side that keep the detail of a softened cut-out
 
@@ -63,11 +63,11 @@ class Judge:
         crops, labels = [], []
         for index in range(renders):
             scene = pairs[index] if index // 2 % 4 == 0 else singles[index]  # objects of pairs are smaller
-            picture = scene.render()
+            image = scene.render()
             placed = scene.objects[0]
             box = Box(placed.x, placed.y, placed.x + placed.size, placed.y + placed.size)
-            found = [b for b in find_objects(picture) if _inside(b, box)]
-            crop = cut_out(picture, found[0] if found else box, side)
+            found = [b for b in find_objects(image) if _inside(b, box)]
+            crop = cut_out(image, found[0] if found else box, side)
             crops.append(soften(crop, SOFTEST + index // 2 % (SHARPEST - SOFTEST + 1)) if index % 2 else crop)
             labels.append(CONCEPTS.index(placed.concept))
         return fit_probe(self.features(crops), torch.tensor(labels), len(CONCEPTS), self.section.decay)
@@ -82,9 +82,9 @@ class Judge:
             parts.append(maps.mean((2, 3)))
         return torch.cat(parts) if parts else torch.empty(0, self.weight.shape[1], device=self.device)
 
-    def scores(self, pictures: Sequence[Pixels], boxes: Sequence[Box]) -> Tensor:
-        """Log-probabilities [N, concepts] of the object within a box of each picture."""
-        crops = [cut_out(p, box, self.section.side) for p, box in zip(pictures, boxes, strict=True)]
+    def scores(self, images: Sequence[Pixels], boxes: Sequence[Box]) -> Tensor:
+        """Log-probabilities [N, concepts] of the object within a box of each image."""
+        crops = [cut_out(p, box, self.section.side) for p, box in zip(images, boxes, strict=True)]
         return F.log_softmax(self.features(crops) @ self.weight.T + self.bias, dim=1).cpu()
 
 
@@ -142,7 +142,7 @@ def fit_probe(features: Tensor, labels: Tensor, classes: int, decay: float) -> t
 
 
 def soften(crop: Pixels, detail: int) -> Pixels:
-    """A picture [side, side, 3] with the detail of `detail` pixels a side."""
+    """An image [side, side, 3] with the detail of `detail` pixels a side."""
     small = Image.fromarray(crop).resize((detail, detail), Image.Resampling.BOX)
     return np.asarray(small.resize(crop.shape[1::-1], Image.Resampling.BICUBIC))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from unimm.data.emojiscenes.scenes import BACKGROUNDS, CONCEPTS, EmojiScenes
-from unimm.evaluation.emojiscenes.batches import MAX_TOKENS, batches, picture, picture_size
+from unimm.evaluation.emojiscenes.batches import MAX_TOKENS, batches, image_size, render_image
 from unimm.evaluation.recipe import Naming, SplitName
 from unimm.evaluation.score import Score
 
@@ -45,11 +45,11 @@ def evaluate_naming(um: UniMM, recipe: Naming, seed: int) -> dict[str, Any]:
 
 
 def _evaluate_split(um: UniMM, split: SplitName, samples: int, seed: int) -> dict[str, Any]:
-    scenes = EmojiScenes(split, seed, picture_size(um), samples, kinds=("single",))
+    scenes = EmojiScenes(split, seed, image_size(um), samples, kinds=("single",))
     objects, backgrounds = [], []
     for indices in batches(samples, f"naming, {split}"):
         shown = [scenes[index] for index in indices]
-        captions = um.caption([picture(scene) for scene in shown], MAX_TOKENS)
+        captions = um.caption([render_image(scene) for scene in shown], MAX_TOKENS)
         for scene, caption in zip(shown, captions, strict=True):
             named, behind = parse_caption(caption)
             objects.append(named == [scene.concept])

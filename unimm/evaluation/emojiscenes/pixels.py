@@ -1,4 +1,4 @@
-"""Pixel rules: which background a picture has, where its objects are, how two of them stand.
+"""Pixel rules: which background an image has, where its objects are, how two of them stand.
 
 They know no artwork and no model, so they judge drawings, reconstructions and real renders alike.
 """
@@ -17,7 +17,7 @@ from unimm.images import Pixels
 
 THRESHOLD = 30  # of 255 in any channel: further from the background colour is object
 REACH = 1 / 16  # of the side: parts nearer than this to each other belong to one object
-SMALLEST = 1 / 340  # of the picture's area: a smaller object is a speck
+SMALLEST = 1 / 340  # of the image's area: a smaller object is a speck
 OBJECT_MARGIN = 1 / 16  # of the side, left around a cut-out object
 
 
@@ -35,28 +35,28 @@ class Box(NamedTuple):
         return (self.left + self.right) / 2, (self.top + self.bottom) / 2
 
 
-def border_colour(picture: Pixels) -> NDArray[np.float64]:
-    """Median colour [3] of the picture's border."""
-    border = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
+def border_colour(image: Pixels) -> NDArray[np.float64]:
+    """Median colour [3] of the image's border."""
+    border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
     colour: NDArray[np.float64] = np.median(border, axis=0)
     return colour
 
 
-def background_name(picture: Pixels) -> str:
-    """The background whose colour is nearest to that of the border of a picture [H, W, 3]."""
+def background_name(image: Pixels) -> str:
+    """The background whose colour is nearest to that of the border of an image [H, W, 3]."""
     names, colours = list(BACKGROUNDS), np.array(list(BACKGROUNDS.values()), float)
-    distance = np.linalg.norm(colours - border_colour(picture), axis=1)
+    distance = np.linalg.norm(colours - border_colour(image), axis=1)
     return names[int(distance.argmin())]
 
 
-def find_objects(picture: Pixels) -> list[Box]:
-    """The objects of a picture [H, W, 3], the largest first.
+def find_objects(image: Pixels) -> list[Box]:
+    """The objects of an image [H, W, 3], the largest first.
 
     An object is a connected component of what differs from the background, once parts that nearly touch (a
     balloon and its string) are joined.
     """
-    differs = np.abs(picture - border_colour(picture)).max(axis=-1) > THRESHOLD
-    side = min(picture.shape[:2])
+    differs = np.abs(image - border_colour(image)).max(axis=-1) > THRESHOLD
+    side = min(image.shape[:2])
     radius = max(1, round(side * REACH / 2))
     joined = ndimage.binary_dilation(differs, np.ones((2 * radius + 1, 2 * radius + 1), bool))
     labels, count = ndimage.label(joined, np.ones((3, 3), bool))
@@ -85,21 +85,21 @@ def enclose(boxes: list[Box]) -> Box:
     return Box(min(lefts), min(tops), max(rights), max(bottoms))
 
 
-def cut_out(picture: Pixels, box: Box, side: int) -> Pixels:
-    """The square around a box with a little margin, in the background colour where it leaves the picture.
+def cut_out(image: Pixels, box: Box, side: int) -> Pixels:
+    """The square around a box with a little margin, in the background colour where it leaves the image.
 
     Args:
-        picture: uint8 [H, W, 3].
+        image: uint8 [H, W, 3].
         box: what to cut out.
         side: pixels a side of the result.
 
     Returns:
         uint8 [side, side, 3].
     """
-    margin = round(min(picture.shape[:2]) * OBJECT_MARGIN)
+    margin = round(min(image.shape[:2]) * OBJECT_MARGIN)
     width = max(box.right - box.left, box.bottom - box.top) + 2 * margin
     left, top = (round(middle - width / 2) for middle in box.centre)
-    fill = tuple(int(value) for value in border_colour(picture))
+    fill = tuple(int(value) for value in border_colour(image))
     square = Image.new("RGB", (width, width), fill)
-    square.paste(Image.fromarray(picture), (-left, -top))
+    square.paste(Image.fromarray(image), (-left, -top))
     return np.asarray(square.resize((side, side), Image.Resampling.BICUBIC))

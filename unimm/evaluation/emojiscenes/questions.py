@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from unimm.data.emojiscenes.scenes import EmojiScenes, Question, Scene
-from unimm.evaluation.emojiscenes.batches import MAX_TOKENS, batches, picture, picture_size
+from unimm.evaluation.emojiscenes.batches import MAX_TOKENS, batches, image_size, render_image
 from unimm.evaluation.recipe import Questions, SplitName
 from unimm.evaluation.score import Score
 
@@ -46,12 +46,12 @@ def is_right(answer: str, expected: str) -> bool:
 
 
 def _evaluate_split(um: UniMM, split: SplitName, per_kind: int, seed: int) -> dict[str, Any]:
-    chosen = collect_questions(EmojiScenes(split, seed, picture_size(um)), per_kind)
+    chosen = collect_questions(EmojiScenes(split, seed, image_size(um)), per_kind)
     verdicts: dict[str, list[bool]] = {kind: [] for kind in QUESTION_KINDS}
     for indices in batches(len(chosen), f"questions, {split}"):
         asked = [chosen[index] for index in indices]
-        pictures = [picture(scene) for scene, _ in asked]
-        answers = um.ask(pictures, [question.question for _, question in asked], MAX_TOKENS)
+        images = [render_image(scene) for scene, _ in asked]
+        answers = um.ask(images, [question.question for _, question in asked], MAX_TOKENS)
         for (_, question), answer in zip(asked, answers, strict=True):
             verdicts[question.kind].append(is_right(answer, question.answer))
     everything = [verdict for listed in verdicts.values() for verdict in listed]

@@ -1,7 +1,7 @@
 """Emu3's image tokenizer: MoVQ with convolutions over time, from diffusers' blocks and a few of our own.
 
-A picture is a film of as many equal frames as one code spans in time. Encoder and decoder work frame by frame, so
-here a picture goes through them once and is repeated, or cut to its first frame, where time begins. The film side
+An image is a film of as many equal frames as one code spans in time. Encoder and decoder work frame by frame, so
+here an image goes through them once and is repeated, or cut to its first frame, where time begins. The film side
 is whole (`encode_frames`, `decode_frames`).
 
 Source: baaivision/Emu3 `emu3/tokenizer/modeling_emu3visionvq.py`; transformers `Emu3VQVAE`; MoVQ is
@@ -32,7 +32,7 @@ class MoVQConfig(PreTrainedConfig):
     """Sizes of a `MoVQTokenizer`.
 
     Args:
-        image_size: side of the square pictures that it usually draws; other sizes work too.
+        image_size: side of the square images that it usually draws; other sizes work too.
         block_out_channels: channels of each level, finest first; each level but the last halves the grid.
         layers_per_block: residual blocks a level (the decoder has one more), and of each stack over time.
         attention_levels: levels (0 is the finest) with self-attention in their blocks.
@@ -242,7 +242,7 @@ class MoVQTokenizer(StrictModel):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Turn pictures into codes.
+        """Turn images into codes.
 
         Args:
             pixels: float [B, 3, H, W] in [-1, 1], both sides multiples of `stride`.
@@ -259,7 +259,7 @@ class MoVQTokenizer(StrictModel):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Turn codes into pictures.
+        """Turn codes into images.
 
         Args:
             codes: integers [B, h, w] in [0, codebook_size).

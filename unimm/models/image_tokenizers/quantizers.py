@@ -1,7 +1,7 @@
 """Quantisers of an image tokenizer: what turns latents into codes, one class for each kind, and their settings.
 
 All but one are vector-quantize-pytorch's, with the same few calls laid over them: `forward`, `codes`, `lookup`,
-`plain` and `vectors`. Shapes: B pictures, D dimensions of a latent, h x w its grid, K codes.
+`plain` and `vectors`. Shapes: B images, D dimensions of a latent, h x w its grid, K codes.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class UnitCodebook(Quantizer):
         """Codes of the vectors that point most as the latents do."""
         latents = F.normalize(latents.float(), dim=1)
         directions = F.normalize(self.vectors, dim=-1).float()
-        # picture by picture: all similarities of a batch at 384 pixels and 16,384 codes would take gigabytes
+        # image by image: all similarities of a batch at 384 pixels and 16,384 codes would take gigabytes
         codes = [torch.einsum("dhw,kd->hwk", one, directions).argmax(-1) for one in latents]
         return torch.stack(codes)
 
@@ -294,7 +294,7 @@ lookup_free_quantization.maybe_distributed_mean = _mean_over_ranks
 
 
 class LookupFreeQuantizer(ImplicitCodebook, LFQ):  # type: ignore[misc]
-    """LFQ; its entropy loss takes [pictures x h x w, K] numbers of memory, so micro-batches are kept small."""
+    """LFQ; its entropy loss takes [images x h x w, K] numbers of memory, so micro-batches are kept small."""
 
     codebook: Tensor
     mask: Tensor

@@ -1,4 +1,4 @@
-"""The image tokenizer: pictures to a grid of discrete codes and back.
+"""The image tokenizer: images to a grid of discrete codes and back.
 
 A convolutional encoder and decoder built from diffusers' `VQModel` blocks around a quantiser of any kind
 (`unimm.models.image_tokenizers.quantizers`); by default an l2-normalised codebook of few dimensions, as in ViT-VQGAN
@@ -55,7 +55,7 @@ class ImageTokenizerConfig(PreTrainedConfig):
             transformers writes into any config.
 
     Attributes:
-        image_size: side of the square pictures that it is trained on; other sizes work too.
+        image_size: side of the square images that it is trained on; other sizes work too.
         patch_size: pixels a side folded into channels before the first convolution (1: none). Convolutions
             at full resolution dominate the cost on a CPU, and 2 spares them.
         block_out_channels: channels of each level, finest first; each level but the last halves the grid.
@@ -120,7 +120,7 @@ class ImageTokenizerConfig(PreTrainedConfig):
 
     @property
     def grid_size(self) -> int:
-        """Codes a side of a picture of `image_size`."""
+        """Codes a side of an image of `image_size`."""
         return self.image_size // self.stride
 
 
@@ -254,7 +254,7 @@ class ImageTokenizer(StrictModel):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Turn pictures into codes.
+        """Turn images into codes.
 
         Args:
             pixels: float [B, 3, H, W] in [-1, 1], both sides multiples of `stride`.
@@ -276,7 +276,7 @@ class ImageTokenizer(StrictModel):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Turn codes into pictures.
+        """Turn codes into images.
 
         Args:
             codes: integers [B, h, w] in [0, codebook_size).
@@ -299,7 +299,7 @@ def check_pixels(pixels: Tensor, stride: int) -> None:
     height, width = pixels.shape[-2:]
     if height % stride or width % stride or not (height and width):
         raise ValueError(
-            f"pixels: {width}x{height} is not a multiple of {stride}; resize or pad the picture first"
+            f"pixels: {width}x{height} is not a multiple of {stride}; resize or pad the image first"
         )
 
 

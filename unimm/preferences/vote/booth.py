@@ -1,6 +1,6 @@
-"""What voting shows and does, whatever carries it: the pictures of a ballot, the pair to vote on, votes, undoing.
+"""What voting shows and does, whatever carries it: the images of a ballot, the pair to vote on, votes, undoing.
 
-Pictures are made here, from codes or from files inside the data's folder; what a request says is looked up among the
+Images are made here, from codes or from files inside the data's folder; what a request says is looked up among the
 pairs and never reaches the file system.
 """
 
@@ -25,7 +25,7 @@ from unimm.preferences.vote.votes import Votes
 if TYPE_CHECKING:
     from unimm.pipeline import UniMM
 
-MAX_PICTURE_SIDE = 1024  # longest side of a picture on the page, in pixels
+MAX_IMAGE_SIDE = 1024  # longest side of an image on the page, in pixels
 
 
 class Refusal(Exception):
@@ -36,8 +36,8 @@ class Refusal(Exception):
         self.status = status
 
 
-class BallotPictures:
-    """The pictures of a ballot, as PNG.
+class BallotImages:
+    """The images of a ballot, as PNG.
 
     Args:
         ballot: what is voted on.
@@ -49,10 +49,10 @@ class BallotPictures:
         self._lock = threading.Lock()  # one decoding at a time
 
     def check(self, on_progress: Callable[[int, int], None] | None = None) -> None:
-        """See that every picture can be shown, before anyone votes.
+        """See that every image can be shown, before anyone votes.
 
         Raises:
-            UserError: naming line and file: a picture is outside the folder or unreadable, or codes are not the
+            UserError: naming line and file: an image is outside the folder or unreadable, or codes are not the
                 model's.
         """
         seen: set[str] = set()
@@ -68,7 +68,7 @@ class BallotPictures:
                 on_progress(done, len(self.ballot.pairs))
 
     def png(self, pair: Pair, place: str) -> bytes | None:
-        """The picture at a place of a pair, `left`, `right` or the number of a part of the prompt; None: there is none.
+        """The image at a place of a pair, `left`, `right` or the number of a part of the prompt; None: there is none.
 
         Raises:
             UserError: its file has become unreadable.
@@ -88,7 +88,7 @@ class BallotPictures:
         given = PurePosixPath(name)
         if given.is_absolute() or ".." in given.parts:
             raise UserError(
-                f"{where}: {name}: outside the folder of {self.ballot.file.name}; put the picture there"
+                f"{where}: {name}: outside the folder of {self.ballot.file.name}; put the image there"
             )
         path = self.ballot.folder
         for part in given.parts:
@@ -114,16 +114,16 @@ class BallotPictures:
     def _decode(self, codes: list[list[int]]) -> Image.Image:
         import torch
 
-        from unimm.preferences.scorers import to_pictures
+        from unimm.preferences.scorers import to_images
 
         assert self.um is not None
         with self._lock:
-            return to_pictures(self.um, torch.tensor([codes]))[0]
+            return to_images(self.um, torch.tensor([codes]))[0]
 
 
 def _png(image: Image.Image) -> bytes:
-    """A picture as PNG, made smaller where it is larger than a page shows."""
-    image.thumbnail((MAX_PICTURE_SIDE, MAX_PICTURE_SIDE))
+    """An image as PNG, made smaller where it is larger than a page shows."""
+    image.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
     buffer = io.BytesIO()
     image.save(buffer, "png", compress_level=1)
     return buffer.getvalue()
@@ -135,14 +135,14 @@ class Booth:
     Args:
         ballot: what is voted on.
         votes: where votes go; those that it holds are of these pairs.
-        pictures: of the ballot.
+        images: of the ballot.
         voter: who votes.
     """
 
-    def __init__(self, ballot: Ballot, votes: Votes, pictures: BallotPictures, voter: str) -> None:
-        self.ballot, self.votes, self.pictures, self.voter = ballot, votes, pictures, voter
+    def __init__(self, ballot: Ballot, votes: Votes, images: BallotImages, voter: str) -> None:
+        self.ballot, self.votes, self.images, self.voter = ballot, votes, images, voter
         self.token = secrets.token_urlsafe(24)
-        self.run = secrets.token_hex(6)  # in the pictures' addresses, so that no other run's are shown
+        self.run = secrets.token_hex(6)  # in the images' addresses, so that no other run's are shown
         self.pairs = {pair.key: pair for pair in ballot.pairs}
 
     def state(self) -> dict[str, Any]:
@@ -182,19 +182,17 @@ class Booth:
         undone = isinstance(key, str) and self.votes.undo(key)
         return {"result": "undone" if undone else "changed", **self.state()}
 
-    def picture(self, run: str, key: str, place: str) -> bytes | None:
-        """A picture by the parts of its address; None: there is none."""
+    def image(self, run: str, key: str, place: str) -> bytes | None:
+        """An image by the parts of its address; None: there is none."""
         pair = self.pairs.get(key)
-        return self.pictures.png(pair, place) if pair is not None and run == self.run else None
+        return self.images.png(pair, place) if pair is not None and run == self.run else None
 
     def _shown(self, pair: Pair | None) -> dict[str, Any] | None:
         if pair is None:
             return None
 
         def shown(text: str | None, place: str) -> dict[str, str]:
-            return (
-                {"text": text} if text is not None else {"picture": f"/picture/{self.run}/{pair.key}/{place}"}
-            )
+            return {"text": text} if text is not None else {"image": f"/image/{self.run}/{pair.key}/{place}"}
 
         prompt = [shown(part.text, str(number)) for number, part in enumerate(pair.prompt.content)]
         sides = {"left": shown(pair.left.text, "left"), "right": shown(pair.right.text, "right")}

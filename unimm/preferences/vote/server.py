@@ -171,7 +171,7 @@ class _Connection(H11Protocol):
 
 
 def make_app(booth: Booth) -> Starlette:
-    """The page, what it shows, pictures, and what a vote and an undoing do."""
+    """The page, what it shows, images, and what a vote and an undoing do."""
     page = resources.files("unimm.preferences.vote").joinpath("page.html").read_text(encoding="utf-8")
 
     def show_page(_: Request) -> Response:
@@ -187,10 +187,10 @@ def make_app(booth: Booth) -> Starlette:
     def show_state(_: Request) -> Response:
         return _json(booth.state())
 
-    def show_picture(request: Request) -> Response:
-        png = booth.picture(**request.path_params)
+    def show_image(request: Request) -> Response:
+        png = booth.image(**request.path_params)
         if png is None:
-            raise Refusal(HTTPStatus.NOT_FOUND, "there is no such picture")
+            raise Refusal(HTTPStatus.NOT_FOUND, "there is no such image")
         headers = {"Cache-Control": "private, max-age=86400, immutable", **FIXED}
         return Response(png, media_type="image/png", headers=headers)
 
@@ -206,7 +206,7 @@ def make_app(booth: Booth) -> Starlette:
         routes=[
             Route("/", show_page),
             Route("/state", show_state),
-            Route("/picture/{run}/{key}/{place}", show_picture),
+            Route("/image/{run}/{key}/{place}", show_image),
             Route("/vote", vote, methods=["POST"]),
             Route("/undo", undo, methods=["POST"]),
         ],

@@ -1,8 +1,8 @@
-"""Task `siglip`: train an understanding encoder from nothing on pictures and captions (Zhai et al. 2023).
+"""Task `siglip`: train an understanding encoder from nothing on images and captions (Zhai et al. 2023).
 
-Picture and text towers are compared with the sigmoid loss: every pair of a picture and a text is one yes/no
-decision, "is this text true of this picture?". Truth is decided by what scene and text *say*, not by which
-text came with which picture, so two scenes that read the same are not each other's negatives. Beside the
+Image and text towers are compared with the sigmoid loss: every pair of an image and a text is one yes/no
+decision, "is this text true of this image?". Truth is decided by what scene and text *say*, not by which
+text came with which image, so two scenes that read the same are not each other's negatives. Beside the
 captions the batch is scored against the bare name of every concept and background, texts like any other.
 """
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from unimm.training.task import Batch, Metrics
 
 WATCHED: tuple[Split, ...] = ("seen", "vendor")  # splits of the preview
-SHOWN_PICTURES = 16  # pictures a split on the preview sheet
+SHOWN_IMAGES = 16  # images a split on the preview sheet
 Fact = tuple[str, ...]
 
 
@@ -92,7 +92,7 @@ class SiglipModelSection(Section):
     """Both towers, and where the learnt temperature and bias start.
 
     The bias starts near the log-odds of a pair being true. At the paper's -10, meant for large batches, all
-    pictures and texts are first pulled together, and small batches do not pull them apart again.
+    images and texts are first pulled together, and small batches do not pull them apart again.
     """
 
     vision: Vision = Vision()
@@ -113,13 +113,13 @@ class SiglipOptions(Section):
     """What a stage may set under `options`."""
 
     patch_drop: Fraction = 0.0
-    """Share of patches left out of every training picture (FLIP, Li et al. 2022): cheaper steps."""
+    """Share of patches left out of every training image (FLIP, Li et al. 2022): cheaper steps."""
     augment: bool = True
     texts: Literal["objects", "all"] = "all"
-    """What pictures are scored against: the names of concepts alone, or those of backgrounds and the captions too.
+    """What images are scored against: the names of concepts alone, or those of backgrounds and the captions too.
 
     From nothing, start with the objects: backgrounds are distinguished at once and then fill the features, and the
-    first object takes tens of thousands of pictures instead of a few hundred.
+    first object takes tens of thousands of images instead of a few hundred.
     """
 
 
@@ -152,14 +152,14 @@ def sigmoid_loss(logits: Tensor, truth: Tensor) -> Tensor:
     """The sum over all pairs of -log sigmoid(±logit).
 
     Args:
-        logits: [B, N], scaled similarity plus bias of picture b and text n.
-        truth: bool [B, N], whether text n is true of picture b.
+        logits: [B, N], scaled similarity plus bias of image b and text n.
+        truth: bool [B, N], whether text n is true of image b.
 
     Returns:
-        A scalar; divide it by the number of pictures.
+        A scalar; divide it by the number of images.
 
     Source: Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training", equation 1 (with more than one
-    positive text a picture).
+    positive text an image).
     """
     return F.softplus(torch.where(truth, -logits, logits)).sum()
 
@@ -178,10 +178,10 @@ def content(scene: Scene) -> Fact:
 
 
 def truth_table(shown: list[tuple[Fact, str]], said: list[tuple[Fact, str]]) -> Tensor:
-    """Which texts are true of which pictures.
+    """Which texts are true of which images.
 
     Args:
-        shown: content and background of each of B pictures.
+        shown: content and background of each of B images.
         said: content and background of each of N captions.
 
     Returns:
@@ -190,13 +190,13 @@ def truth_table(shown: list[tuple[Fact, str]], said: list[tuple[Fact, str]]) -> 
     concepts = torch.tensor([[concept in fact[1:] for concept in CONCEPTS] for fact, _ in shown])
     backgrounds = torch.tensor([[name == background for name in BACKGROUNDS] for _, background in shown])
     codes = {fact: code for code, fact in enumerate({*shown, *said})}
-    pictures = torch.tensor([codes[fact] for fact in shown])
+    images = torch.tensor([codes[fact] for fact in shown])
     captions = torch.tensor([codes[fact] for fact in said])
-    return torch.cat([concepts, backgrounds, pictures[:, None] == captions[None]], dim=1)
+    return torch.cat([concepts, backgrounds, images[:, None] == captions[None]], dim=1)
 
 
 class ContrastiveModel(nn.Module):
-    """Picture tower (timm), text tower (transformers), temperature and bias."""
+    """Image tower (timm), text tower (transformers), temperature and bias."""
 
     def __init__(self, section: SiglipModelSection, pad_token_id: int, vocab_size: int) -> None:
         super().__init__()
@@ -223,12 +223,12 @@ class ContrastiveModel(nn.Module):
         self.bias = nn.Parameter(torch.tensor([section.bias]))
 
     def drop_patches(self, share: float) -> None:
-        """Leave out this share of the patches of every picture while training; in eval mode all are kept."""
+        """Leave out this share of the patches of every image while training; in eval mode all are kept."""
         assert isinstance(self.vision.patch_drop, PatchDropout)
         self.vision.patch_drop.prob = share
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Unit features [B, D] of pictures [B, 3, H, W] in [-1, 1]."""
+        """Unit features [B, D] of images [B, 3, H, W] in [-1, 1]."""
         features: Tensor = F.normalize(self.vision(pixels).float(), dim=-1)
         return features
 
@@ -239,7 +239,7 @@ class ContrastiveModel(nn.Module):
         return features
 
     def forward(self, pixels: Tensor, input_ids: Tensor) -> Tensor:
-        """Logits [B, N] of "this text is true of this picture"."""
+        """Logits [B, N] of "this text is true of this image"."""
         similarity = self.encode_images(pixels) @ self.encode_texts(input_ids).T
         return similarity * self.log_temperature.exp() + self.bias
 
@@ -248,7 +248,7 @@ def widen(vision: nn.Module) -> None:
     """Draw the matrices of a small ViT anew, by their own width (Glorot and Bengio 2010).
 
     timm's standard deviation of 0.02 suits widths of 768; at 192 the blocks add next to nothing at first, and
-    the tower takes several times as many pictures to tell its first objects apart.
+    the tower takes several times as many images to tell its first objects apart.
     """
     for name, parameter in vision.named_parameters():
         if name.endswith("weight") and parameter.ndim == 2:
@@ -357,7 +357,7 @@ class SiglipTask:
         return {"pixels": pixels, "input_ids": ids[:texts], "truth": truth[:, :texts]}
 
     def targets(self, batch: Batch) -> dict[str, int | float]:
-        """The loss is a mean over pictures."""
+        """The loss is a mean over images."""
         return {"images": len(batch["pixels"])}
 
     def loss(
@@ -383,8 +383,8 @@ class SiglipTask:
                 split, 1, self.recipe.model.vision.image_size, self.recipe.data.watch, ("single",)
             )
             shown = [scenes[index] for index in range(len(scenes))]
-            pictures = np.stack([scene.render() for scene in shown])
-            objects, backgrounds = retrieve(module, self.name_ids, pictures)
+            images = np.stack([scene.render() for scene in shown])
+            objects, backgrounds = retrieve(module, self.name_ids, images)
             right = [scene.concept == guess for scene, guess in zip(shown, objects, strict=True)]
             behind = [scene.background == guess for scene, guess in zip(shown, backgrounds, strict=True)]
             report |= {
@@ -392,8 +392,8 @@ class SiglipTask:
                 f"{split}_background": float(np.mean(behind)),
             }
             cards = [
-                Card([Image.fromarray(picture)], [Line(guess, "good" if good else "bad")])
-                for picture, guess, good in zip(pictures[:SHOWN_PICTURES], objects, right, strict=False)
+                Card([Image.fromarray(image)], [Line(guess, "good" if good else "bad")])
+                for image, guess, good in zip(images[:SHOWN_IMAGES], objects, right, strict=False)
             ]
             sections.append(SheetSection(split, cards, f"{np.mean(right):.1%} of {len(right)} objects named"))
         append(folder / "retrieval.jsonl", json.dumps(report) + "\n")
@@ -416,22 +416,22 @@ class SiglipTask:
 
 @torch.no_grad()
 def retrieve(
-    model: ContrastiveModel, name_ids: Tensor, pictures: NDArray[np.uint8]
+    model: ContrastiveModel, name_ids: Tensor, images: NDArray[np.uint8]
 ) -> tuple[list[str], list[str]]:
-    """The best concept name and the best background name for each picture.
+    """The best concept name and the best background name for each image.
 
     Args:
         model: the two towers, in eval mode.
         name_ids: token ids [concepts + backgrounds, L].
-        pictures: uint8 [N, H, W, 3].
+        images: uint8 [N, H, W, 3].
 
     Returns:
         N names of concepts and N names of backgrounds.
     """
     device = model.bias.device
     names = model.encode_texts(name_ids.to(device))
-    images = [model.encode_images(chunk.to(device)) for chunk in torch.split(to_tensor(pictures), 64)]
-    similarity = torch.cat(images) @ names.T
+    encoded = [model.encode_images(chunk.to(device)) for chunk in torch.split(to_tensor(images), 64)]
+    similarity = torch.cat(encoded) @ names.T
     concepts, backgrounds = similarity[:, : len(CONCEPTS)].argmax(1), similarity[:, len(CONCEPTS) :].argmax(1)
     colours = list(BACKGROUNDS)
     return [CONCEPTS[i] for i in concepts.tolist()], [colours[i] for i in backgrounds.tolist()]

@@ -66,7 +66,7 @@ class DataSection(Section):
     emojiscenes: SceneSettings = SceneSettings()
     """The scenes of `emojiscenes` and `emojiscenes/KIND` in a mixture."""
     size: Positive | None = None
-    """Pixels a side of pictures to draw, where a model draws any size, as Emu3 does; null: the model's own."""
+    """Pixels a side of images to draw, where a model draws any size, as Emu3 does; null: the model's own."""
     keep_ratio: bool = False
     """Whether those of sources keep their ratio, in an area of that side squared."""
 
@@ -217,7 +217,7 @@ class UnifiedTask:
         }
         if not marks:
             return
-        name, way = next(iter(marks)), "give its pictures (encode without --features)"
+        name, way = next(iter(marks)), "give its images (encode without --features)"
         if "vision" in stage.lr:
             message = (
                 f"data.sources.{name} holds features of an encoder that does not train; remove it, or {way}"
@@ -334,7 +334,7 @@ class UnifiedTask:
         """Tokens of the row."""
         return len(sample["ids"])
 
-    def pictures(self, sample: Sample) -> int:
+    def images(self, sample: Sample) -> int:
         """Images to understand of a sample."""
         return len(sample.get("images", ()))
 
@@ -343,7 +343,7 @@ class UnifiedTask:
         return self.collate_rows([[sample] for sample in samples])
 
     def collate_rows(self, rows: list[list[Sample]]) -> Batch:
-        """Rows of samples, filled up to the longest; pictures and codes are stacked in the order of the stream."""
+        """Rows of samples, filled up to the longest; images and codes are stacked in the order of the stream."""
         fills = {"ids": self.processor.pad, "labels": IGNORED, "positions": 0, "branches": 0}
         stacked = {
             name: stack_rows([np.concatenate([s[name] for s in row]) for row in rows], fill)
@@ -380,8 +380,8 @@ class UnifiedTask:
         # A position sees as many as come before it in its sample or branch: its number says so.
         pairs = int((rows.positions + 1)[real].sum())
         encoded = None if self.processor.sees_codes or images is None else images.pixels
-        pictures = 0 if encoded is None else len(encoded)
-        counts = Counts(int(real.sum()), pairs, words, codes, pictures)
+        looked_at = 0 if encoded is None else len(encoded)
+        counts = Counts(int(real.sum()), pairs, words, codes, looked_at)
         return {**found, OPERATIONS: self.operations.of(counts)}
 
     def loss(

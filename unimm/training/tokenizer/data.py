@@ -17,7 +17,7 @@ from unimm.data.emojiscenes.scenes import ARTWORK_FAMILIES, BACKGROUNDS, LATTICE
 from unimm.images import Pixels
 
 # `aligned`: scenes whose objects lie on the tokenizer's own grid
-PICTURE_KINDS = ("scenes", "aligned", "artwork")
+IMAGE_KINDS = ("scenes", "aligned", "artwork")
 
 # luma and two chroma axes; a turn of the chroma plane changes hue and keeps brightness
 _TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], np.float32)
@@ -47,7 +47,7 @@ def free_layout(rng: np.random.Generator, size: int) -> Pixels:
     return np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
 
 
-def augment_picture(pixels: Pixels, rng: np.random.Generator) -> Pixels:
+def augment_image(pixels: Pixels, rng: np.random.Generator) -> Pixels:
     """Mirror or turn by quarters, then change hue, saturation, contrast and brightness; each at random."""
     if rng.random() < 0.5:
         pixels = np.rot90(pixels, int(rng.integers(4)))
@@ -63,14 +63,14 @@ def augment_picture(pixels: Pixels, rng: np.random.Generator) -> Pixels:
     return np.ascontiguousarray(pixels)
 
 
-class TokenizerPictures:
-    """Endless random-access source of training pictures.
+class TokenizerImages:
+    """Endless random-access source of training images.
 
     Args:
-        seed: with the index it decides everything about a picture.
+        seed: with the index it decides everything about an image.
         size: pixels a side.
-        mixture: share of each of `PICTURE_KINDS`.
-        augmented: share of pictures that `augment_picture` changes.
+        mixture: share of each of `IMAGE_KINDS`.
+        augmented: share of images that `augment_image` changes.
         stride: pixels a side that a code stands for, which `aligned` scenes are laid on.
     """
 
@@ -83,13 +83,13 @@ class TokenizerPictures:
         )
         self.seed, self.size, self.augmented = seed, size, augmented
         total = sum(mixture.values())
-        self.shares = [mixture.get(kind, 0.0) / total for kind in PICTURE_KINDS]
+        self.shares = [mixture.get(kind, 0.0) / total for kind in IMAGE_KINDS]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = np.random.default_rng([self.seed, 7, index])  # 7: a stream of its own beside the scenes'
-        kind = PICTURE_KINDS[rng.choice(len(PICTURE_KINDS), p=self.shares)]
+        kind = IMAGE_KINDS[rng.choice(len(IMAGE_KINDS), p=self.shares)]
         if kind == "artwork":
             pixels = free_layout(rng, self.size)
         else:
             pixels = (self.scenes if kind == "scenes" else self.aligned)[index].render()
-        return {"pixels": augment_picture(pixels, rng) if rng.random() < self.augmented else pixels}
+        return {"pixels": augment_image(pixels, rng) if rng.random() < self.augmented else pixels}

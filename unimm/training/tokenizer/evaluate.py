@@ -17,15 +17,15 @@ from unimm.errors import UserError
 from unimm.files import atomic_write, settled
 from unimm.images import save_image, to_tensor
 from unimm.models.image_tokenizers.vq import ImageTokenizer
-from unimm.outputs import check_output, document_has, is_picture
+from unimm.outputs import check_output, document_has, is_image_file
 from unimm.processing.views import square_pixels
 from unimm.training.recipe import load_recipe
-from unimm.training.tokenizer.images import PictureFiles
+from unimm.training.tokenizer.images import ImageFiles
 from unimm.training.tokenizer.metrics import codebook_use, comparison, psnr, ssim
 from unimm.training.tokenizer.task import TokenizerRecipe
 
-RECONSTRUCTION_BATCH = 50  # pictures in a forward pass
-SHEET = 48  # pictures on a sheet
+RECONSTRUCTION_BATCH = 50  # images in a forward pass
+SHEET = 48  # images on a sheet
 
 
 def load_trained_tokenizer(folder: str | Path) -> ImageTokenizer:
@@ -65,26 +65,26 @@ def evaluate_split(
     return evaluate_pixels(tokenizer, scene_batches(split, samples, seed, tokenizer.config.image_size), sheet)
 
 
-def picture_batches(location: str, samples: int, size: int) -> Iterator[Tensor]:
-    """Yield up to `samples` pictures of one's own, spread over their place, as pixels [B, 3, H, W] in [-1, 1]."""
-    files = PictureFiles(location)
+def image_batches(location: str, samples: int, size: int) -> Iterator[Tensor]:
+    """Yield up to `samples` images of one's own, spread over their place, as pixels [B, 3, H, W] in [-1, 1]."""
+    files = ImageFiles(location)
     indices = np.unique(np.linspace(0, len(files) - 1, samples).astype(int)).tolist()
     for start in range(0, len(indices), RECONSTRUCTION_BATCH):
         yield square_pixels([files[index] for index in indices[start : start + RECONSTRUCTION_BATCH]], size)
 
 
 def evaluate_pixels(
-    tokenizer: ImageTokenizer, pictures: Iterable[Tensor], sheet: Path | None = None
+    tokenizer: ImageTokenizer, images: Iterable[Tensor], sheet: Path | None = None
 ) -> dict[str, float]:
-    """Reconstruct pictures.
+    """Reconstruct images.
 
     Args:
         tokenizer: in eval mode, on any device.
-        pictures: batches of pixels [B, 3, H, W] in [-1, 1].
+        images: batches of pixels [B, 3, H, W] in [-1, 1].
         sheet: where to write the first of them over their reconstructions.
 
     Returns:
-        samples; psnr in dB (mean over pictures); ssim (mean); codebook_use (share of codes that occur);
+        samples; psnr in dB (mean over images); ssim (mean); codebook_use (share of codes that occur);
         perplexity (effective number of codes).
     """
     device = tokenizer.device
@@ -92,7 +92,7 @@ def evaluate_pixels(
     ratios: list[Tensor] = []
     similarities: list[Tensor] = []
     shown: list[tuple[Tensor, Tensor]] = []
-    for pixels in pictures:
+    for pixels in images:
         codes = tokenizer.encode(pixels.to(device))
         output = tokenizer.decode(codes).cpu()
         counts += torch.bincount(codes.flatten().cpu(), minlength=len(counts))
@@ -123,7 +123,7 @@ def evaluate_tokenizer(path: str | Path, overrides: Iterable[str] = ()) -> dict[
         overrides: `key=value` settings.
 
     Returns:
-        tokenizer: its folder; parameters; codebook_size; codes of a picture; and for each split what
+        tokenizer: its folder; parameters; codebook_size; codes of an image; and for each split what
         `evaluate_split` gives.
 
     Raises:
@@ -136,14 +136,14 @@ def evaluate_tokenizer(path: str | Path, overrides: Iterable[str] = ()) -> dict[
     source = Path(settings.tokenizer or Path(recipe.output, "export"))
     folder = Path(settings.output or Path(recipe.output, "evaluation"))
     sheets = [folder / f"{split}.png" for split in get_args(Split) if split in settings.splits]
-    if settings.pictures is not None:
-        sheets.append(folder / "pictures.png")
-        if folder.resolve() == Path(settings.pictures).resolve():
+    if settings.images is not None:
+        sheets.append(folder / "images.png")
+        if folder.resolve() == Path(settings.images).resolve():
             raise recipe.error(
-                "evaluation.output", f"{folder}: the pictures that are read are there; name another"
+                "evaluation.output", f"{folder}: the images that are read are there; name another"
             )
     for sheet in sheets:
-        check_output(sheet, "a picture", is_picture)
+        check_output(sheet, "an image", is_image_file)
     check_output(folder / "metrics.json", "earlier figures", document_has("tokenizer", "codebook_size"))
     tokenizer = load_trained_tokenizer(source)
     device = "cuda" if recipe.device != "cpu" and torch.cuda.is_available() else "cpu"
@@ -159,9 +159,9 @@ def evaluate_tokenizer(path: str | Path, overrides: Iterable[str] = ()) -> dict[
         if split in settings.splits:
             sheet = folder / f"{split}.png"
             result[split] = evaluate_split(tokenizer, split, settings.samples, settings.seed, sheet)
-    if settings.pictures is not None:
-        own = picture_batches(settings.pictures, settings.samples, tokenizer.config.image_size)
-        result["pictures"] = evaluate_pixels(tokenizer, own, folder / "pictures.png")
+    if settings.images is not None:
+        own = image_batches(settings.images, settings.samples, tokenizer.config.image_size)
+        result["images"] = evaluate_pixels(tokenizer, own, folder / "images.png")
     with atomic_write(folder / "metrics.json") as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result

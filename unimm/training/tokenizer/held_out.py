@@ -1,4 +1,4 @@
-"""Pictures of one's own that a tokenizer is measured on: held out of its sources, or sources of their own."""
+"""Images of one's own that a tokenizer is measured on: held out of its sources, or sources of their own."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from unimm.data.split import MAX_DIVIDED, divide
 from unimm.errors import UserError
 from unimm.processing.views import square_pixels
 from unimm.training.held_out import Place, share_out, spread
-from unimm.training.tokenizer.images import PictureFiles
+from unimm.training.tokenizer.images import ImageFiles
 
 
-def divided(files: PictureFiles, share: float) -> tuple[list[int], list[int]]:
-    """Indices of the pictures to train on and of those held out, by a hash of their names.
+def divided(files: ImageFiles, share: float) -> tuple[list[int], list[int]]:
+    """Indices of the images to train on and of those held out, by a hash of their names.
 
     Raises:
-        UserError: there are fewer than two pictures, or too many to look at each.
+        UserError: there are fewer than two images, or too many to look at each.
     """
     if len(files) > MAX_DIVIDED:
         message = (
-            f"{files.location} has {len(files):,} pictures, too many to look at each; name sources instead"
+            f"{files.location} has {len(files):,} images, too many to look at each; name sources instead"
         )
         raise UserError(message)
     trained, held = divide([files.key(index) for index in range(len(files))], share, files.location)
     return trained.tolist(), held.tolist()
 
 
-class HeldOutPictures(Sequence[dict[str, Tensor]]):
-    """Micro-batches of held-out pictures, read when they are indexed: squares cut from the middle, as `pixels`.
+class HeldOutImages(Sequence[dict[str, Tensor]]):
+    """Micro-batches of held-out images, read when they are indexed: squares cut from the middle, as `pixels`.
 
     Args:
-        files: the pictures of each source.
+        files: the images of each source.
         held: which of each are held out.
-        items: most pictures, evenly spread over all.
+        items: most images, evenly spread over all.
         size: pixels a side.
-        batch: pictures in a micro-batch.
-        bad: told of every picture that cannot be read; such a one is left out.
+        batch: images in a micro-batch.
+        bad: told of every image that cannot be read; such a one is left out.
     """
 
     def __init__(
         self,
-        files: Mapping[str, PictureFiles],
+        files: Mapping[str, ImageFiles],
         held: Mapping[str, Sequence[int]],
         items: int,
         size: int,
@@ -83,7 +83,7 @@ class HeldOutPictures(Sequence[dict[str, Tensor]]):
         return {"pixels": self.pixels(self.places[start : start + self.batch])}
 
     def first(self, count: int) -> dict[str, Tensor]:
-        """Pixels of some pictures of each source, evenly spread over them."""
+        """Pixels of some images of each source, evenly spread over them."""
         found: dict[str, Tensor] = {}
         for name in self.files:
             own = [place for place in self.places if place[0] == name]

@@ -1,6 +1,6 @@
 """Losses of an image tokenizer: reconstruction, perceptual, adversarial, after LlamaGen (arXiv 2406.06525).
 
-Every loss is a *sum over pictures* of a mean within the picture; the caller divides by the pictures of the
+Every loss is a *sum over images* of a mean within the image; the caller divides by the images of the
 whole step, so that accumulating micro-batches gives the gradient of the one large batch.
 """
 
@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from unimm.errors import UserError
 
 
-def _per_picture(error: Tensor) -> Tensor:
-    """Sum over the batch of each picture's mean."""
+def _per_image(error: Tensor) -> Tensor:
+    """Sum over the batch of each image's mean."""
     return error.flatten(1).mean(1).sum()
 
 
@@ -29,9 +29,9 @@ def pixel_loss(output: Tensor, target: Tensor, l1: float, l2: float) -> Tensor:
     error = output - target
     loss = output.new_zeros(())
     if l1:
-        loss = loss + l1 * _per_picture(error.abs())
+        loss = loss + l1 * _per_image(error.abs())
     if l2:
-        loss = loss + l2 * _per_picture(error.square())
+        loss = loss + l2 * _per_image(error.square())
     return loss
 
 
@@ -45,7 +45,7 @@ def edge_loss(output: Tensor, target: Tensor, scales: int = 3) -> Tensor:
     for scale in range(scales):
         if scale:
             error = F.avg_pool2d(error, 2)
-        loss = loss + _per_picture(error.diff(dim=-1).abs()) + _per_picture(error.diff(dim=-2).abs())
+        loss = loss + _per_image(error.diff(dim=-1).abs()) + _per_image(error.diff(dim=-2).abs())
     return loss / (2 * scales)
 
 
@@ -96,7 +96,7 @@ class PerceptualLoss(nn.Module):
             wanted = self.features(target)
         pairs = zip(self.features(output), wanted, strict=True)
         errors = [(F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1) for a, b in pairs]
-        return torch.stack([_per_picture(error) for error in errors]).mean()
+        return torch.stack([_per_image(error) for error in errors]).mean()
 
 
 LPIPS = "lpips:"  # begins the name of a network of the package lpips
@@ -163,7 +163,7 @@ class PatchDiscriminator(nn.Module):
     """PatchGAN (arXiv 1611.07004): one realness score for each patch, [B, 1, h, w].
 
     Group normalisation stands in for batch normalisation: it keeps no running statistics, so the same pass
-    serves real and reconstructed pictures and any micro-batch size.
+    serves real and reconstructed images and any micro-batch size.
 
     Args:
         channels: of the first level; each has twice those of the one before, up to eight times.
@@ -196,7 +196,7 @@ def discriminator_loss(discriminator: nn.Module, output: Tensor, target: Tensor)
     """Hinge loss that teaches the discriminator; the reconstruction gets no gradient."""
     scores = discriminator(torch.cat([target, output.detach()]))
     real, fake = scores.chunk(2)
-    return 0.5 * (_per_picture(F.relu(1 - real)) + _per_picture(F.relu(1 + fake)))
+    return 0.5 * (_per_image(F.relu(1 - real)) + _per_image(F.relu(1 + fake)))
 
 
 def generator_loss(discriminator: nn.Module, output: Tensor) -> Tensor:
@@ -206,7 +206,7 @@ def generator_loss(discriminator: nn.Module, output: Tensor) -> Tensor:
     """
     weights = {name: weight.detach() for name, weight in discriminator.named_parameters()}
     scores: Tensor = functional_call(discriminator, weights, (output,))
-    return -_per_picture(scores)
+    return -_per_image(scores)
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:

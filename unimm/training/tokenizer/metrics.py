@@ -9,11 +9,11 @@ from torch.nn import functional as F
 
 from unimm.images import to_uint8
 
-PICTURE_GAP = 2  # white pixels between pictures of a sheet
+IMAGE_GAP = 2  # white pixels between images of a sheet
 
 
 def psnr(output: Tensor, target: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each picture in dB.
+    """Peak signal-to-noise ratio of each image in dB.
 
     Args:
         output: float [B, 3, H, W]; clamped to [-1, 1].
@@ -27,7 +27,7 @@ def psnr(output: Tensor, target: Tensor) -> Tensor:
 
 
 def ssim(output: Tensor, target: Tensor) -> Tensor:
-    """Structural similarity of each picture (Wang et al. 2004): 11-pixel Gaussian window, mean over channels.
+    """Structural similarity of each image (Wang et al. 2004): 11-pixel Gaussian window, mean over channels.
 
     Args:
         output: float [B, 3, H, W], both sides above 5; clamped to [-1, 1].
@@ -95,21 +95,21 @@ class RecentCodes(nn.Module):
 
 
 def comparison(originals: Tensor, outputs: Tensor, columns: int = 12) -> Image.Image:
-    """Lay out pictures [B, 3, H, W] in rows, each row of originals over the row of their reconstructions."""
+    """Lay out images [B, 3, H, W] in rows, each row of originals over the row of their reconstructions."""
     tops, bottoms = to_uint8(originals), to_uint8(outputs)  # [B, H, W, 3]
     count, height, width = tops.shape[:3]
     rows = -(-count // columns)
-    pair = 2 * height + 2 * PICTURE_GAP
+    pair = 2 * height + 2 * IMAGE_GAP
     sheet = Image.new(
         "RGB",
         (
-            min(count, columns) * (width + PICTURE_GAP) - PICTURE_GAP,
-            rows * (pair + PICTURE_GAP) - PICTURE_GAP,
+            min(count, columns) * (width + IMAGE_GAP) - IMAGE_GAP,
+            rows * (pair + IMAGE_GAP) - IMAGE_GAP,
         ),
         "white",
     )
     for number, (top, bottom) in enumerate(zip(tops, bottoms, strict=True)):
-        x, y = number % columns * (width + PICTURE_GAP), number // columns * (pair + PICTURE_GAP)
+        x, y = number % columns * (width + IMAGE_GAP), number // columns * (pair + IMAGE_GAP)
         sheet.paste(Image.fromarray(top), (x, y))
-        sheet.paste(Image.fromarray(bottom), (x, y + height + PICTURE_GAP))
+        sheet.paste(Image.fromarray(bottom), (x, y + height + IMAGE_GAP))
     return sheet

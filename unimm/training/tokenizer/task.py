@@ -26,9 +26,9 @@ from unimm.training.batches import mix
 from unimm.training.recipe import VALIDATION, BaseRecipe, Stage, ValidationSection, smoke_data
 from unimm.training.records import BadItems, data_state
 from unimm.training.tokenizer import losses
-from unimm.training.tokenizer.data import PICTURE_KINDS, TokenizerPictures
-from unimm.training.tokenizer.held_out import HeldOutPictures, as_it_was, begun, divided
-from unimm.training.tokenizer.images import PictureFiles, RandomCrops, first_pictures
+from unimm.training.tokenizer.data import IMAGE_KINDS, TokenizerImages
+from unimm.training.tokenizer.held_out import HeldOutImages, as_it_was, begun, divided
+from unimm.training.tokenizer.images import ImageFiles, RandomCrops, first_images
 from unimm.training.tokenizer.metrics import RecentCodes, comparison, psnr
 
 if TYPE_CHECKING:
@@ -36,50 +36,50 @@ if TYPE_CHECKING:
 
 Proportion = Annotated[float, Field(ge=0, le=1)]
 PREVIEW = 24  # scenes in a preview
-HELD_OUT_OF, TRAINED_ON = "held-out-", "trained-on-"  # what names of sheets of one's own pictures begin with
+HELD_OUT_OF, TRAINED_ON = "held-out-", "trained-on-"  # what names of sheets of one's own images begin with
 HELD_OUT: tuple[Split, ...] = ("seen", "composed", "vendor")
 
 
-class PictureSection(Section):
-    """Pictures of one's own, cropped at random as ADM (arXiv 2105.05233) and LlamaGen do."""
+class ImageSection(Section):
+    """Images of one's own, cropped at random as ADM (arXiv 2105.05233) and LlamaGen do."""
 
     path: Annotated[str, Field(min_length=1)]
-    """A folder of pictures (subfolders too), a tar, or a pattern of tars."""
+    """A folder of images (subfolders too), a tar, or a pattern of tars."""
     shorter: Annotated[tuple[Proportion, Proportion], Field(strict=False)] = (0.8, 1.0)
-    """Least and most share of a picture's short side that the crop takes up."""
+    """Least and most share of an image's short side that the crop takes up."""
     flip: bool = True
     """Whether half of them are mirrored."""
     allow_outside: bool = False
     """Whether links may lead out of the folder."""
 
     @model_validator(mode="after")
-    def _ordered(self) -> PictureSection:
+    def _ordered(self) -> ImageSection:
         if not 0 < self.shorter[0] <= self.shorter[1]:
             raise ValueError(f"shorter: expected two growing shares above 0, got {list(self.shorter)}")
         return self
 
 
 class Data(Section):
-    """Pictures trained on; `Stage.mixture` says how much of each kind and source.
+    """Images trained on; `Stage.mixture` says how much of each kind and source.
 
     Where it is empty, all sources in equal shares, or scenes alone if there are none.
     """
 
     augmented: Proportion = 0.5
     """Share of scenes and artwork that are mirrored, turned or recoloured at random."""
-    sources: dict[str, PictureSection] = Field(default_factory=dict)
-    """Name -> pictures of one's own; the name may stand in a stage's mixture."""
+    sources: dict[str, ImageSection] = Field(default_factory=dict)
+    """Name -> images of one's own; the name may stand in a stage's mixture."""
     max_bad_items: NotNegative = 100
-    """Most pictures of sources that may be unreadable before the run stops."""
-    validation: ValidationSection[PictureSection] | None = None
-    """Pictures of one's own that are not trained on, to measure on; null: none."""
+    """Most images of sources that may be unreadable before the run stops."""
+    validation: ValidationSection[ImageSection] | None = None
+    """Images of one's own that are not trained on, to measure on; null: none."""
 
 
 class TokenizerOptions(Section):
     """What a stage's `options` may hold."""
 
     augmented: Proportion | None = None
-    """Share of augmented pictures in this stage; null: that of `data`."""
+    """Share of augmented images in this stage; null: that of `data`."""
 
 
 class Perceptual(Section):
@@ -131,7 +131,7 @@ class Quantization(Section):
 
 
 class Loss(Section):
-    """Weights of the losses; all are means over pictures."""
+    """Weights of the losses; all are means over images."""
 
     l1: Rate = 1.0
     l2: Rate = 1.0
@@ -152,8 +152,8 @@ class Evaluation(Section):
     samples: Positive = 2000
     """Scenes of each split."""
     seed: NotNegative = 1
-    pictures: str | None = None
-    """Pictures of one's own, held out of training, to look at too: a folder or tars."""
+    images: str | None = None
+    """Images of one's own, held out of training, to look at too: a folder or tars."""
 
 
 class TokenizerRecipe(BaseRecipe):
@@ -168,7 +168,7 @@ class TokenizerRecipe(BaseRecipe):
 
     @classmethod
     def shrink(cls, data: dict[str, Any]) -> None:
-        """As many levels of a few channels, a small quantiser of the same kind, the same pictures."""
+        """As many levels of a few channels, a small quantiser of the same kind, the same images."""
         model = data["model"]
         levels = len(model.get("block_out_channels", [0]))
         stride = model.get("patch_size", 1) * 2 ** (levels - 1)
@@ -189,24 +189,22 @@ class TokenizerRecipe(BaseRecipe):
         data["evaluation"] = {}
 
     @property
-    def validation(self) -> ValidationSection[PictureSection] | None:
+    def validation(self) -> ValidationSection[ImageSection] | None:
         """What is held out of the recipe's sources."""
         return self.data.validation
 
     def build_task(self) -> TokenizerTask:
         """Return the task, having checked what only the whole recipe can tell."""
         if self.validation is not None and self.validation.share and not self.data.sources:
-            raise self.error(
-                "data.validation.share", "there are no sources to hold pictures out of; name them"
-            )
+            raise self.error("data.validation.share", "there are no sources to hold images out of; name them")
         if self.zero_stage == 3:
             raise self.error(
                 "deepspeed.zero_optimization.stage", "a tokenizer's weights are not sharded; use 0, 1 or 2"
             )
         for name in self.data.sources:
-            if name in PICTURE_KINDS:
+            if name in IMAGE_KINDS:
                 raise self.error(f"data.sources.{name}", "this is a kind of scenes; give it another name")
-        known = (*PICTURE_KINDS, *self.data.sources)
+        known = (*IMAGE_KINDS, *self.data.sources)
         for number, stage in enumerate(self.stages):
             validate(TokenizerOptions, stage.options, f"{self.source}: stages[{number}].options")
             for kind in stage.mixture:
@@ -246,11 +244,11 @@ class TokenizerTask:
         self.recipe = recipe
         self.config = config
         self.lockstep = recipe.zero_stage > 0  # see `unimm.training.task.Task.loss`
-        self.files: dict[str, PictureFiles] = {}
+        self.files: dict[str, ImageFiles] = {}
         self.states: dict[str, str] = {}  # what each source is
-        self.trained: dict[str, Sequence[int]] = {}  # which pictures of each source are trained on
+        self.trained: dict[str, Sequence[int]] = {}  # which images of each source are trained on
         self.held: dict[str, Sequence[int]] = {}  # and which are held out
-        self.measured: HeldOutPictures | None = None
+        self.measured: HeldOutImages | None = None
 
     def build(self) -> TokenizerTraining:
         """Return tokenizer, discriminator and perceptual network in one module."""
@@ -265,21 +263,21 @@ class TokenizerTask:
         return groups
 
     def dataset(self, stage: Stage, seed: int) -> SampleSource:
-        """Training pictures of a stage.
+        """Training images of a stage.
 
         Raises:
-            UserError: a source has no pictures, or cannot be read.
+            UserError: a source has no images, or cannot be read.
         """
         data, size = self.recipe.data, self.config.image_size
         mixture = stage.mixture or dict.fromkeys(data.sources, 1.0) or {"scenes": 1.0}
         options = validate(TokenizerOptions, stage.options, f"stage {stage.name}: options")
         share = data.augmented if options.augmented is None else options.augmented
-        kinds = {name: part for name, part in mixture.items() if name in PICTURE_KINDS}
+        kinds = {name: part for name, part in mixture.items() if name in IMAGE_KINDS}
         own = [name for name, part in mixture.items() if name in data.sources and part]
         if not own:
-            return TokenizerPictures(seed, size, kinds, share, self.config.stride)
+            return TokenizerImages(seed, size, kinds, share, self.config.stride)
         bad = BadItems(Path(self.recipe.output) / "bad-items.jsonl", data.max_bad_items, self.recipe.source)
-        files = {name: self._pictures(name, data.sources[name], "data.sources") for name in own}
+        files = {name: self._images(name, data.sources[name], "data.sources") for name in own}
         self._hold_out(stage, bad)
         sources: dict[str, Any] = {
             name: RandomCrops(
@@ -290,18 +288,18 @@ class TokenizerTask:
         }  # fmt: skip
         weights = {name: mixture[name] for name in own}
         if any(kinds.values()):
-            sources["scenes"] = TokenizerPictures(seed, size, kinds, share, self.config.stride)
+            sources["scenes"] = TokenizerImages(seed, size, kinds, share, self.config.stride)
             weights["scenes"] = sum(kinds.values())
         source: SampleSource = mix(sources, weights, seed, shuffle=False)
         return source
 
-    def _pictures(self, name: str, section: PictureSection, key: str) -> PictureFiles:
+    def _images(self, name: str, section: ImageSection, key: str) -> ImageFiles:
         """The files of a source, found once and divided."""
         if name in self.files:
             return self.files[name]
         where = f"{key}.{name.removeprefix(VALIDATION)}.path"
         try:
-            files = self.files[name] = PictureFiles(section.path, section.allow_outside)
+            files = self.files[name] = ImageFiles(section.path, section.allow_outside)
         except UserError as error:
             raise self.recipe.error(where, str(error)) from None
         self.states[name] = data_state(files, len(files))
@@ -317,18 +315,18 @@ class TokenizerTask:
         return files
 
     def _hold_out(self, stage: Stage, bad: BadItems) -> None:
-        """Choose the pictures that the stage is measured on."""
+        """Choose the images that the stage is measured on."""
         validation = self.recipe.validation
         if validation is None:
             return
         for name, section in validation.sources.items():
-            self._pictures(VALIDATION + name, section, "data.validation.sources")
-        self.measured = HeldOutPictures(
+            self._images(VALIDATION + name, section, "data.validation.sources")
+        self.measured = HeldOutImages(
             self.files, self.held, validation.items, self.config.image_size, stage.micro, bad.add
         )
 
     def held_out(self) -> Sequence[dict[str, Tensor]]:
-        """Micro-batches of the stage's held-out pictures."""
+        """Micro-batches of the stage's held-out images."""
         return () if self.measured is None else self.measured
 
     def held_out_sums(self, module: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -363,7 +361,7 @@ class TokenizerTask:
         }
 
     def _reconstruction(self, module: TokenizerTraining, pixels: Tensor, target: Tensor) -> Tensor:
-        """The weighted sum of the reconstruction losses over pictures."""
+        """The weighted sum of the reconstruction losses over images."""
         settings = self.recipe.loss
         total = losses.pixel_loss(pixels, target, settings.l1, settings.l2)
         if settings.edges:
@@ -377,17 +375,17 @@ class TokenizerTask:
         return 1
 
     def collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Stack pictures into pixels float [B, 3, H, W]."""
+        """Stack images into pixels float [B, 3, H, W]."""
         return {"pixels": to_tensor(np.stack([sample["pixels"] for sample in samples]))}
 
     def targets(self, batch: Mapping[str, Tensor]) -> dict[str, int | float]:
-        """Every loss here is a mean over pictures."""
+        """Every loss here is a mean over images."""
         return {"images": len(batch["pixels"])}
 
     def loss(
         self, module: nn.Module, batch: Mapping[str, Tensor], step: int, totals: Mapping[str, float]
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """Weighted sum of the losses; the discriminator's own loss rides along, on detached pictures."""
+        """Weighted sum of the losses; the discriminator's own loss rides along, on detached images."""
         assert isinstance(module, TokenizerTraining)
         settings = self.recipe.loss
         target, images = batch["pixels"], totals["images"]
@@ -424,9 +422,9 @@ class TokenizerTask:
         return total, metrics
 
     def preview(self, module: nn.Module, folder: Path, step: int) -> None:
-        """Write originals over reconstructions of held-out pictures, and how good they are.
+        """Write originals over reconstructions of held-out images, and how good they are.
 
-        Where a recipe holds none of its own out, those are pictures that are trained on, and are called so.
+        Where a recipe holds none of its own out, those are images that are trained on, and are called so.
         """
         assert isinstance(module, TokenizerTraining)
         device = next(module.parameters()).device
@@ -448,7 +446,7 @@ class TokenizerTask:
             return HELD_OUT_OF, {name.removeprefix(VALIDATION): pixels for name, pixels in first.items()}
         if self.files:
             return TRAINED_ON, {
-                name: first_pictures(files, PREVIEW, size) for name, files in self.files.items()
+                name: first_images(files, PREVIEW, size) for name, files in self.files.items()
             }
         splits: tuple[Split, ...] = ("seen", "vendor")
         scenes = {split: EmojiScenes(split, seed=self.recipe.seed, size=size) for split in splits}

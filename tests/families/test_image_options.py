@@ -60,7 +60,7 @@ def processor(folder: Path) -> UniMMProcessor:
     return Checkpoint(folder).processor
 
 
-def picture(height: int) -> Image.Image:
+def make_image(height: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, 20, 3), dtype=np.uint8))
 
 
@@ -71,7 +71,7 @@ def test_options_are_followed_to_the_pixel(
 ) -> None:
     options = {name: value for name, value in OPTIONS[kind].items() if value is not None}
     ours = processor(changed(folders[layout], tmp_path / "model", OPTIONS[kind]))
-    image = picture(20 if kind == "means of levels" else 30)  # means above 1 are no colour to pad with
+    image = make_image(20 if kind == "means of levels" else 30)  # means above 1 are no colour to pad with
     theirs: Any
     if layout.startswith("janus"):
         own = {

@@ -36,31 +36,29 @@ MODES = ("RGB", "RGBA", "L", "P", "CMYK")
 
 
 def art(number: int) -> Image.Image:
-    """The picture of a number: an emoji on a coloured ground or a whole scene, of odd size, in one of the modes."""
+    """The image of a number: an emoji on a coloured ground or a whole scene, of odd size, in one of the modes."""
     size = SIZES[number % len(SIZES)]
     if number % 4 == 3:
         scene = Image.fromarray(EmojiScenes("train", size=96)[number].render())
-        picture = scene.resize(size, Image.Resampling.LANCZOS)
+        image = scene.resize(size, Image.Resampling.LANCZOS)
     else:
         family = sorted(set(ARTWORK_FAMILIES))[number % len(ARTWORK_FAMILIES)]
         emoji = load_artwork(family)[slug(CONCEPTS[number])]
         ground = Image.new("RGBA", emoji.size, (*list(BACKGROUNDS.values())[number % len(BACKGROUNDS)], 255))
-        picture = Image.alpha_composite(ground, emoji).resize(size, Image.Resampling.LANCZOS)
-    return picture.convert(MODES[number // 2 % len(MODES)])
+        image = Image.alpha_composite(ground, emoji).resize(size, Image.Resampling.LANCZOS)
+    return image.convert(MODES[number // 2 % len(MODES)])
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     made = [art(number) for number in range(50)]
-    assert {picture.mode for picture in made} == set(MODES) and {picture.size for picture in made} == set(
-        SIZES
-    )
+    assert {image.mode for image in made} == set(MODES) and {image.size for image in made} == set(SIZES)
     return made
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     janus(folder / "janus")
     emu3(folder / "emu3")
     return folder
@@ -77,12 +75,12 @@ def of_emu3(folder: Path) -> UniMM:
 
 
 @torch.no_grad()
-def test_janus(folder: Path, of_janus: UniMM, pictures: list[Image.Image]) -> None:
+def test_janus(folder: Path, of_janus: UniMM, images: list[Image.Image]) -> None:
     reference = JanusImageProcessorPil.from_pretrained(folder / "janus")
     expected = torch.cat(
-        [reference(picture.convert("RGB"), return_tensors="pt")["pixel_values"] for picture in pictures]
+        [reference(image.convert("RGB"), return_tensors="pt")["pixel_values"] for image in images]
     )
-    pixels = of_janus.processor.look(pictures).pixels
+    pixels = of_janus.processor.look(images).pixels
     deviation = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)
     assert ((pixels - expected) * deviation).abs().max() <= 1 / 255
     vq = JanusForConditionalGeneration.from_pretrained(folder / "janus").eval().model.vqmodel
@@ -93,22 +91,22 @@ def test_janus(folder: Path, of_janus: UniMM, pictures: list[Image.Image]) -> No
 
 
 @torch.no_grad()
-def test_emu3(folder: Path, of_emu3: UniMM, pictures: list[Image.Image]) -> None:
+def test_emu3(folder: Path, of_emu3: UniMM, images: list[Image.Image]) -> None:
     processor = Emu3Processor.from_pretrained(folder / "emu3")
     processor.downsample_ratio = 4  # fixed at 8 in its code
     theirs = Emu3ForConditionalGeneration.from_pretrained(folder / "emu3").eval().model
     deviation = torch.tensor([0.5, 0.5, 0.6]).view(3, 1, 1)
     seen: set[int] = set()
-    for picture in pictures:
-        expected = processor.image_processor(picture, return_tensors="pt")
-        mine = of_emu3.processor(["a red apple"], [[picture]])
+    for image in images:
+        expected = processor.image_processor(image, return_tensors="pt")
+        mine = of_emu3.processor(["a red apple"], [[image]])
         assert torch.equal(mine["image_sizes"], expected["image_sizes"])
         assert ((mine["pixel_values"] - expected["pixel_values"]) * deviation).abs().max() <= 1 / 255
         tokens = theirs.get_image_tokens(expected["pixel_values"], expected["image_sizes"])
         codes = of_emu3.image_tokenizer.encode(mine["pixel_values"])[0]
         assert torch.equal(of_emu3.model.layout.tokens(codes), tokens)
         text = "You are a helpful assistant. USER: <image>a red apple ASSISTANT:"
-        asked = processor(text=[text], images=[picture], return_tensors="pt")
+        asked = processor(text=[text], images=[image], return_tensors="pt")
         assert torch.equal(mine["input_ids"], asked["input_ids"])
         seen |= set(codes.flatten().tolist())
     assert len(seen) > 5
@@ -119,9 +117,9 @@ def test_what_the_reference_would_spoil_is_brought_to_rgb_first(
     folder: Path, of_janus: UniMM, mode: str
 ) -> None:
     """Transparency lies on white here and is dropped there; 16-bit grey is scaled here and clipped there."""
-    picture = load_artwork("noto")[slug("red apple")].resize((61, 37))
-    white = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    given, flat = picture, white
+    image = load_artwork("noto")[slug("red apple")].resize((61, 37))
+    white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    given, flat = image, white
     if mode == "P":
         given = white.quantize(16)
         clear = given.getpixel((0, 0))
