@@ -131,10 +131,10 @@ def _training_rows(um: UniMM) -> tuple[dict[str, Tensor], Tensor]:
     drawn = layout.tokens(codes[0]).tolist() if shared else [layout.code] * codes.numel()
     is_code = layout.code_positions(torch.tensor(drawn)).tolist()
     targets = iter((codes.flatten() + (layout.code if shared else 0)).tolist())
-    learnt = [next(targets) if one else -100 for one in is_code]
+    labelled = [next(targets) if one else -100 for one in is_code]
     pairs = [
         ([*asked, *answer], [-100] * len(asked) + answer),
-        ([*prompt, *drawn], [-100] * len(prompt) + learnt),
+        ([*prompt, *drawn], [-100] * len(prompt) + labelled),
     ]
     length = max(len(ids) for ids, _ in pairs)
     ids = [row + [processor.pad] * (length - len(row)) for row, _ in pairs]

@@ -139,7 +139,7 @@ def test_describe_needs_no_weights(tiny_model: UniMM, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     said = describe(tmp_path)
     assert said["family"] == "unimm" and said["can"] == ["caption", "ask", "draw"]
-    codebook = tiny_model.image_tokenizer.quantize.codebook.numel()  # a buffer, but learnt
+    codebook = tiny_model.image_tokenizer.quantize.codebook.numel()  # a buffer, but trained
     assert said["parameters_total"] == codebook + sum(p.numel() for p in tiny_model.model.parameters())
 
 

@@ -159,9 +159,9 @@ def follows(ours: UniMMProcessor, theirs: Any) -> None:
             assert asked == expected, name
         row = written(ours, messages)
         assert row.ids[: len(expected)] == expected, name
-        learnt = [label for label in row.labels[len(expected) :] if label != IGNORED]
-        assert learnt == row.ids[len(expected) : len(expected) + len(learnt)]
-        assert ours.tokenizer.decode(learnt, skip_special_tokens=True).strip() == ANSWER
+        labelled = [label for label in row.labels[len(expected) :] if label != IGNORED]
+        assert labelled == row.ids[len(expected) : len(expected) + len(labelled)]
+        assert ours.tokenizer.decode(labelled, skip_special_tokens=True).strip() == ANSWER
         whole = reference(theirs, [*messages, turn("assistant", ANSWER)], asks=False)
         ended = (
             row.ids[-1] == eos and row.ids[:-1] == whole[: len(row.ids) - 1]

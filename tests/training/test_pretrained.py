@@ -166,8 +166,8 @@ def test_what_is_trained_on_is_what_will_be_asked(checkpoints: Path, tmp_path: P
     data = task.dataset(stage, 0)
     for index in range(8):
         sample = data[index]
-        learnt = np.flatnonzero(sample["labels"] != IGNORED)
-        prompt, rest = sample["ids"][: learnt[0]].tolist(), sample["ids"][learnt[0] :].tolist()
+        labelled = np.flatnonzero(sample["labels"] != IGNORED)
+        prompt, rest = sample["ids"][: labelled[0]].tolist(), sample["ids"][labelled[0] :].tolist()
         if not len(sample["images"]):  # a drawing, of the model's size or near the image's shape
             grids = GRIDS if processor.layout.shared else [processor.layout.grid] * len(SIZES)
             assert prompt in [*map(processor.drawing_ids, captions, grids)]

@@ -338,7 +338,7 @@ class UniMMModel(StrictModel):
                 name them (`pixel_values`, `image_sizes`, `image_features`, `image_codes`).
             rows: for rows that hold several samples or branches; `attention_mask` is then made from these.
             labels: [B, T], aligned with `input_ids` (shifted here); at code positions the code (its token,
-                where codes are tokens), else a text token, and -100 where nothing is to be learnt.
+                where codes are tokens), else a text token, and -100 at unlabelled positions.
             lockstep: run every part, and each as often as all other processes do, whatever this process's inputs
                 need. Where weights or gradients are sharded, processes that ran different modules would wait for
                 each other forever, or add up gradients of different weights. Needs a process group.

@@ -343,10 +343,10 @@ class OnlineTask(PolicyTask):
                 exchange = [prompt, Message("assistant", (DRAWN,))]
                 row = branch([self.processor.conversation.write(exchange, [one]) for one in shared])
                 arrays = row.arrays()
-                learnt = arrays["labels"] != IGNORED
+                labelled = arrays["labels"] != IGNORED
                 answers = np.zeros_like(arrays["labels"])
-                answers[learnt] = np.arange(count, count + learnt.sum())
-                count += int(learnt.sum())
+                answers[labelled] = np.arange(count, count + labelled.sum())
+                count += int(labelled.sum())
                 rows.append({**arrays, "answers": answers})
         images = self.processor.drawn(list(codes.flatten(0, 1)))
         return {**stack_answers(rows, self.processor.pad), "images": images}

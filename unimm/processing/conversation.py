@@ -180,7 +180,7 @@ class Conversation:
         return writer.write(pieces, asks=messages[-1].role == "user")
 
     def _answer_opening(self, left: str) -> tuple[str, str]:
-        """What stands between a piece and an answer in words: what is given, and what the answer begins with.
+        """What stands between a piece and an answer in words: what is unlabelled, and what the answer begins with.
 
         Args:
             left: the place of the piece before, such as `user.text`.
@@ -299,14 +299,14 @@ class _Writer:
             if isinstance(part, str):
                 part = part.lstrip() if join.strip_right else part
                 part = part.rstrip() if following.strip_left else part
-            if piece.labelled:  # the turn's opening is not learnt, what it says and its end are
-                self._answer(part, self._opening(left, join) if piece.turn != before else "")
+            if piece.labelled:  # the opening of the turn is unlabelled, what it says and its end are labelled
+                self._labelled(part, self._opening(left, join) if piece.turn != before else "")
                 if after is None or after.turn != piece.turn:
                     self._close(following.words, isinstance(part, str) or self.mixed, after is None)
             else:
                 # after an answer, what follows was taken when it was closed
                 self.pending += [] if left.startswith("assistant") else self.conversation.special(join.words)
-                self._give(part)
+                self._unlabelled(part)
             left, before = piece.place, piece.turn
         if asks:
             self.pending += self.conversation.special(self.turns.join(left, ASK).words)
@@ -314,8 +314,8 @@ class _Writer:
             self._flush()
         return self.row
 
-    def _give(self, part: str | ImagePart) -> None:
-        """Take a piece that is not labelled."""
+    def _unlabelled(self, part: str | ImagePart) -> None:
+        """Take an unlabelled piece."""
         if isinstance(part, str):
             self.pending.append(part)
             return
@@ -324,14 +324,14 @@ class _Writer:
 
     def _opening(self, left: str, join: Join) -> str:
         """Take what stands before an answer; gives what the answer begins with."""
-        given, lead = join.words, ""
+        unlabelled, lead = join.words, ""
         if self.turns is self.conversation.turns:
-            given, lead = self.conversation._answer_opening(left)
-        self.pending += [] if left.startswith("assistant") else self.conversation.special(given)
+            unlabelled, lead = self.conversation._answer_opening(left)
+        self.pending += [] if left.startswith("assistant") else self.conversation.special(unlabelled)
         return lead
 
-    def _answer(self, part: str | ImagePart, lead: str) -> None:
-        """Write a piece that is labelled."""
+    def _labelled(self, part: str | ImagePart, lead: str) -> None:
+        """Write a labelled piece."""
         conversation, row = self.conversation, self.row
         if isinstance(part, str):
             self._flush()

@@ -2,7 +2,7 @@
 
 How each form of data maps onto it (`user` and `assistant` are the roles of its messages):
 
-- text: one assistant message with the text; all of it is learnt.
+- text: one assistant message with the text; all of it is labelled.
 - caption: user [image], assistant [text]; the request for a caption is put in when it is used.
 - conversation: user [images and text in any order], assistant [text], as many turns as there are.
 - text to image: user [text], assistant [image to draw].
@@ -210,7 +210,7 @@ class Record:
 
     @property
     def kind(self) -> RecordKind:
-        """What is learnt from it."""
+        """What it teaches, by its labelled parts."""
         if not self.images(draw=True):
             return "image_to_text" if self.images(draw=False) else "text"
         said = [part for m in self.messages if m.role == "assistant" for part in m.parts]

@@ -119,8 +119,8 @@ def test_each_branch_is_the_question_alone(task: UnifiedTask) -> None:
             where = (branches == number).nonzero()[:, 0]
             prefix = int((branches == 0).sum())
             torch.testing.assert_close(packed[where], alone[prefix:], rtol=1e-4, atol=1e-5)
-            learnt = labels[0, where]
-            assert learnt[learnt != IGNORED].tolist() == row[len(prompt) :]
+            labelled = labels[0, where]
+            assert labelled[labelled != IGNORED].tolist() == row[len(prompt) :]
 
 
 def test_all_placings_are_asked_once_where_a_stage_says_so(task: UnifiedTask) -> None:
