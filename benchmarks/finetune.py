@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=60)
     parser.add_argument("--things", type=int, default=10, help=f"at most {len(THINGS)}")
     parser.add_argument("--held-out", type=int, default=120)
-    parser.add_argument("--keep", metavar="FOLDER", help="where images and run stay; a run there goes on")
+    parser.add_argument("--keep", metavar="FOLDER", help="where images and run stay; a run there is resumed")
     options = parser.parse_intermixed_args()
     things = THINGS[: options.things]
     trained, held_out = make_scenes(things, options.images, 0), make_scenes(things, options.held_out, 1)

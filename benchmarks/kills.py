@@ -233,7 +233,7 @@ def main() -> None:
         killed = write_recipe(Path(place) / "killed", options.steps, options.zero)
         starting, period = undisturbed(alone)
         print(f"undisturbed: {starting:.1f} s to start, {EVERY} steps and a checkpoint in {period:.2f} s")
-        print(f"{'kill':>4}  {'process':<9}{'moment':<28}{'log at step':>11}  {'saving':<8}goes on at step")
+        print(f"{'kill':>4}  {'process':<9}{'moment':<28}{'log at step':>11}  {'saving':<8}resumes at step")
         folder, faults, hits, cut = killed.parent, [], 0, 0
         kills = draw_kills(options.kills, options.steps, starting, period, options.seed)
         for number, kill in enumerate(kills, 1):

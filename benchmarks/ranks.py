@@ -7,7 +7,7 @@ No data: the tars are holes, and how many samples each has is told by the index 
 package's own: `TarShards` finds shard and sample, `RecordSamples` shuffles, `mix` mixes, `read_step` shares out. Every
 rank's steps are read (by its workers in turn, each with a source of its own), and every sample is counted. Prints
 samples read twice or lost in each epoch of each source, the largest stray of a source's share in any 1,000 samples,
-what a checkpoint holds of the place in the data, and what a rank takes to go on from the middle.
+what a checkpoint holds of the place in the data, and what a rank takes to resume from the middle.
 """
 
 from __future__ import annotations

@@ -312,7 +312,7 @@ def show(value: object) -> str:
 
 
 def _walk(model: type[BaseModel], location: Iterable[str | int]) -> tuple[list[str | int], Any]:
-    """A location without the kinds by which pydantic tells apart sections, and what stands there."""
+    """A location without the kinds by which pydantic distinguishes sections, and what stands there."""
     kept: list[str | int] = []
     found: Any = model
     for part in location:
@@ -329,7 +329,7 @@ def _walk(model: type[BaseModel], location: Iterable[str | int]) -> tuple[list[s
 
 
 def _kinds(annotation: Any) -> dict[str, type[BaseModel]]:
-    """Kind -> section, where an annotation is a union of sections that their `kind` tells apart."""
+    """Kind -> section, where an annotation is a union of sections that their `kind` distinguishes."""
     if get_origin(annotation) not in (Union, types.UnionType):
         return {}
     sections: list[Any] = [

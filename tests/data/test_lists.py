@@ -60,7 +60,7 @@ def test_csv_of_questions_with_line_ends_and_images_in_cells(tmp_path: Path) -> 
     ("content", "line"),
     [
         (b"", "its first line holds no names of columns"),
-        (b"a,b\n1,2\n", "of no known form; expected images and texts, but its first line says: a, b"),
+        (b"a,b\n1,2\n", "of unknown form; expected images and texts, but its first line says: a, b"),
         (b"text,text\n1,2\n", "two columns are called text"),
         (b'text,id\n"open,2\n', "line 2: unexpected end of data"),
         ("text\na".encode("utf-16"), "UTF-16; save it as UTF-8"),

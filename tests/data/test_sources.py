@@ -349,7 +349,7 @@ def test_splits_of_a_datasets_folder(tmp_path: Path) -> None:
     ("name", "content", "line"),
     [
         ("missing.json", None, r"missing\.json: no such file or folder"),
-        ("a.csv", b"x", r"a\.csv: of no known form; expected images"),
+        ("a.csv", b"x", r"a\.csv: of unknown form; expected images"),
         ("a.tar.gz", b"x", "unpack it with gunzip"),
         ("a.json", b"{}", r"a\.json: expected a list of records, got dict"),
         ("a.json", b"[", r"a\.json: not JSON"),

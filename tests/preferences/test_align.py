@@ -1,4 +1,4 @@
-"""The loop makes every step once and goes on where it was; changes and their intervals are what they should be."""
+"""The loop makes every step once and resumes where it was; changes and their intervals are what they should be."""
 
 from __future__ import annotations
 

@@ -233,7 +233,7 @@ def test_damage_is_named_and_the_one_before_is_used(
     write_checkpoint(tmp_path, snapshot(1), Checkpointing(keep=2))
     newest = write_checkpoint(tmp_path, snapshot(2), Checkpointing(keep=2))
     harm(newest / name)
-    with pytest.warns(UserNote, match=f"{name}: ({word}).*; going on from step-00000001"):
+    with pytest.warns(UserNote, match=f"{name}: ({word}).*; resuming from step-00000001"):
         found = read_newest(tmp_path)
     assert found is not None and found.step == 1
     (tmp_path / "step-00000001" / "rng.safetensors").unlink()
@@ -267,7 +267,7 @@ def test_what_stands_in_the_place_of_a_checkpoint_is_named_and_replaced(
     newest = write_checkpoint(tmp_path, snapshot(2), Checkpointing(keep=2))
     harm(newest)
     with pytest.warns(
-        UserNote, match="step-00000002.*missing from the checkpoint; going on from step-00000001"
+        UserNote, match="step-00000002.*missing from the checkpoint; resuming from step-00000001"
     ):
         assert (found := read_newest(tmp_path)) is not None and found.step == 1
     write_checkpoint(tmp_path, snapshot(2), Checkpointing(keep=2))
@@ -300,7 +300,7 @@ def test_states_of_random_numbers_that_are_none_are_damage(states: dict[str, Ten
 def test_the_state_of_another_step_is_noticed(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, snapshot(1), Checkpointing(keep=2))
     swap(write_checkpoint(tmp_path, snapshot(2), Checkpointing(keep=2)) / "state.json")
-    with pytest.warns(UserNote, match=r"model\.safetensors: damaged.*; going on from step-00000001"):
+    with pytest.warns(UserNote, match=r"model\.safetensors: damaged.*; resuming from step-00000001"):
         assert (found := read_newest(tmp_path)) is not None and found.step == 1
 
 

@@ -72,7 +72,7 @@ def test_a_resumed_run_has_each_preview_once(tiny: Path, tmp_path: Path) -> None
     path = validated(tmp_path, tiny, logging=SHOWING | {"samples_every": 1}, checkpoint={"every": 2})
     train(load_recipe(path, ["stages[0].steps=3", f"output={tmp_path}/cut"]), quiet=True)
     (tmp_path / "cut/checkpoints/step-00000003/state.json").unlink()
-    with pytest.warns(UserWarning, match="going on from step-00000002"):
+    with pytest.warns(UserWarning, match="resuming from step-00000002"):
         train(load_recipe(path, [f"output={tmp_path}/cut"]), quiet=True)
     assert [line["step"] for line in lines(tmp_path / "cut", "held-out.jsonl")] == [1, 2, 3, 4]
 

@@ -67,7 +67,7 @@ def test_no_folder_of_a_run_is_written_through_a_link(tmp_path: Path, name: str,
 
 
 def test_links_within_the_folders_of_a_run_are_replaced(tmp_path: Path) -> None:
-    """A run that goes on where somebody put links in the places of its export's files and of a checkpoint's."""
+    """A run that is resumed where somebody put links in the places of its export's files and of a checkpoint's."""
     train(made(tmp_path / "run"), quiet=True)
     expected, out = weights(tmp_path / "run"), tmp_path / "run" / "out"
     outside = tmp_path / "theirs"

@@ -1,4 +1,4 @@
-"""Trackers get every number of the log, and a run that goes on is the same run there."""
+"""Trackers get every number of the log, and a resumed run is the same run there."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """From a model to a better one by one command: draw candidates, rank them, train on the pairs, measure.
 
-Every step leaves a file or a folder and goes on where it was stopped; what is there already is not made again.
+Every step leaves a file or a folder and resumes where it was stopped; what is there already is not made again.
 `folder/seed-K` holds `before.json`, `after.json` and, for each round, `round-R` with `candidates.jsonl`,
 `pairs.jsonl` and `training/export`. A round starts from the model of the one before, on new prompts. Where the
 training recipe is one of the tasks that draw and score for themselves (`ONLINE`), a round is that training alone.
@@ -287,7 +287,7 @@ class Round:
             )
         if done.returncode or not self.export.exists():
             raise UserError(
-                f"{self.training}: training stopped with status {done.returncode}; give the command again to go on"
+                f"{self.training}: training stopped with status {done.returncode}; give the command again to resume"
             )
 
 

@@ -184,7 +184,7 @@ class Preference(Section):
             raise UserError(f"{self.where}: {error}") from None
 
     def key(self) -> tuple[str, ...]:
-        """What tells prompts apart: the words, and where the images lie or what they are."""
+        """What distinguishes prompts: the words, and where the images lie or what they are."""
         blobs = (self._files[name] for name in self.images)
         return (self.words, *(blob.name if blob.data is None else _digest(blob.data) for blob in blobs))
 

@@ -2,7 +2,7 @@
 
 Such a task differs from other training in its data, which the model draws before each step. A drawing follows from the
 weights that drew it, its prompt and a stream of its own, which follows from the seed and the prompt's place in the
-data; so a run that goes on draws again what it would have drawn. With one update for each batch of drawings these
+data; so a resumed run draws again what it would have drawn. With one update for each batch of drawings these
 are the policy's own weights. With more, a frozen copy that is renewed with each batch draws, and travels in the
 checkpoint.
 """

@@ -356,7 +356,7 @@ class _Writer:
     def _close(self, words: str, learn: bool, last: bool) -> None:
         """End an answer: by the token that the template writes after it, else by the tokenizer's own.
 
-        Where a template goes on without any, the row does so too, and the end token is only the label there.
+        Where a template continues without any, the row does so too, and the end token is only the label there.
         """
         conversation, templated = self.conversation, self.turns.template is not None
         write = self._label if learn else self.row.add

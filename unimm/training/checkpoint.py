@@ -1,4 +1,4 @@
-"""Checkpoints: all that a run needs to go on bit for bit, written so that a half-written one is never read.
+"""Checkpoints: all that a run needs to resume bit for bit, written so that a half-written one is never read.
 
 A checkpoint is a folder `step-XXXXXXXX` of safetensors files and one `state.json`, which lists the others with
 their sizes and SHA-256 and has a checksum of itself, so that a single flipped byte is noticed. It is written under a
@@ -193,7 +193,7 @@ def read_newest(folder: Path) -> Snapshot | None:
             faults.append(str(error))
             continue
         for fault in faults:
-            warnings.warn(f"{fault}; going on from {path.name}", UserNote, stacklevel=2)
+            warnings.warn(f"{fault}; resuming from {path.name}", UserNote, stacklevel=2)
         return snapshot
     if faults:
         raise UserError(f"{faults[0]}; no earlier checkpoint is whole (remove {folder} to start anew)")
@@ -284,16 +284,16 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], source: str) ->
             tensor.copy_(tensors[name])
 
 
-# --- may this checkpoint be gone on from? -------------------------------------------------------------------
+# --- may this checkpoint be resumed from? --------------------------------------------------------------------
 
 FREE = ("output", "logging", "checkpoint", "device", "deepspeed", "data.max_bad_items")
-"""Sections and keys that may differ between a checkpoint's recipe and the one that goes on."""
+"""Sections and keys that may differ between a checkpoint's recipe and that of the resumed run."""
 FREE_IN_STAGE = ("micro_batch", "pack", "gradient_checkpointing", "compile")
 """Keys of a stage that say how a step is computed, not what it is."""
 
 
 def check_resumable(snapshot: Snapshot, recipe: BaseRecipe) -> None:
-    """Refuse to go on where the recipe has changed in a way that makes the old steps wrong.
+    """Refuse to resume where the recipe has changed in a way that makes the old steps wrong.
 
     Logging, checkpointing, device, engine settings, micro-batches and packing may change, and so may stages not
     yet begun; the stage at which the run stands may change its `steps` where its schedule is constant. Keys that
@@ -324,7 +324,7 @@ def say_changed_data(snapshot: Snapshot, now: Mapping[str, str]) -> None:
 
 
 def _harmless(key: str, after: Any, snapshot: Snapshot, recipe: BaseRecipe) -> bool:
-    """Whether a run may go on although `key` is another than it was."""
+    """Whether a run may resume although `key` is another than it was."""
     if not key.startswith("stages["):
         return key.split(".")[0] in FREE or key in FREE
     number = int(key[len("stages[") : key.index("]")])

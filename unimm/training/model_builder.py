@@ -152,7 +152,7 @@ def _tower(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _load(source: str) -> UniMM:
-    """Load a whole model to go on from."""
+    """Load a whole model to start from."""
     return load(source, device="cpu", dtype="float32")
 
 

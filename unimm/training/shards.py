@@ -135,7 +135,7 @@ class Average:
     Args:
         engine: whose weights to follow.
         decay: of the average at each step.
-        start: whole averages by name to go on from; empty to start at the weights.
+        start: whole averages by name to start from; empty to start at the weights.
         updates: how often those had been updated.
     """
 

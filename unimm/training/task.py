@@ -185,7 +185,7 @@ class Moves(Protocol):
     def before_step(self, module: nn.Module, step: int) -> None:
         """Change the module, where its time has come; every process calls this, once before each step.
 
-        It must follow from the module and `step` (steps done before, over all stages) alone: a run that goes on does
+        It must follow from the module and `step` (steps done before, over all stages) alone: a resumed run does
         again what had been done after its checkpoint.
         """
         ...
@@ -198,7 +198,7 @@ class Draws(Protocol):
     def draw(self, module: nn.Module, batches: Sequence[Batch], step: int) -> list[Batch]:
         """Fill in this process's micro-batches of a step; called before its first loss, with whole weights.
 
-        What is drawn must follow from the module, the batches and the recipe's seed alone, or a run that goes on
+        What is drawn must follow from the module, the batches and the recipe's seed alone, or a resumed run
         would see other data.
 
         Args:

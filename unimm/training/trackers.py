@@ -1,7 +1,7 @@
 """Services that a run's numbers go to: Weights & Biases, and trackio, which stays on this machine unless told.
 
-The extra `trackers` brings both. A run has one name with them for as long as its folder is there, so one that goes on
-is the same run there too.
+The extra `trackers` brings both. A run has one name with them for as long as its folder is there, so a resumed one is
+the same run there too.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Tracker:
 
 
 def _run_id(output: Path) -> str:
-    """A random name of the run, the same when it goes on."""
+    """A random name of the run, the same when it is resumed."""
     path = output / ID_FILE
     if not path.exists():
         with atomic_write(path) as temporary:

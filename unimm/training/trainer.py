@@ -1,6 +1,6 @@
 """The trainer: runs the stages of a recipe one after another, on DeepSpeed, and can be stopped anywhere.
 
-`train(recipe)` builds the task, goes on from the newest checkpoint if there is one, and ends with the task's
+`train(recipe)` builds the task, resumes from the newest checkpoint if there is one, and ends with the task's
 export. A run that was killed and started again ends with the same weights, bit for bit, as one left alone:
 the data, the random states and the schedule of a step follow from (seed, stage, step) alone. (On as many
 threads and devices, that is: with others, torch sums in another order.)
@@ -113,7 +113,7 @@ class Run:
         for line in shortened_warmups(recipe.stages):
             self.log.say(line)
         if self.snapshot is not None:
-            self.log.say(f"going on from step {self.step} ({self.output / 'checkpoints'})")
+            self.log.say(f"resuming from step {self.step} ({self.output / 'checkpoints'})")
 
     def _restore(self, snapshot: checkpoint.Snapshot) -> None:
         checkpoint.check_resumable(snapshot, self.recipe)
@@ -244,7 +244,7 @@ class Run:
         if saving:
             self._save(engine)
         if self.stopping and not last:
-            self.log.say(f"stopped at step {self.step}; run the same recipe again to go on")
+            self.log.say(f"stopped at step {self.step}; run the same recipe again to resume")
             if self.stop.number == signal.SIGINT:
                 raise KeyboardInterrupt
             raise SystemExit(0)
@@ -297,7 +297,7 @@ class Run:
             self._wait()
 
     def _snapshot(self, engine: Engine) -> checkpoint.Snapshot:
-        """All that a run needs to go on, whole on the first rank; all ranks call this together."""
+        """All that a run needs to resume, whole on the first rank; all ranks call this together."""
         keep = self.rank == 0
         python_rng, rng = checkpoint.random_states()
         return checkpoint.Snapshot(

@@ -61,7 +61,7 @@ def test_each_player_gets_only_its_own_gradient() -> None:
 
 
 def test_the_players_pull_in_opposite_directions() -> None:
-    """Its loss teaches the discriminator to tell two apart; the generator's then raises a fake's score."""
+    """Its loss teaches the discriminator to distinguish two; the generator's then raises a fake's score."""
     torch.manual_seed(0)
     judge = losses.PatchDiscriminator(8, 2)
     optimizer = torch.optim.Adam(judge.parameters(), lr=1e-2)

@@ -97,7 +97,7 @@ def _open_files(files: list[Path], reading: Reading, location: str, strict: bool
         return _open_list(file, reading, location)
     if file.name.endswith((".tar.gz", ".tgz")):
         raise UserError(f"{location}: compressed tars cannot be read by random access; unpack it with gunzip")
-    raise UserError(f"{location}: of no known form; {_WAYS_OUT}")
+    raise UserError(f"{location}: of unknown form; {_WAYS_OUT}")
 
 
 def _common(files: Sequence[Path]) -> Path:

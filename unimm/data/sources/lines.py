@@ -217,7 +217,7 @@ class CsvRows(ListedRows):
             raise UserError(f"two columns are called {clip(twice)}")
         if not any(name in KNOWN or name in self.reading.fields.values() for name in names):
             shown = ", ".join(map(clip, names[:8]))
-            raise UserError(f"of no known form; expected images and texts, but its first line says: {shown}")
+            raise UserError(f"of unknown form; expected images and texts, but its first line says: {shown}")
         return names
 
     def __len__(self) -> int:

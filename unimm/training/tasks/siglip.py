@@ -248,7 +248,7 @@ def widen(vision: nn.Module) -> None:
     """Draw the matrices of a small ViT anew, by their own width (Glorot and Bengio 2010).
 
     timm's standard deviation of 0.02 suits widths of 768; at 192 the blocks add next to nothing at first, and
-    the tower takes several times as many images to tell its first objects apart.
+    the tower takes several times as many images to distinguish its first objects.
     """
     for name, parameter in vision.named_parameters():
         if name.endswith("weight") and parameter.ndim == 2:

@@ -74,7 +74,7 @@ class RecentCodes(nn.Module):
     def __init__(self, codebook_size: int, window: int = 65_536) -> None:
         super().__init__()
         self.codebook_size = codebook_size
-        # -1: nothing yet. Not saved: a run that goes on counts anew.
+        # -1: nothing yet. Not saved: a resumed run counts anew.
         codes = torch.full((max(window, 4 * codebook_size),), -1, dtype=torch.int32)
         self.register_buffer("seen", codes, persistent=False)
 
