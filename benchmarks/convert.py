@@ -27,14 +27,14 @@ def make_checkpoint(folder: Path, layers: int) -> None:
     """Write a Janus of Janus-Pro-1B's width in shards; what the weights are does not matter here."""
     trained = train_text_tokenizer(["a red apple"], 300)
     names = {"bos_token": trained.bos_token, "eos_token": trained.eos_token, "pad_token": trained.pad_token}
-    words = PreTrainedTokenizerFast(tokenizer_object=trained.backend_tokenizer, **names)
+    text_tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained.backend_tokenizer, **names)
     config = JanusConfig(
         text_config=LlamaConfig(
             vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers,
             num_attention_heads=16, num_key_value_heads=16,
         ),
         vision_config={"num_hidden_layers": 6, "projection_dim": 2048},
-        image_token_id=words.get_vocab()["<image_placeholder>"],
+        image_token_id=text_tokenizer.get_vocab()["<image_placeholder>"],
         tie_word_embeddings=False,
     )  # fmt: skip
     with torch.device("meta"):
@@ -45,7 +45,7 @@ def make_checkpoint(folder: Path, layers: int) -> None:
             if tensor.is_floating_point():
                 tensor.fill_(0.5)
     model.save_pretrained(folder, max_shard_size=SHARD)
-    words.save_pretrained(folder)
+    text_tokenizer.save_pretrained(folder)
     (folder / "processor_config.json").write_text(json.dumps({"use_default_system_prompt": True}))
 
 

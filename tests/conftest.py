@@ -42,9 +42,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a model that draws 4 x 4 codes on 32 x 32 pixels."""
     torch.manual_seed(0)
-    words = train_text_tokenizer(["a red apple on a blue background", "what is this?"], 300)
+    text_tokenizer = train_text_tokenizer(["a red apple on a blue background", "what is this?"], 300)
     names = ["<begin_of_image>", "<end_of_image>", "<image_placeholder>", "<image>"]
-    begin, end, feature, code = words.convert_tokens_to_ids(names)
+    begin, end, feature, code = text_tokenizer.convert_tokens_to_ids(names)
     sizes = ImageTokenizerConfig(
         image_size=32, patch_size=4, block_out_channels=(8, 16), norm_num_groups=4, latent_channels=8,
         codebook_size=32, codebook_dim=4,
@@ -52,10 +52,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vision = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
     config = UniMMConfig(
         decoder={
-            "model_type": "llama", "vocab_size": len(words), "hidden_size": 32, "intermediate_size": 64,
+            "model_type": "llama", "vocab_size": len(text_tokenizer), "hidden_size": 32, "intermediate_size": 64,
             "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 128,
-            "pad_token_id": words.pad_token_id, "bos_token_id": words.bos_token_id,
-            "eos_token_id": words.eos_token_id,
+            "pad_token_id": text_tokenizer.pad_token_id, "bos_token_id": text_tokenizer.bos_token_id,
+            "eos_token_id": text_tokenizer.eos_token_id,
         },
         views={"kind": "square", "image_size": 32},
         encoder={
@@ -67,7 +67,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         layout=vars(ImageLayout(begin, end, feature, code, grid=(4, 4))),
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("tiny")
-    UniMM(UniMMModel(config), UniMMProcessor(config, words)).save(folder)
+    UniMM(UniMMModel(config), UniMMProcessor(config, text_tokenizer)).save(folder)
     return folder
 
 

@@ -68,7 +68,7 @@ def bpe() -> Tokenizer:
     return tokenizer
 
 
-def words() -> PreTrainedTokenizerFast:
+def text_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer with the special tokens of transformers' Emu3, which calls an unused one `<image>`."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe(),
@@ -92,7 +92,7 @@ def words() -> PreTrainedTokenizerFast:
 
 
 def tiktoken_files(folder: Path) -> None:
-    """Write the same words as the original repository has them."""
+    """Write the same text tokenizer as the original repository has it."""
     byte = {character: number for number, character in bytes_to_unicode().items()}
     ranks = sorted(bpe().get_vocab().items(), key=lambda item: item[1])
     lines = (f"{base64.b64encode(bytes(byte[c] for c in token)).decode()} {rank}\n" for token, rank in ranks)
@@ -104,7 +104,7 @@ def tiktoken_files(folder: Path) -> None:
 def emu3(folder: Path) -> Emu3ForConditionalGeneration:
     """Write a checkpoint of transformers' layout: grouped queries, odd depth, three levels of the tokenizer."""
     torch.manual_seed(0)
-    tokenizer = words()
+    tokenizer = text_tokenizer()
     config = Emu3Config(
         text_config={
             "vocab_size": len(tokenizer) + 5, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,

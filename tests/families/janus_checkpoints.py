@@ -42,7 +42,7 @@ TEMPLATE = """
 """
 
 
-def words() -> PreTrainedTokenizerFast:
+def text_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer with the special tokens of Janus's."""
     texts = ["a red apple on a blue background", "what is this? it is: a You are a helpful assistant.\n\n"]
     trained = train_text_tokenizer(texts, 320)
@@ -68,7 +68,7 @@ def words() -> PreTrainedTokenizerFast:
 def janus(folder: Path, tied: bool = False) -> JanusForConditionalGeneration:
     """Write a checkpoint of transformers' layout: grouped queries, odd depths, three VQ levels."""
     torch.manual_seed(0)
-    tokenizer = words()
+    tokenizer = text_tokenizer()
     vocabulary = tokenizer.get_vocab()
     config = JanusConfig(
         text_config=LlamaConfig(
@@ -225,4 +225,4 @@ def _original_files(folder: Path, model: JanusForConditionalGeneration) -> None:
     (folder / "processor_config.json").write_text(json.dumps({"sft_format": "deepseek"}))
     preprocessor = {"image_size": SIDE, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.4, 0.5, 0.6]}
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
-    words().save_pretrained(folder)
+    text_tokenizer().save_pretrained(folder)

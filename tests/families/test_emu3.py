@@ -22,7 +22,7 @@ from tests.families.emu3_checkpoints import emu3, original
 from unimm.errors import UserError
 from unimm.families.convert import convert
 from unimm.families.emu3 import NEGATIVE, POSITIVE
-from unimm.families.emu3_words import FIRST_TOKENS, read_words
+from unimm.families.emu3_text_tokenizer import FIRST_TOKENS, read_text_tokenizer
 from unimm.loading import describe
 from unimm.pipeline import UniMM
 from unimm.sampling.text import generate_text
@@ -215,14 +215,16 @@ def test_the_original_tokenizer_is_read_from_its_own_files(tmp_path: Path) -> No
     lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
     (tmp_path / "emu3.tiktoken").write_text("".join(lines))
     (tmp_path / "emu3_vision_tokens.txt").write_text("<|image token|>\n<|visual token 000000|>\n")
-    words = read_words(tmp_path)
+    text_tokenizer = read_text_tokenizer(tmp_path)
     special = {token: len(ranks) + i for i, token in enumerate((*FIRST_TOKENS, "<|image token|>"))}
     default = TikTokenConverter().pattern.replace(r"\p{N}{1,3}", r"\p{N}")
     reference = tiktoken.Encoding("Emu3", pat_str=default, mergeable_ranks=ranks, special_tokens=special)
     for text in ("a red apple", "don't  4*12\n\nCafe\u0301 apple<|image token|>red", "🐼 漢字"):
         expected = reference.encode(unicodedata.normalize("NFC", text), allowed_special="all")
-        assert words.encode(text, add_special_tokens=False) == expected
-    assert words.bos_token_id == special["<|extra_203|>"] and words.pad_token_id == len(ranks)
+        assert text_tokenizer.encode(text, add_special_tokens=False) == expected
+    assert text_tokenizer.bos_token_id == special["<|extra_203|>"] and text_tokenizer.pad_token_id == len(
+        ranks
+    )
 
 
 def test_a_missing_vision_tokenizer_is_named(folder: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import unimm
 from tests.families.emu3_checkpoints import FIRST, IMAGES, emu3, inner, original
 from unimm.errors import UserError
 from unimm.families.convert import convert
-from unimm.families.emu3_words import read_words
+from unimm.families.emu3_text_tokenizer import read_text_tokenizer
 from unimm.families.source import Checkpoint
 from unimm.loading import describe
 
@@ -116,9 +116,9 @@ def test_the_same_logits_and_greedy_codes_wherever_it_came_from(folder: Path, ne
 
 
 def test_the_tokenizer_gives_the_same_ids_both_ways(folder: Path) -> None:
-    plain = read_words(folder / "original")
+    plain = read_text_tokenizer(folder / "original")
     new = AutoTokenizer.from_pretrained(folder / "new-transformers")
-    back = read_words(folder / "new-original")
+    back = read_text_tokenizer(folder / "new-original")
     for text in TEXTS:
         ids = plain.encode(text, add_special_tokens=False)
         assert (

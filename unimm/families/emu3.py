@@ -19,7 +19,7 @@ from transformers.models.emu3.configuration_emu3 import Emu3TextConfig, Emu3VQVA
 
 from unimm.errors import UserError
 from unimm.families.documents import EMU3, EMU3_ORIGINAL
-from unimm.families.emu3_words import PLACEHOLDER, read_words
+from unimm.families.emu3_text_tokenizer import PLACEHOLDER, read_text_tokenizer
 from unimm.families.emu3_writer import AREA, ASSISTANT, SAMPLING, STOPPED, USER, VISION_TOKENIZER, Emu3Writer
 from unimm.families.family import Family
 from unimm.families.keymap import KeyMap, Rule, under
@@ -70,8 +70,8 @@ class Emu3(Family):
         tokenizer = {"model_type": "unimm_movq", **tokenizer_options(codes, str(where))}
         stride = 2 ** (len(tokenizer["block_out_channels"]) - 1)
         side = max(round(AREA**0.5 / stride), 1)
-        words = complete(checkpoint.text_tokenizer, text)
-        decoder = _decoder(text, config, words)
+        text_tokenizer = complete(checkpoint.text_tokenizer, text)
+        decoder = _decoder(text, config, text_tokenizer)
         keys: dict[str, Any] = {}
         if any(name.startswith("model.text_model.") for name in checkpoint.shapes):
             keys["source_keys"] = "inner"
@@ -88,7 +88,7 @@ class Emu3(Family):
             "encoder": {"kind": "codes"},
             "image_tokenizer": {**tokenizer, "image_size": side * stride},
             "layout": _layout(
-                words, tokenizer["codebook_size"], decoder["vocab_size"], side, checkpoint.folder
+                text_tokenizer, tokenizer["codebook_size"], decoder["vocab_size"], side, checkpoint.folder
             ),
             "tie_word_embeddings": decoder["tie_word_embeddings"],
             **keys,
@@ -133,7 +133,7 @@ class Emu3(Family):
 
     def text_tokenizer(self, checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         """Build the text tokenizer of `tokenizer.json`, or of the original's two files."""
-        return read_words(checkpoint.folder, checkpoint.document)
+        return read_text_tokenizer(checkpoint.folder, checkpoint.document)
 
     def holds(self, config: UniMMConfig) -> bool:
         """Whether a model's codes are tokens."""
@@ -153,9 +153,9 @@ def _formatted(template: Template, base: Turns) -> Turns:
     return dataclasses.replace(base, user=user, assistant=after, system=system, after_image=between)
 
 
-def _decoder(text: Mapping[str, Any], config: Mapping[str, Any], words: Any) -> dict[str, Any]:
+def _decoder(text: Mapping[str, Any], config: Mapping[str, Any], text_tokenizer: Any) -> dict[str, Any]:
     """Emu3's decoder is Llama's; only its defaults differ, and what is as by default need not be written."""
-    full = Emu3TextConfig(**{**text, "pad_token_id": words.pad_token_id}).to_dict()
+    full = Emu3TextConfig(**{**text, "pad_token_id": text_tokenizer.pad_token_id}).to_dict()
     known = LlamaConfig().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
     options = {key: value for key, value in full.items() if key in known}
     options["tie_word_embeddings"] = config.get("tie_word_embeddings", full["tie_word_embeddings"])
@@ -170,9 +170,9 @@ def _views(checkpoint: Checkpoint) -> dict[str, Any]:
     return {**area, **normalisation(options, path, fixed)}
 
 
-def _layout(words: Any, codes: int, vocabulary: int, side: int, folder: Path) -> dict[str, Any]:
+def _layout(text_tokenizer: Any, codes: int, vocabulary: int, side: int, folder: Path) -> dict[str, Any]:
     """The grammar's tokens, by the names that every published tokenizer gives them."""
-    known = words.get_vocab()
+    known = text_tokenizer.get_vocab()
 
     def token(name: str) -> int:
         if name not in known:

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import Emu3Config, Emu3ImageProcessor, Emu3Processor, GenerationConfig
 
 from unimm.errors import UserError
-from unimm.families.emu3_words import PLACEHOLDER, TiktokenFiles, with_placeholder
+from unimm.families.emu3_text_tokenizer import PLACEHOLDER, TiktokenFiles, with_placeholder
 from unimm.families.family import SeparateImageTokenizer, Writer
 from unimm.families.generation_config import sampling_options
 from unimm.families.movq import MODEL_TYPE
@@ -107,7 +107,7 @@ def _channels(codes: Mapping[str, Any]) -> tuple[int, list[int]]:
 def _write_transformers(config: UniMMConfig, processor: UniMMProcessor, folder: Path) -> None:
     codes = config.image_tokenizer
     assert codes is not None
-    words = with_placeholder(processor.tokenizer, str(folder))
+    text_tokenizer = with_placeholder(processor.tokenizer, str(folder))
     first, multiples = _channels(codes)
     own = ("model_type", "architectures", "transformers_version", "pretraining_tp", "_name_or_path")
     Emu3Config(
@@ -123,13 +123,13 @@ def _write_transformers(config: UniMMConfig, processor: UniMMProcessor, folder: 
             "attn_resolutions": codes["attention_levels"],
             "hidden_size": codes["block_out_channels"][-1],
         },
-        vocabulary_map=words.get_vocab(),
+        vocabulary_map=text_tokenizer.get_vocab(),
         tie_word_embeddings=config.tie_word_embeddings,
         architectures=["Emu3ForConditionalGeneration"],
     ).save_pretrained(folder)
     template = chat_template(processor, PLACEHOLDER, " ", images_first=True)
     Emu3Processor(
-        Emu3ImageProcessor(**_image_options(config)), words, chat_template=template
+        Emu3ImageProcessor(**_image_options(config)), text_tokenizer, chat_template=template
     ).save_pretrained(folder)
 
 

@@ -206,14 +206,14 @@ class Checkpoint:
     def processor(self) -> UniMMProcessor:
         """Our processor of it, on its own text tokenizer."""
         config = self.config
-        words = complete(self.text_tokenizer, config.decoder)
-        check_vocabulary(words, config.decoder_config().vocab_size, self.folder)
-        processor = UniMMProcessor(config, words)
+        text_tokenizer = complete(self.text_tokenizer, config.decoder)
+        check_vocabulary(text_tokenizer, config.decoder_config().vocab_size, self.folder)
+        processor = UniMMProcessor(config, text_tokenizer)
         if not (layout := processor.layout).shared:
             placeholders = {"feature": layout.feature, "code": layout.code}
-            check_placeholders(words, placeholders, processor.turns.words(), self.folder)
+            check_placeholders(text_tokenizer, placeholders, processor.turns.words(), self.folder)
         path = self.folder / GENERATION_FILE
-        processor.end_answers_at(read_end_tokens(self.json(GENERATION_FILE), len(words), path))
+        processor.end_answers_at(read_end_tokens(self.json(GENERATION_FILE), len(text_tokenizer), path))
         return processor
 
 

@@ -119,10 +119,10 @@ def saved_conversation(checkpoint: Checkpoint, config: UniMMConfig) -> dict[str,
     base = Turns(**(config.conversation or {}))
     if template is None or template.text == base.template:
         return config.conversation
-    words = checkpoint.text_tokenizer
-    mark = str(words.convert_ids_to_tokens(int(config.layout["feature"])) or PLACEHOLDER)
+    text_tokenizer = checkpoint.text_tokenizer
+    mark = str(text_tokenizer.convert_ids_to_tokens(int(config.layout["feature"])) or PLACEHOLDER)
     looks = config.encoder is not None
-    return vars(follow(template, base, words, mark, looks))
+    return vars(follow(template, base, text_tokenizer, mark, looks))
 
 
 # --- following ----------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def saved_conversation(checkpoint: Checkpoint, config: UniMMConfig) -> dict[str,
 def follow(
     template: Template,
     base: Turns,
-    words: PreTrainedTokenizerBase,
+    text_tokenizer: PreTrainedTokenizerBase,
     mark: str,
     looks: bool = True,
 ) -> Turns:
@@ -140,19 +140,21 @@ def follow(
     Args:
         template: what to follow.
         base: the family's conversation, for what a template does not say.
-        words: the checkpoint's text tokenizer, whose special tokens a template may name.
+        text_tokenizer: the checkpoint's, whose special tokens a template may name.
         mark: what a template writes for an image.
         looks: whether the model looks at images, so that the template has to place them.
 
     Raises:
         UserError: the template fails, takes too much time or memory, or cannot be followed.
     """
-    names = {name: value for name, value in words.special_tokens_map.items() if isinstance(value, str)}
+    names = {
+        name: value for name, value in text_tokenizer.special_tokens_map.items() if isinstance(value, str)
+    }
     try:
         turn = _followed(template.text, base.without_template(), tuple(names.items()), mark, looks)
     except UserError as error:
         raise UserError(f"{template.where}: {error}") from None
-    return turn if turn.end in words.get_added_vocab() else dataclasses.replace(turn, end="")
+    return turn if turn.end in text_tokenizer.get_added_vocab() else dataclasses.replace(turn, end="")
 
 
 @functools.lru_cache(64)

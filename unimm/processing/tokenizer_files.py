@@ -48,7 +48,7 @@ def _class(name: str) -> str:
 
 
 class Added(Foreign):
-    """A token beside those of the words."""
+    """A token beside those of the vocabulary."""
 
     content: Text
     lstrip: bool = False

@@ -40,7 +40,7 @@ from unimm.training.tokens import renew_tokens
 if TYPE_CHECKING:
     from unimm.training.tasks.unified import UnifiedRecipe
 
-MARKS = ("<begin_of_image>", "<end_of_image>", "<image_placeholder>", "<image>")
+IMAGE_TOKENS = ("<begin_of_image>", "<end_of_image>", "<image_placeholder>", "<image>")
 
 
 def _decoder(fields: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -189,13 +189,13 @@ class Assembly:
             vision, self._vision_weights = self._vision(weights)
         if self.section.image_tokenizer is not None:
             sizes = self._image_tokenizer(weights)
-        words = self._words(weights)
+        text_tokenizer = self._text_tokenizer(weights)
         if self.section.shared:
             assert sizes is not None
-            self.config = self._shared(sizes, words)
+            self.config = self._shared(sizes, text_tokenizer)
         else:
-            self.config = self._config(vision, sizes, words)
-        self.processor = UniMMProcessor(self.config, words)
+            self.config = self._config(vision, sizes, text_tokenizer)
+        self.processor = UniMMProcessor(self.config, text_tokenizer)
 
     def _vision(self, weights: bool) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
         section = self.section
@@ -234,7 +234,7 @@ class Assembly:
         self.image_tokenizer = nn.Module.eval(load_image_tokenizer(path))
         return self.image_tokenizer.config  # type: ignore[no-any-return]
 
-    def _words(self, weights: bool) -> PreTrainedTokenizerBase:
+    def _text_tokenizer(self, weights: bool) -> PreTrainedTokenizerBase:
         section = self.section
         name = section.text_tokenizer or str(section.vision)
         folder = locate(name).folder if name == EMBEDDED else settled(name)
@@ -242,23 +242,23 @@ class Assembly:
             folder = embedded_model()  # the decoder's config knows the size of the right one
         if not folder.is_dir():
             raise self.recipe.error("model.text_tokenizer", f"{folder}: no such folder")
-        words = read_tokenizer(folder)
-        for mark in MARKS[:3]:
-            if words.convert_tokens_to_ids(mark) in (None, words.unk_token_id):
-                raise self.recipe.error("model.text_tokenizer", f"{folder} has no token {mark}")
-        return words
+        text_tokenizer = read_tokenizer(folder)
+        for token in IMAGE_TOKENS[:3]:
+            if text_tokenizer.convert_tokens_to_ids(token) in (None, text_tokenizer.unk_token_id):
+                raise self.recipe.error("model.text_tokenizer", f"{folder} has no token {token}")
+        return text_tokenizer
 
-    def _shared(self, sizes: ImageTokenizerSizes, words: PreTrainedTokenizerBase) -> UniMMConfig:
-        """Describe a model whose codes, and what else an image needs, are tokens after those of the words."""
-        side, first = sizes.image_size // sizes.stride, len(words)
-        begin, end, feature = (words.convert_tokens_to_ids(name) for name in MARKS[:3])
+    def _shared(self, sizes: ImageTokenizerSizes, text_tokenizer: PreTrainedTokenizerBase) -> UniMMConfig:
+        """Describe a model whose codes, and what else an image needs, are tokens after those of the text tokenizer."""
+        side, first = sizes.image_size // sizes.stride, len(text_tokenizer)
+        begin, end, feature = (text_tokenizer.convert_tokens_to_ids(name) for name in IMAGE_TOKENS[:3])
         area = sizes.image_size**2
         decoder = dict(self.section.decoder or {})
         return UniMMConfig(
             decoder={
                 **decoder,
                 "vocab_size": max(first + 3 + sizes.codebook_size, decoder.get("vocab_size", 0)),
-                **_special(words),
+                **_special(text_tokenizer),
             },
             generation={
                 "codes": sizes.codebook_size,
@@ -287,21 +287,21 @@ class Assembly:
         self,
         vision: dict[str, Any] | None,
         sizes: ImageTokenizerSizes | None,
-        words: PreTrainedTokenizerBase,
+        text_tokenizer: PreTrainedTokenizerBase,
     ) -> UniMMConfig:
         """Describe a model with an encoder, with codes of their own, or with both."""
         side = 1 if sizes is None else sizes.image_size // sizes.stride  # 1: nothing is drawn
         section = self.section
-        begin, end, feature, code = (words.convert_tokens_to_ids(name) for name in MARKS)
+        begin, end, feature, code = (text_tokenizer.convert_tokens_to_ids(name) for name in IMAGE_TOKENS)
         decoder = dict(section.decoder or {})
-        vocabulary = max(len(words), decoder.get("vocab_size", 0))
-        if code is None or code == words.unk_token_id:  # an id beyond the text vocabulary will do
+        vocabulary = max(len(text_tokenizer), decoder.get("vocab_size", 0))
+        if code is None or code == text_tokenizer.unk_token_id:  # an id beyond the text vocabulary will do
             code = vocabulary
         seen: dict[str, Any] = {}
         if vision is not None:
             seen = read_dataclass(VisionConfig, vision, "", "vision").parts()
         return UniMMConfig(
-            decoder={**decoder, "vocab_size": vocabulary, **_special(words)},
+            decoder={**decoder, "vocab_size": vocabulary, **_special(text_tokenizer)},
             **seen,
             connector={"kind": "mlp", "depth": section.connector_depth},
             generation=None if sizes is None else self._generation(sizes),
@@ -353,9 +353,9 @@ class Assembly:
         if self.recipe.lora is not None and self.recipe.zero_stage == 3:
             message = "does not go with lora and ZeRO stage 3; use stage 2, or leave one of them out"
             raise self.recipe.error("model.renew_tokens", message)
-        words = self.processor.tokenizer
+        text_tokenizer = self.processor.tokenizer
         # Special tokens stay: blanked prompts are spelt in one, and the stream is marked by others.
-        special = {*words.all_special_ids, *words.get_added_vocab().values()}
+        special = {*text_tokenizer.all_special_ids, *text_tokenizer.get_added_vocab().values()}
         renewed = renew_tokens(model, special, self.recipe.seed)
         size = model.decoder.config.vocab_size
         note = f"model.renew_tokens: {len(renewed)} of {size} tokens were never trained; they start anew"
@@ -427,9 +427,9 @@ class Assembly:
             ours[name].load_state_dict(given)
 
 
-def _special(words: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _special(text_tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The ids that a decoder's config names."""
-    return {f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    return {f"{name}_token_id": getattr(text_tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
 
 
 def _plain(sizes: ImageTokenizerSizes) -> dict[str, Any]:

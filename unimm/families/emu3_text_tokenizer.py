@@ -27,7 +27,7 @@ from unimm.files import open_regular, read_text
 from unimm.processing.processor import read_tokenizer
 
 RANKS_FILE, IMAGES_FILE = "emu3.tiktoken", "emu3_vision_tokens.txt"
-# the original's tokens between its words and the images'
+# the original's tokens between those of texts and of images
 FIRST_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -45,7 +45,7 @@ IMAGE_NAMES = {
 }
 
 
-def read_words(folder: Path, config: Mapping[str, Any] | None = None) -> PreTrainedTokenizerBase:
+def read_text_tokenizer(folder: Path, config: Mapping[str, Any] | None = None) -> PreTrainedTokenizerBase:
     """Load a checkpoint's text tokenizer, from `tokenizer.json` or the original's two files.
 
     Args:
@@ -78,16 +78,16 @@ def read_words(folder: Path, config: Mapping[str, Any] | None = None) -> PreTrai
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **NAMES)
 
 
-def with_placeholder(words: PreTrainedTokenizerBase, where: str) -> PreTrainedTokenizerBase:
+def with_placeholder(text_tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedTokenizerBase:
     """Return the tokenizer as transformers' `Emu3Processor` needs it: `<image>` for `<|extra_0|>`, same ids.
 
     Raises:
         UserError: it has neither of the two.
     """
-    known = words.get_vocab()
+    known = text_tokenizer.get_vocab()
     if PLACEHOLDER not in known and UNUSED not in known:
         raise UserError(f"{where}: the tokenizer has no {UNUSED} to make the placeholder {PLACEHOLDER} of")
-    written = _document(words)
+    written = _document(text_tokenizer)
     if PLACEHOLDER not in known:
         for token in written["added_tokens"]:
             token["content"] = PLACEHOLDER if token["content"] == UNUSED else token["content"]
@@ -98,7 +98,7 @@ def with_placeholder(words: PreTrainedTokenizerBase, where: str) -> PreTrainedTo
         tokenizer_object=Tokenizer.from_str(json.dumps(written)),
         padding_side="left",
         extra_special_tokens=IMAGE_NAMES,
-        **{name: str(getattr(words, name)) for name in NAMES},
+        **{name: str(getattr(text_tokenizer, name)) for name in NAMES},
     )
 
 
@@ -115,18 +115,18 @@ class TiktokenFiles:
     images: list[str]
 
     @classmethod
-    def of(cls, words: PreTrainedTokenizerBase, where: str) -> TiktokenFiles:
+    def of(cls, text_tokenizer: PreTrainedTokenizerBase, where: str) -> TiktokenFiles:
         """Read them off a tokenizer.
 
         Raises:
             UserError: it is not of the form that these files can say, so ids would differ.
         """
-        document = _document(words)
-        by_id = {number: token for token, number in words.get_vocab().items()}
+        document = _document(text_tokenizer)
+        by_id = {number: token for token, number in text_tokenizer.get_vocab().items()}
         ordered = [by_id.get(number) for number in range(len(by_id))]
         if document["model"].get("type") != "BPE" or FIRST_TOKENS[0] not in ordered or None in ordered:
             raise UserError(
-                f"{where}: {_CANNOT} (its words are not byte pairs followed by {FIRST_TOKENS[0]})"
+                f"{where}: {_CANNOT} (its vocabulary is not byte pairs followed by {FIRST_TOKENS[0]})"
             )
         count = ordered.index(FIRST_TOKENS[0])
         names = [str(token) for token in ordered[count:]]
@@ -148,9 +148,9 @@ class TiktokenFiles:
 _CANNOT = f"this tokenizer cannot be written as {RANKS_FILE}, which the original layout needs"
 
 
-def _document(words: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _document(text_tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The tokenizer as `tokenizer.json` has it."""
-    document: dict[str, Any] = json.loads(words.backend_tokenizer.to_str())
+    document: dict[str, Any] = json.loads(text_tokenizer.backend_tokenizer.to_str())
     return document
 
 
@@ -160,7 +160,7 @@ def _ranks(tokens: list[str], document: dict[str, Any], where: str) -> list[byte
     try:
         ranks = [bytes(byte[character] for character in token) for token in tokens]
     except KeyError as error:
-        raise UserError(f"{where}: {_CANNOT} ({error.args[0]!r} in its words is no byte)") from None
+        raise UserError(f"{where}: {_CANNOT} ({error.args[0]!r} in its vocabulary is no byte)") from None
     number = {token: rank for rank, token in enumerate(tokens)}
     pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in document["model"]["merges"])
     joined = [number.get("".join(pair), -1) for pair in pairs]
