@@ -148,9 +148,9 @@ def test_a_file_name_without_a_suffix_is_an_image_beside_a_caption() -> None:
         ({"texts": [None], "images": [None]}, r"texts\[0\]: neither a text nor an image"),
         ({"texts": [{"user": "q"}], "images": [IMAGE]}, r"texts\[0\]: expected user and assistant"),
         ({"image": IMAGE, "text": "a <image> b"}, "text: <image> within the words"),
-        ({"image": IMAGE, "text": "<image><image> b"}, "text: 2 <image> marks, but 1 images"),
-        ({"image": IMAGE, "question": "<image><image>", "answer": "a"}, "question: more <image> marks than images"),
-        ({"images": [IMAGE, IMAGE], "question": "<image>", "answer": "a"}, "2 images, but 1 <image> marks"),
+        ({"image": IMAGE, "text": "<image><image> b"}, "text: 2 <image> placeholders, but 1 images"),
+        ({"image": IMAGE, "question": "<image><image>", "answer": "a"}, "more <image> placeholders than images"),
+        ({"images": [IMAGE, IMAGE], "question": "<image>", "answer": "a"}, "2 images, but 1 <image> placeholders"),
         ({"instruction": "q"}, "output: missing"),
         ({"query": "q"}, "response: missing"),
         ({"image": IMAGE, "question": "q", "answers": []}, "answers: empty"),
@@ -195,7 +195,7 @@ def test_images_within_the_row(value: Any) -> None:
 
 @pytest.mark.parametrize(
     "text", ["A" * 64 + " " * 300_000 + "!", "<image>" * 100_000 + "x", "<image> " * 100_000, "data:," * 100_000],
-    ids=["spaces", "marks", "marks apart", "data"],
+    ids=["spaces", "placeholders", "placeholders apart", "data"],
 )  # fmt: skip
 def test_long_texts_take_no_time(text: str) -> None:
     """Each would take minutes if patterns were tried from every place."""

@@ -174,7 +174,7 @@ def test_fields_rename_columns() -> None:
             r"conversations\[0\].from: 'cat' is none of system",
         ),
         ({"conversations": [{"from": "human"}]}, r"conversations\[0\]: expected from and value"),
-        ({"conversations": [{"from": "human", "value": "<image>"}]}, "more <image> marks than images"),
+        ({"conversations": [{"from": "human", "value": "<image>"}]}, "more <image> placeholders than images"),
         (
             {"conversations": [{"from": "human", "value": "<image>"}], "images": ["a", "b"]},
             "2 images, but 1 <image>",

@@ -118,7 +118,7 @@ def test_emu3_prompts_and_their_sizes(
         assert ours.unconditional_ids(positive, grid) == negative
 
 
-def test_marks_that_a_user_types_are_words(janus_folder: Path, emu3_folder: Path) -> None:
+def test_special_tokens_that_a_user_types_are_text(janus_folder: Path, emu3_folder: Path) -> None:
     for folder in (janus_folder / "original-deepseek", emu3_folder / "original"):
         processor = of(folder)
         typed = "<|Assistant|> <|image start|> <begin_of_image>"

@@ -110,7 +110,7 @@ WRONG: list[tuple[Any, str]] = [
     ({"prompt": "q", "chosen": [], "rejected": "b"}, "chosen: expected a list of turns"),
     ({"prompt": "q", "chosen": 5, "rejected": "b"}, "chosen: expected a mapping, got 5"),
     ({"prompt": "q", "chosen": None, "rejected": "b"}, "chosen: missing"),
-    ({"question": "<image>what?", "chosen": "a", "rejected": "b"}, "more <image> marks than images"),
+    ({"question": "<image>what?", "chosen": "a", "rejected": "b"}, "more <image> placeholders than images"),
     ({"question": "what?", "image": "none.png", "chosen": "a", "rejected": "b"}, "none.png: no such image"),
     ({"prompt": [*TURNS, {"role": "system", "content": "x"}], "chosen": "a", "rejected": "b"}, "only come first"),
 ]  # fmt: skip

@@ -1,10 +1,10 @@
 """Chat templates of checkpoints: found, rendered by transformers in bounds, and read as a `Turns`.
 
 A template is a program from somewhere else. It is rendered once, when a checkpoint is read, in a process of its own
-(`unimm.families.render`), for conversations of every form with marks in the place of words. What it writes between two
-neighbouring pieces becomes the conversation's joins; so asking, drawing and training write turns as the template does,
-token by token, and nothing that a user types goes through it. Where what it writes depends on more than that, it
-cannot be followed.
+(`unimm.families.render`), for conversations of every form with placeholders in the place of words. What it writes
+between two neighbouring pieces becomes the conversation's joins; so asking, drawing and training write turns as the
+template does, token by token, and nothing that a user types goes through it. Where what it writes depends on more than
+that, it cannot be followed.
 """
 
 from __future__ import annotations
@@ -120,9 +120,9 @@ def saved_conversation(checkpoint: Checkpoint, config: UniMMConfig) -> dict[str,
     if template is None or template.text == base.template:
         return config.conversation
     text_tokenizer = checkpoint.text_tokenizer
-    mark = str(text_tokenizer.convert_ids_to_tokens(int(config.layout["feature"])) or PLACEHOLDER)
+    placeholder = str(text_tokenizer.convert_ids_to_tokens(int(config.layout["feature"])) or PLACEHOLDER)
     looks = config.encoder is not None
-    return vars(follow(template, base, text_tokenizer, mark, looks))
+    return vars(follow(template, base, text_tokenizer, placeholder, looks))
 
 
 # --- following ----------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def follow(
     template: Template,
     base: Turns,
     text_tokenizer: PreTrainedTokenizerBase,
-    mark: str,
+    placeholder: str,
     looks: bool = True,
 ) -> Turns:
     """Return a conversation that writes turns as a template does.
@@ -141,7 +141,7 @@ def follow(
         template: what to follow.
         base: the family's conversation, for what a template does not say.
         text_tokenizer: the checkpoint's, whose special tokens a template may name.
-        mark: what a template writes for an image.
+        placeholder: what a template writes for an image.
         looks: whether the model looks at images, so that the template has to place them.
 
     Raises:
@@ -151,19 +151,21 @@ def follow(
         name: value for name, value in text_tokenizer.special_tokens_map.items() if isinstance(value, str)
     }
     try:
-        turn = _followed(template.text, base.without_template(), tuple(names.items()), mark, looks)
+        turn = _followed(template.text, base.without_template(), tuple(names.items()), placeholder, looks)
     except UserError as error:
         raise UserError(f"{template.where}: {error}") from None
     return turn if turn.end in text_tokenizer.get_added_vocab() else dataclasses.replace(turn, end="")
 
 
 @functools.lru_cache(64)
-def _followed(text: str, base: Turns, names: tuple[tuple[str, str], ...], mark: str, looks: bool) -> Turns:
+def _followed(
+    text: str, base: Turns, names: tuple[tuple[str, str], ...], placeholder: str, looks: bool
+) -> Turns:
     known = dict(names)
     try:
-        reading = _Reading(mark, None).read(text, known, looks)
+        reading = _Reading(placeholder, None).read(text, known, looks)
     except _NoListsError:
-        reading = _Reading(mark, base).read(text, known, looks)
+        reading = _Reading(placeholder, base).read(text, known, looks)
     joins = reading.joins
     _ask_for_answers(joins)
     _begin_once(joins, known.get("bos_token"))
@@ -239,13 +241,13 @@ class _Reading:
     """Reads off rendered conversations what a template writes between pieces.
 
     Args:
-        mark: what stands for an image.
+        placeholder: what stands for an image.
         base: None where a message's content is a list of parts; else it is a text, and this conversation's fields say
             how images stand in it.
     """
 
-    def __init__(self, mark: str, base: Turns | None) -> None:
-        self.mark, self.base = mark, base
+    def __init__(self, placeholder: str, base: Turns | None) -> None:
+        self.placeholder, self.base = placeholder, base
         self.joins: dict[str, Join] = {}
         self.images_first = False
         self.seen: dict[str, str] = {}  # words of each join without white space around texts
@@ -286,7 +288,7 @@ class _Reading:
         raise UserError(f"cannot write a conversation ({reason})")
 
     def _messages(self, form: str, padded: bool) -> list[dict[str, Any]]:
-        """A conversation of a form, with a mark for each text."""
+        """A conversation of a form, with a placeholder for each text."""
         messages = []
         for number, (role, kinds) in enumerate(_turns(form)):
             texts = [_text(number, place) for place in range(len(kinds))]
@@ -308,23 +310,23 @@ class _Reading:
         for kind, text in zip(kinds, texts, strict=True):
             place = USER_IMAGE if kind == "i" else USER_TEXT
             written += self.base.join(left, place, same=True).words if left else ""
-            written += self.mark if kind == "i" else text
+            written += self.placeholder if kind == "i" else text
             left = place
         return written
 
     def _pieces(self, form: str, text: str) -> tuple[list[tuple[int, str, str]], list[str]]:
         """The pieces of a rendered conversation as (turn, role and kind, name), and the words around them."""
-        found = re.split(f"({re.escape(self.mark)}|qz[0-9]+x[0-9]+zq)", text)
+        found = re.split(f"({re.escape(self.placeholder)}|qz[0-9]+x[0-9]+zq)", text)
         names, around = found[1::2], found[::2]
         turns = _turns(form)
         wanted = sorted(
             _text(n, p) for n, (_, kinds) in enumerate(turns) for p, k in enumerate(kinds) if k == "t"
         )
         images = sum(kinds.count("i") for _, kinds in turns)
-        if sorted(name for name in names if name != self.mark) != wanted:
+        if sorted(name for name in names if name != self.placeholder) != wanted:
             raise UserError("leaves out, repeats or changes what is said in a conversation")
-        if names.count(self.mark) != images:
-            wrote = f"{names.count(self.mark)} of {images} images as {self.mark}"
+        if names.count(self.placeholder) != images:
+            wrote = f"{names.count(self.placeholder)} of {images} images as {self.placeholder}"
             raise UserError(f"cannot be followed, it writes {wrote}")
         return self._placed(names, turns), around
 
@@ -333,8 +335,8 @@ class _Reading:
         images = iter([number for number, (_, kinds) in enumerate(turns) for kind in kinds if kind == "i"])
         placed = []
         for name in names:
-            number = next(images) if name == self.mark else int(name[2:].split("x")[0])
-            kind = "image" if name == self.mark else "text"
+            number = next(images) if name == self.placeholder else int(name[2:].split("x")[0])
+            kind = "image" if name == self.placeholder else "text"
             placed.append((number, f"{ROLES[turns[number][0]]}.{kind}", name))
         return placed
 

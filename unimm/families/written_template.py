@@ -9,14 +9,14 @@ from unimm.processing.processor import UniMMProcessor
 
 _IN_PLACE = """{%- for part in parts -%}
 {%- if part['type'] == 'image' -%}
-{{- ('' if loop.first else BETWEEN) + MARK + ('' if loop.last else AFTER) -}}
+{{- ('' if loop.first else BETWEEN) + PLACEHOLDER + ('' if loop.last else AFTER) -}}
 {%- else -%}
 {{- part['text'] | trim -}}
 {%- endif -%}
 {%- endfor -%}
 """
 _IMAGES_FIRST = """{%- for part in parts if part['type'] == 'image' -%}
-{{- ('' if loop.first else BETWEEN) + MARK + AFTER -}}
+{{- ('' if loop.first else BETWEEN) + PLACEHOLDER + AFTER -}}
 {%- endfor -%}
 {%- for part in parts if part['type'] == 'text' -%}
 {{- part['text'] | trim -}}
@@ -32,12 +32,12 @@ PARTS{{- {'system': SYSTEM_END, 'assistant': eos_token}.get(message['role'], '')
 """
 
 
-def chat_template(processor: UniMMProcessor, mark: str, system_end: str, images_first: bool) -> str:
+def chat_template(processor: UniMMProcessor, placeholder: str, system_end: str, images_first: bool) -> str:
     """Return a chat template for the turns of a processor: its own, or one that writes them as its fields say.
 
     Args:
         processor: whose conversation.
-        mark: what transformers' processor puts an image for.
+        placeholder: what transformers' processor puts an image for.
         system_end: what follows a system's message.
         images_first: whether the images of a turn come before its words, wherever they are given.
     """
@@ -51,7 +51,7 @@ def chat_template(processor: UniMMProcessor, mark: str, system_end: str, images_
         "SYSTEM_END": system_end,
         "BETWEEN": turn.between_images,
         "AFTER": turn.after_image,
-        "MARK": mark,
+        "PLACEHOLDER": placeholder,
     }
     return _filled(_TEMPLATE.replace("PARTS", _IMAGES_FIRST if images_first else _IN_PLACE), words)
 

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from unimm.data.sources.columns import ANSWERED, ASKED, check_no_image, renamed, row_key, unknown_form
 from unimm.data.sources.text import clean
-from unimm.data.sources.turns import Find, Turn, read_turns, tidy, without_marks, write_messages
+from unimm.data.sources.turns import Find, Turn, read_turns, tidy, without_placeholders, write_messages
 from unimm.errors import UserError
 from unimm.processing.messages import ImagePart, Message, Part, Record
 
@@ -217,7 +217,7 @@ def _pair(row: Mapping[str, Any], value: Any, name: str, find: Find, reading: Re
         raise UserError(f"{name}: empty")
     versions: Versions = []
     for text in texts:
-        words = without_marks(_text({name: text}, name), name, len(images))
+        words = without_placeholders(_text({name: text}, name), name, len(images))
         said: Part = _text({name: words}, name)
         if not images:
             versions.append([Message("assistant", (said,))])

@@ -12,7 +12,7 @@ from unimm.errors import UserError
 from unimm.processing.messages import Blob, ImagePart, Message, Part, Role
 
 Find = Callable[[Any], Blob]
-MARK = "<image>"
+_PLACEHOLDER = "<image>"
 ROLE_NAMES: dict[str, Role] = {
     "system": "system",
     "user": "user",
@@ -25,11 +25,11 @@ ROLE_NAMES: dict[str, Role] = {
 }
 SAID = (("role", "content"), ("from", "value"))  # keys of a turn
 TEXT_TYPES, IMAGE_TYPES = ("text", "input_text", "output_text"), ("image", "image_url", "input_image")
-_OUTER_MARKS = re.compile(rf"^(?:\s*{MARK})+|(?:{MARK}\s*)+$")
+_OUTER_PLACEHOLDERS = re.compile(rf"^(?:\s*{_PLACEHOLDER})+|(?:{_PLACEHOLDER}\s*)+$")
 
 
 class Turn(NamedTuple):
-    """A turn as a row has it: who, what (a text with marks, or a list of parts), and what errors call it."""
+    """A turn as a row has it: who, what (a text with placeholders, or a list of parts), and what errors call it."""
 
     role: Role
     content: Any
@@ -82,7 +82,7 @@ def _rows(value: Any) -> list[Any]:
 
 
 def write_messages(turns: Sequence[Turn], listed: Sequence[Any], find: Find) -> list[Message]:
-    """Turns as messages, the row's images at their marks, or before the first words of the user if there are none.
+    """Turns as messages, the row's images at their placeholders, else before the user's first words.
 
     Args:
         turns: in their order; neighbours of one role become one message.
@@ -90,7 +90,7 @@ def write_messages(turns: Sequence[Turn], listed: Sequence[Any], find: Find) -> 
         find: makes a `Blob` of that.
 
     Raises:
-        UserError: a turn is empty or holds something else, or marks and images do not match.
+        UserError: a turn is empty or holds something else, or placeholders and images do not match.
     """
     images = iter(listed)
     messages: list[tuple[Role, list[Part]]] = []
@@ -113,9 +113,9 @@ def write_messages(turns: Sequence[Turn], listed: Sequence[Any], find: Find) -> 
 def _place_unmarked(
     messages: Sequence[tuple[Role, list[Part]]], listed: Sequence[Any], left: Sequence[Any], find: Find
 ) -> None:
-    """Put images that no mark stands for before the first of the user's words."""
+    """Put images that no placeholder stands for before the first of the user's words."""
     if len(left) < len(listed):
-        raise UserError(f"{len(listed)} images, but {len(listed) - len(left)} {MARK} marks")
+        raise UserError(f"{len(listed)} images, but {len(listed) - len(left)} {_PLACEHOLDER} placeholders")
     first = next((parts for role, parts in messages if role == "user"), None)
     if first is None:
         raise UserError("images: there is no turn of the user for them to stand in")
@@ -139,10 +139,10 @@ def tidy(parts: Iterable[Part], where: str) -> Iterator[Part]:
 
 
 def _parts(turn: Turn, images: Iterator[Any], find: Find) -> Iterator[Part]:
-    """The parts of one turn, from a text with marks or a list of typed parts."""
+    """The parts of one turn, from a text with placeholders or a list of typed parts."""
     where, draw = turn.where, turn.role == "assistant"
     if isinstance(turn.content, str):
-        for number, piece in enumerate(turn.content.split(MARK)):
+        for number, piece in enumerate(turn.content.split(_PLACEHOLDER)):
             if number:
                 yield ImagePart(find(_next(images, where)), draw)
             yield piece
@@ -186,22 +186,22 @@ def _image(part: Mapping[str, Any], here: str, draw: bool, images: Iterator[Any]
 def _next(images: Iterator[Any], where: str) -> Any:
     value = next(images, None)
     if value is None:
-        raise UserError(f"{where}: more {MARK} marks than images")
+        raise UserError(f"{where}: more {_PLACEHOLDER} placeholders than images")
     return value
 
 
-def without_marks(text: str, where: str, images: int) -> str:
-    """A caption without the marks at its ends, which stand for the images beside it.
+def without_placeholders(text: str, where: str, images: int) -> str:
+    """A caption without the placeholders at its ends, which stand for the images beside it.
 
     Raises:
-        UserError: there are marks within it, or more or fewer than images.
+        UserError: there are placeholders within it, or more or fewer than images.
     """
-    marks = text.count(MARK)
-    if not marks or not images:
+    placeholders = text.count(_PLACEHOLDER)
+    if not placeholders or not images:
         return text
-    if marks != images:
-        raise UserError(f"{where}: {marks} {MARK} marks, but {images} images")
-    bare = _OUTER_MARKS.sub("", _OUTER_MARKS.sub("", text))
-    if MARK in bare:
-        raise UserError(f"{where}: {MARK} within the words; give messages, or texts and images")
+    if placeholders != images:
+        raise UserError(f"{where}: {placeholders} {_PLACEHOLDER} placeholders, but {images} images")
+    bare = _OUTER_PLACEHOLDERS.sub("", _OUTER_PLACEHOLDERS.sub("", text))
+    if _PLACEHOLDER in bare:
+        raise UserError(f"{where}: {_PLACEHOLDER} within the words; give messages, or texts and images")
     return bare
