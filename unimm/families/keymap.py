@@ -8,6 +8,7 @@ that every fault is known before a byte is read or written.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -171,10 +172,16 @@ def _any(patterns: Iterable[str], name: str) -> bool:
 
 def _match(pattern: str, name: str) -> dict[str, str] | None:
     """Return what the placeholders of a pattern stand for in a name, None if it does not fit."""
-    parts = re.split(r"\{(\w+)\}", pattern)
+    found = _expression(pattern).fullmatch(name)
+    return None if found is None else found.groupdict()
+
+
+@functools.cache
+def _expression(pattern: str) -> re.Pattern[str]:
+    """A pattern as a regular expression; a map matches each of its few with every tensor of a model."""
     expression = ""
     seen: set[str] = set()
-    for index, part in enumerate(parts):
+    for index, part in enumerate(re.split(r"\{(\w+)\}", pattern)):
         if index % 2 == 0:
             expression += re.escape(part)
         elif part in seen:
@@ -182,8 +189,7 @@ def _match(pattern: str, name: str) -> dict[str, str] | None:
         else:
             seen.add(part)
             expression += f"(?P<{part}>{_HOLES.get(part, '[0-9]+')})"
-    found = re.fullmatch(expression, name)
-    return None if found is None else found.groupdict()
+    return re.compile(expression)
 
 
 def _fill(pattern: str, holes: Mapping[str, str]) -> str:
