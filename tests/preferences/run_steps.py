@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -58,3 +59,4 @@ def step(
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         look_and_step(Path(name))
+        gc.freeze()  # what is imported now stays; DeepSpeed asks for whole collections whenever it shards

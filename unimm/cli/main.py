@@ -18,6 +18,7 @@ from unimm.cli.commands import Group, mistake
 from unimm.cli.completion import answer_shell, completion
 from unimm.console import debugging, is_unicode, replace_unencodable, say
 from unimm.errors import UserError
+from unimm.garbage import collect_seldom
 
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # the disk's fault, not the program's
 
@@ -72,6 +73,7 @@ click.version_option(__version__, message="%(prog)s %(version)s")(CLI)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status: 0, 2 for a mistake of the user, 130 when interrupted."""
     replace_unencodable()
+    collect_seldom()
     try:
         if not answer_shell(CLI):
             _dispatch(_checked(sys.argv[1:] if arguments is None else arguments))

@@ -33,6 +33,7 @@ from unimm.console import replace_unencodable, say
 from unimm.errors import UserError, UserNote
 from unimm.files import check_folder, check_target, make_folder, open_here, remove_leftovers
 from unimm.folders import write_folder
+from unimm.garbage import collect_seldom
 from unimm.training import checkpoint, shards
 from unimm.training.batches import StepBatch, derive_seed, read_ahead
 from unimm.training.engine import (
@@ -439,6 +440,7 @@ class _StopSignal:
 def main(arguments: Sequence[str]) -> int:
     """`RECIPE key=value ...`: train it; gives the exit status."""
     replace_unencodable()
+    collect_seldom()
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: python -m unimm.training.trainer RECIPE.yaml [key=value ...]")
         return 0 if arguments else 2
