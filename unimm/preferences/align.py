@@ -265,22 +265,11 @@ class Round:
 
     def train(self) -> None:
         """Train, in processes of its own, from the newest checkpoint."""
-        launch = [
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(self.recipe.training.processes),
-        ]
-        command = [
-            sys.executable,
-            "-m",
-            *launch,
-            "-m",
-            "unimm.training.trainer",
-            str(self.training),
-            *self.overrides(),
-        ]
-        threads = max(torch.get_num_threads() // self.recipe.training.processes, 1)
+        count = self.recipe.training.processes
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+        trainer = ["-m", "unimm.training.trainer", str(self.training), *self.overrides()]
+        command = [sys.executable, *(launcher if count > 1 else []), *trainer]
+        threads = max(torch.get_num_threads() // count, 1)
         with _timed(self.folder, "train"):
             done = subprocess.run(
                 command, env={"OMP_NUM_THREADS": str(threads), **os.environ}, stdout=sys.stderr
