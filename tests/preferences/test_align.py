@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,32 +68,18 @@ def test_drawings_are_the_same_in_any_batch_and_other_with_another_seed() -> Non
     assert all(0 <= distance < 2 for distance in whole["distance"]) and any(whole["distance"])
 
 
-def test_the_loop_runs_and_goes_on_where_it_was(tmp_path: Path) -> None:
-    recipe = recipe_with(f"output={tmp_path}/run", "training.processes=1")
-    report = align(recipe)
-    folder = tmp_path / "run" / "seed-0"
-    assert {"round-1", "before.json", "after.json", "before-after.png"} <= {
-        path.name for path in folder.iterdir()
-    }
-    assert report["drawings"]["alignment"]["prompts"] == 5
-    assert [counts["pairs"] for counts in report["pairs"][0]] == [6]
-    assert set(report["seconds"][0]) == {"draw", "rank", "train", "measure before", "measure after"}
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-    (folder / "after.json").unlink()
-    again = align(recipe)
-    assert again["drawings"] == report["drawings"] and again["words"] == report["words"]
-    changed = {path.name for path, when in before.items() if path.stat().st_mtime_ns != when}
-    assert changed == {"after.json", "seconds.json"}
-    with pytest.raises(UserError, match=r"before.json: measured with other settings; remove it"):
-        align(recipe_with(f"output={tmp_path}/run", "training.processes=1", "measure.words=0", "rounds=2"))
-    assert not (folder / "round-2").exists()  # it is said before anything is done
-    assert json.loads((tmp_path / "run" / "report.json").read_text())["drawings"] == report["drawings"]
+@pytest.fixture(scope="module")
+def aligned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The output and the report of a run of two rounds."""
+    output = tmp_path_factory.mktemp("aligned") / "run"
+    return output, align(recipe_with(f"output={output}", "training.processes=1", "rounds=2"))
 
 
-def test_a_round_starts_from_the_model_of_the_one_before_on_other_prompts(tmp_path: Path) -> None:
-    recipe = recipe_with(f"output={tmp_path}/run", "training.processes=1", "rounds=2", "measure.words=0")
-    report = align(recipe)
-    first, second = (tmp_path / "run" / "seed-0" / f"round-{number}" for number in (1, 2))
+def test_a_round_starts_from_the_model_of_the_one_before_on_other_prompts(
+    aligned: tuple[Path, dict[str, Any]],
+) -> None:
+    output, report = aligned
+    first, second = (output / "seed-0" / f"round-{number}" for number in (1, 2))
     drawn = [
         [json.loads(line) for line in (one / "candidates.jsonl").read_text().splitlines()]
         for one in (first, second)
@@ -102,6 +89,27 @@ def test_a_round_starts_from_the_model_of_the_one_before_on_other_prompts(tmp_pa
     assert {row["prompt"] for row in drawn[0]}.isdisjoint(row["prompt"] for row in drawn[1])
     assert len(report["pairs"][0]) == 2
     assert report["seconds"][0]["train"] > json.loads((second / "seconds.json").read_text())["train"]
+
+
+def test_the_loop_runs_and_goes_on_where_it_was(aligned: tuple[Path, dict[str, Any]]) -> None:
+    output, report = aligned
+    folder = output / "seed-0"
+    assert {"round-1", "before.json", "after.json", "before-after.png"} <= {
+        path.name for path in folder.iterdir()
+    }
+    assert report["drawings"]["alignment"]["prompts"] == 5
+    assert [counts["pairs"] for counts in report["pairs"][0]] == [6, 6]
+    assert set(report["seconds"][0]) == {"draw", "rank", "train", "measure before", "measure after"}
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    (folder / "after.json").unlink()
+    again = align(recipe_with(f"output={output}", "training.processes=1", "rounds=2"))
+    assert again["drawings"] == report["drawings"] and again["words"] == report["words"]
+    changed = {path.name for path, when in before.items() if path.stat().st_mtime_ns != when}
+    assert changed == {"after.json", "seconds.json"}
+    with pytest.raises(UserError, match=r"before.json: measured with other settings; remove it"):
+        align(recipe_with(f"output={output}", "training.processes=1", "measure.words=0", "rounds=3"))
+    assert not (folder / "round-3").exists()  # it is said before anything is done
+    assert json.loads((output / "report.json").read_text())["drawings"] == report["drawings"]
 
 
 def test_a_model_that_draws_while_it_learns_needs_no_pairs(tmp_path: Path) -> None:

@@ -270,7 +270,7 @@ SHARDED = {
 
 def test_two_processes_take_the_steps_of_one(recipe_file: Path, tmp_path: Path) -> None:
     """With an image to understand on one process only in most steps, whatever is sharded, packed too."""
-    halves = [f"stages[{stage}].micro_batch=2" for stage in range(2)]
+    halves = [*(f"stages[{stage}].micro_batch=2" for stage in range(2)), "checkpoint.every=9"]
     train(load_recipe(recipe_file, [f"output={tmp_path}/one", *halves]), quiet=True)
     paths = []
     for name, engine in {**SHARDED, "packed": SHARDED["zero3"]}.items():
@@ -278,6 +278,7 @@ def test_two_processes_take_the_steps_of_one(recipe_file: Path, tmp_path: Path) 
         for stage in recipe["stages"]:
             stage |= {"pack": {"length": 128}} if name == "packed" else {"micro_batch": 2}
         recipe["logging"] |= {"samples_every": 4}
+        recipe["checkpoint"] = {"every": 9}
         paths.append(tmp_path / f"{name}.yaml")
         paths[-1].write_text(yaml.safe_dump(recipe))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
