@@ -1,10 +1,14 @@
 """For all tests: no network, and a tiny unified model with random weights."""
 
+# ruff: noqa: E402  (imports stand behind what must be set before them)
+
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
+gc.disable()  # until all is imported, see pytest_collection_finish
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process that has used more may hang where a test forks it
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
@@ -33,9 +37,36 @@ hypothesis.settings.load_profile("suite")
 FORKING = ("tests/test_interrupted.py", "tests/test_whole_folders.py")
 
 
+LONG = (
+    "tests/preferences/test_reference.py", "tests/preferences/test_align.py", "tests/training/tasks/test_unified.py",
+    "tests/training/test_zero.py", "tests/preferences/test_online.py", "tests/training/tokenizer/test_processes.py",
+    "tests/test_readme.py", "tests/training/test_validation.py", "tests/test_golden.py",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the modules that fork first: a fork of a process in which a test has trained waits for threads for ever."""
-    items.sort(key=lambda item: not item.nodeid.startswith(FORKING))
+    """Run the modules that fork first: a fork of a process in which a test has trained waits for threads for ever.
+
+    Those that take longest are next, so that no worker ends with one while the others have nothing left to do.
+    """
+    first = FORKING + LONG
+    place = {name: number for number, name in enumerate(first)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(first)))
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage from here on, but look no more at the million objects that the imports have made.
+
+    DeepSpeed asks for whole collections whenever it shards; each would take half a second.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    """Let the interpreter take apart what the imports have made, as some libraries check at its exit."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
