@@ -6,8 +6,10 @@ import itertools
 from typing import Any
 
 import timm
+import torch
 from timm.layers.norm import LayerNorm2d
 from timm.layers.patch_embed import PatchEmbed
+from timm.models import is_model_in_modules
 from torch import Tensor, nn
 
 from unimm.models.parts import EncoderConfig, TimmEncoderConfig
@@ -46,6 +48,8 @@ def create_encoder(name: str, stem: str = "patch", **kwargs: Any) -> Any:
     """
     if stem == "conv":
         kwargs["embed_layer"] = ConvStem
+    if torch.get_default_device().type == "meta" and is_model_in_modules(name, {"vision_transformer"}):
+        kwargs.setdefault("weight_init", "skip")  # of weights without numbers; it takes most of the time
     return timm.create_model(name, pretrained=False, num_classes=0, **kwargs)
 
 
