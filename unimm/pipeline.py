@@ -22,9 +22,12 @@ from unimm.models.image_tokenizers.vq import ImageTokenizer
 from unimm.models.modeling import UniMMModel
 from unimm.models.quantization import is_quantised
 from unimm.processing.processor import CAPTION_REQUESTS, UniMMProcessor
-from unimm.sampling.engine import sample_codes
-from unimm.sampling.sampler import SamplingOptions, streams
-from unimm.sampling.text import Answer, check_max_new_tokens, generate_answers
+from unimm.sampling.drawing import draw_codes, drawing_requests
+from unimm.sampling.engine import Engine
+from unimm.sampling.memory import EngineLimits
+from unimm.sampling.requests import TextOptions, TextRequest, TextSampling, filters_of
+from unimm.sampling.sampler import NoiseKey, SamplingOptions, noise_keys
+from unimm.sampling.text import Answer
 
 if TYPE_CHECKING:
     from unimm.images import ImageInput
@@ -37,11 +40,11 @@ PICTURES_NOTE = (
 
 
 class _Order(NamedTuple):
-    """What is to be drawn: a text and its pictures for each image, their noise, and how to sample."""
+    """What is to be drawn: a text and its pictures for each image, whose noise each has, and how to sample."""
 
     texts: list[str]
     images: list[list[ImageInput]]
-    uniforms: Tensor
+    keys: list[NoiseKey]
     grid: tuple[int, int]
     sampling: SamplingConfig
 
@@ -71,6 +74,19 @@ class UniMM:
         self.processor = processor
         self.batch_size = batch_size
         self._tokenizer = image_tokenizer
+        self._engine: Engine | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the engine out of copies, which make one of their own."""
+        return {**self.__dict__, "_engine": None}
+
+    @property
+    def engine(self) -> Engine:
+        """What runs requests (`unimm.sampling.engine.Engine`); made anew when the model's weights have changed."""
+        engine, limits = self._engine, EngineLimits.of(self.model, 2 * self.batch_size)
+        if engine is None or not engine.serves(self.model, self.processor, limits.max_rows):
+            engine = self._engine = Engine(self.model, self.processor, limits)
+        return engine
 
     @property
     def batch_size(self) -> int:
@@ -136,16 +152,24 @@ class UniMM:
         return self.processor.to_images(self.image_tokenizer.decode(codes)) if len(codes) else []
 
     @overload
-    def caption(self, images: ImageInput, max_new_tokens: int | None = None) -> str: ...  # type: ignore[overload-overlap]
+    def caption(  # type: ignore[overload-overlap]
+        self, images: ImageInput, max_new_tokens: int | None = None, **options: Unpack[TextOptions]
+    ) -> str: ...
     @overload
-    def caption(self, images: Iterable[ImageInput], max_new_tokens: int | None = None) -> list[str]: ...
-    def caption(self, images: Any, max_new_tokens: int | None = None) -> str | list[str]:
+    def caption(
+        self, images: Iterable[ImageInput], max_new_tokens: int | None = None, **options: Unpack[TextOptions]
+    ) -> list[str]: ...
+    def caption(
+        self, images: Any, max_new_tokens: int | None = None, **options: Unpack[TextOptions]
+    ) -> str | list[str]:
         """Say what pictures show.
 
         Args:
             images: a picture, as a path, PIL image, array, tensor, bytes, file object or data URL
                 (`unimm.images.read_image`), or several of them in a list or any iterable.
             max_new_tokens: most tokens of a caption; by default what the context has room for.
+            **options: `temperature` (0, the default, takes the likeliest token), `top_k`, `top_p`,
+                `repetition_penalty`, `stop` (words that end an answer) and `seed`.
 
         Returns:
             A text for one picture, else a list of texts.
@@ -155,22 +179,40 @@ class UniMM:
         """
         shown = [images] if is_image(images) else _listed(images, "images")
         requests = [CAPTION_REQUESTS[0]] * len(shown)
-        texts = [answer.text for answer in self.answers(shown, requests, max_new_tokens)]
+        texts = [answer.text for answer in self.answers(shown, requests, max_new_tokens, **options)]
         return texts[0] if is_image(images) else texts
 
     @overload
-    def ask(self, images: ImageInput | None, questions: str, max_new_tokens: int | None = None) -> str: ...
+    def ask(
+        self,
+        images: ImageInput | None,
+        questions: str,
+        max_new_tokens: int | None = None,
+        **options: Unpack[TextOptions],
+    ) -> str: ...
     @overload
     def ask(
-        self, images: ImageInputs, questions: str | Iterable[str], max_new_tokens: int | None = None
+        self,
+        images: ImageInputs,
+        questions: str | Iterable[str],
+        max_new_tokens: int | None = None,
+        **options: Unpack[TextOptions],
     ) -> str | list[str]: ...
-    def ask(self, images: Any, questions: Any, max_new_tokens: int | None = None) -> str | list[str]:
+    def ask(
+        self,
+        images: Any,
+        questions: Any,
+        max_new_tokens: int | None = None,
+        **options: Unpack[TextOptions],
+    ) -> str | list[str]:
         """Answer questions, with pictures or without, all in one batch.
 
         Args:
             images: one picture (see `caption`), None, or one entry for each question: a picture, several, or None.
             questions: one question, or several.
             max_new_tokens: most tokens of an answer; by default what the context has room for.
+            **options: `temperature` (0, the default, takes the likeliest token), `top_k`, `top_p`,
+                `repetition_penalty`, `stop` (words that end an answer) and `seed`.
 
         Returns:
             A text for one question about one picture or none, else a list of texts. One question goes to every
@@ -180,18 +222,22 @@ class UniMM:
             UserError: a picture cannot be read, the model understands none, a question is empty or too long, or the
                 numbers do not match.
         """
-        texts = [answer.text for answer in self.answers(images, questions, max_new_tokens)]
+        texts = [answer.text for answer in self.answers(images, questions, max_new_tokens, **options)]
         return texts[0] if isinstance(questions, str) and (images is None or is_image(images)) else texts
 
     def answers(
-        self, images: ImageInputs, questions: str | Iterable[str], max_new_tokens: int | None = None
+        self,
+        images: ImageInputs,
+        questions: str | Iterable[str],
+        max_new_tokens: int | None = None,
+        **options: Unpack[TextOptions],
     ) -> list[Answer]:
         """Answer questions as `ask` does, and say what became of each: its length, and whether it was cut.
 
         Raises:
             UserError: as `ask`.
         """
-        most = check_max_new_tokens(max_new_tokens)
+        sampling = TextSampling.of(options, max_new_tokens)
         asked: list[Any] = [questions] if isinstance(questions, str) else _listed(questions, "questions")
         if images is None or is_image(images):
             shown: list[Any] = [images] * len(asked)
@@ -205,13 +251,16 @@ class UniMM:
         entries = [_entry(entry) for entry in shown]
         if any(entries):
             self.processor.check_understands()
-        answers: list[Answer] = []
-        for start in range(0, len(asked), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            inputs = self.processor(asked[part], entries[part])
-            answers += generate_answers(self.model, self.processor, inputs, most)
+        keys = noise_keys(options.get("seed"), len(asked))
+        engine = self.engine
+        requests = (
+            TextRequest(*self.processor.question(text, own), key, sampling=sampling)
+            for text, own, key in zip(asked, entries, keys, strict=True)
+        )
+        answers = [Answer.of(ticket) for ticket in engine.run(requests, self.batch_size)]
+        engine.release()
         cut = sum(answer.cut for answer in answers)
-        if cut and most is None:  # else it is what was asked for
+        if cut and sampling.max_new_tokens is None:  # else it is what was asked for
             note = f"{cut} of {len(answers)} answers were cut where the context of {self.processor.context} tokens ends"
             warnings.warn(note, UserNote, stacklevel=3)
         return answers
@@ -316,6 +365,7 @@ class UniMM:
         """Check all that is asked for before the first image is drawn; what options leave out is the model's own."""
         self.processor.check_draws("prompts")
         sampling = self.model.config.sampling_config().updated(**options)
+        filters_of(sampling)
         if not isinstance(n, int) or n < 1:
             raise UserError(f"n: {n}; give 1 or more")
         texts = [prompts] if isinstance(prompts, str) else _listed(prompts, "prompts")
@@ -323,33 +373,33 @@ class UniMM:
             _check_text(text, "prompt", "say what to draw")
         shown = _entries(images, len(texts))
         grid = self._grid(as_size(size))
-        uniforms = streams(seed, len(texts) * n, grid[0] * grid[1])
+        keys = noise_keys(seed, len(texts) * n)
         for text, pictures in zip(texts, shown, strict=True):
             self.processor.drawing_inputs(text, pictures, grid)
         if any(shown):
             warnings.warn(PICTURES_NOTE, UserNote, stacklevel=3)
         texts = [text for text in texts for _ in range(n)]
         shown = [pictures for pictures in shown for _ in range(n)]
-        return _Order(texts, shown, uniforms, grid, sampling)
+        return _Order(texts, shown, keys, grid, sampling)
 
     def _codes(self, order: _Order, on_progress: ProgressCallback | None) -> Iterator[Tensor]:
         """Yield the codes [B, h, w] of each batch of drawings."""
-        steps, total = order.grid[0] * order.grid[1], len(order.texts)
+        each, total = order.grid[0] * order.grid[1], len(order.texts)
+        engine = self.engine
         for start in range(0, total, self.batch_size):
-            part = slice(start, start + self.batch_size)
-            rows, report = order.texts[part], None
+            part, report = slice(start, start + self.batch_size), None
             if on_progress is not None:
-                report = _reporter(on_progress, start * steps, len(rows), total * steps)
-            yield sample_codes(
-                self.model,
+                report = _reporter(on_progress, start * each, total * each)
+            requests = drawing_requests(
                 self.processor,
-                rows,
-                order.uniforms[part],
+                order.texts[part],
+                order.images[part],
+                order.keys[part],
                 order.sampling,
-                grid=order.grid,
-                on_step=report,
-                images=order.images[part],
+                order.grid,
             )
+            yield draw_codes(engine, list(requests), report)
+        engine.release()
 
     def _grid(self, size: tuple[int, int] | None) -> tuple[int, int]:
         """Return rows and columns of codes for a size in pixels."""
@@ -433,5 +483,5 @@ def _joined(parts: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
     return torch.cat(list(parts)) if parts else torch.empty((0, *grid), dtype=torch.long)
 
 
-def _reporter(report: ProgressCallback, done: int, images: int, total: int) -> Callable[[int], None]:
-    return lambda step: report(done + step * images, total)
+def _reporter(report: ProgressCallback, before: int, total: int) -> Callable[[int], None]:
+    return lambda done: report(before + done, total)

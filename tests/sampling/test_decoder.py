@@ -1,17 +1,31 @@
-"""The decoder run step by step gives what its own forward gives."""
+"""The decoder over a row cache gives what its own forward gives, for rows of unlike lengths."""
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Qwen2Config,
+)
 
 from unimm.models.modeling import UniMMModel
 from unimm.pipeline import UniMM
 from unimm.sampling import decoder
-from unimm.sampling.decoder import LlamaSteps, Steps, make_steps
+from unimm.sampling.cache import RowCache, RowsAt
+from unimm.sampling.decoder import LlamaRunner, Runner, make_runner
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 300}
+LENGTHS = [9, 12, 5]
 
 
 @pytest.fixture
@@ -19,68 +33,110 @@ def model(tiny_model: UniMM) -> UniMMModel:
     return copy.deepcopy(tiny_model.model)  # its decoder is exchanged
 
 
-def _swapped(model: UniMMModel, **options: object) -> UniMMModel:
-    """The model with a decoder of another shape."""
+def _swapped(model: UniMMModel, config: Any) -> UniMMModel:
+    """The model with another decoder."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 300}
-    config = LlamaConfig(**sizes, initializer_range=0.3, **options)
-    decoder = AutoModelForCausalLM.from_config(config).eval()
+    swapped = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
-        for parameter in decoder.parameters():
+        for parameter in swapped.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.rand_like(parameter) * 0.3)
-    model.decoder = decoder
+    model.decoder = swapped
     return model
 
 
-@pytest.mark.parametrize("joined", [True, False])
-@pytest.mark.parametrize("padded", [True, False])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"num_attention_heads": 4, "num_key_value_heads": 2},
-        {"num_attention_heads": 2, "attention_bias": True, "mlp_bias": True, "head_dim": 24},
-        {
-            "num_attention_heads": 4,
-            "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0},
-        },
-    ],
-)
 @torch.no_grad()
-def test_same_as_the_whole_forward(
-    model: UniMMModel,
-    monkeypatch: pytest.MonkeyPatch,
-    options: dict[str, object],
-    padded: bool,
-    joined: bool,
+def _check(run: Runner, model: UniMMModel) -> None:
+    """Read three rows of unlike lengths piece by piece, each piece as wide as its longest."""
+    streams = [torch.randn(length, 32) for length in LENGTHS]
+    whole = model.decoder.get_decoder()
+    expected = [whole(inputs_embeds=stream[None]).last_hidden_state[0] for stream in streams]
+    cache = RowCache(run.layers_count)
+    cache.reserve(3, 24)
+    filled, got = [0, 0, 0], [[], [], []]  # type: ignore[var-annotated]
+    for widths in ([4, 1, 3], [1, 1, 1], [1, 6, 1], [3, 4, 0]):
+        at = RowsAt(0, filled, max(widths), torch.device("cpu"))
+        pieces = [
+            _padded(stream[start : start + width], max(widths))
+            for stream, start, width in zip(streams, filled, widths, strict=True)
+        ]
+        hidden = run(cache, at, torch.stack(pieces))
+        for row, width in enumerate(widths):
+            got[row].append(hidden[row, :width])
+            filled[row] += width
+    assert filled == LENGTHS
+    for mine, theirs in zip(got, expected, strict=True):
+        assert theirs.std() > 0.1
+        assert (torch.cat(mine) - theirs).abs().max() < 1e-4
+
+
+def _padded(rows: Tensor, width: int) -> Tensor:
+    """Filled up with what must not be seen."""
+    return torch.cat([rows, torch.full((width - len(rows), rows.shape[1]), 9.0)])
+
+
+@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**SIZES, initializer_range=0.3, num_attention_heads=4, num_key_value_heads=2),
+        LlamaConfig(
+            **SIZES,
+            initializer_range=0.3,
+            num_attention_heads=2,
+            attention_bias=True,
+            mlp_bias=True,
+            head_dim=24,
+        ),
+        LlamaConfig(
+            **SIZES,
+            initializer_range=0.3,
+            num_attention_heads=4,
+            rope_parameters={"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0},
+        ),
+        Qwen2Config(**SIZES, initializer_range=0.3, num_attention_heads=4, num_key_value_heads=2),
+        MistralConfig(
+            **SIZES, initializer_range=0.3, num_attention_heads=4, num_key_value_heads=2, sliding_window=None
+        ),
+    ],
+    ids=["grouped", "biases", "rope", "qwen2", "mistral"],
+)
+def test_llama_like_layers_run_directly(
+    model: UniMMModel, monkeypatch: pytest.MonkeyPatch, config: Any, joined: bool
 ) -> None:
     monkeypatch.setattr(decoder, "JOINED", 2**26 if joined else 0)
-    model = _swapped(model, **options)
-    stream = torch.randn(3, 12, 32)
-    mask = torch.ones(3, 5, dtype=torch.long)
-    if padded:
-        mask[0, :3] = mask[2, :1] = 0
-    run, slow = (
-        make_steps(model, mask, 12),
-        Steps(model, model.decoder.get_decoder(), torch.nn.functional.pad(mask, (0, 7), value=1)),
-    )
-    assert isinstance(run, LlamaSteps)
-    for start, end in ((0, 5), (5, 6), (6, 8), (8, 9), (9, 12)):
-        got, expected = run(stream[:, start:end]), slow(stream[:, start:end])
-        assert expected.std() > 0.1
-        assert (got - expected).abs().max() < 1e-4
+    run = make_runner(_swapped(model, config))
+    assert isinstance(run, LlamaRunner)
+    _check(run, model)
 
 
-def test_other_decoders_run_through_their_own_forward(model: UniMMModel) -> None:
-    config = Qwen2Config(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=300,
-    )
-    model.decoder = AutoModelForCausalLM.from_config(config).eval()
-    run = make_steps(model, torch.ones(2, 3, dtype=torch.long), 5)
-    assert type(run) is Steps
-    assert run(torch.randn(2, 3, 32)).shape == run(torch.randn(2, 1, 32)).shape == (2, 32)
+@pytest.mark.parametrize(
+    "config",
+    [
+        MistralConfig(
+            **SIZES, initializer_range=0.3, num_attention_heads=4, num_key_value_heads=2, sliding_window=3
+        ),
+        MixtralConfig(
+            **SIZES,
+            initializer_range=0.3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+        ),
+        GPTNeoXConfig(**SIZES, initializer_range=0.3, num_attention_heads=4),
+        Gemma3TextConfig(
+            **SIZES,
+            initializer_range=0.3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            sliding_window=3,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+    ],
+    ids=["sliding", "experts", "gpt-neox", "two kinds of layers"],
+)
+def test_other_decoders_run_through_their_own_forward(model: UniMMModel, config: Any) -> None:
+    run = make_runner(_swapped(model, config))
+    assert type(run) is Runner
+    _check(run, model)

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from unimm.models.inputs import Images
 from unimm.processing.processor import CAPTION_REQUESTS
-from unimm.sampling.decoder import Steps, make_steps
-from unimm.sampling.engine import CodeSteps
+from unimm.sampling.cache import RowCache, RowsAt
+from unimm.sampling.decoder import make_runner
+from unimm.sampling.sampler import guide
 
 if TYPE_CHECKING:
     from unimm.images import ImageInput
@@ -66,17 +68,18 @@ def code_effect(
         guidance_scale: 1 compares the logits as they come from the head.
     """
     grid = reference.model.layout.grid
-    walks = []
-    for um in (reference, other):
-        rows = [um.processor.drawing_inputs(prompt) for prompt in prompts]
-        walks.append(CodeSteps(um.model, um.processor, rows, grid, guidance_scale))
+    walks = [_Walk(um, _drawn_rows(um, prompts, grid, guidance_scale)) for um in (reference, other)]
     found: list[tuple[Tensor, Tensor]] = []
-    for _ in range(grid[0] * grid[1]):
-        ours, theirs = (walk.logits() for walk in walks)
-        found.append((ours.cpu(), theirs.cpu()))
+    for step in reference.model.layout.drawing_steps(*grid):
+        if step != reference.model.layout.code:
+            for walk in walks:
+                walk.put_tokens(torch.full((walk.rows,), step))
+            continue
+        ours, theirs = (walk.code_logits(guidance_scale) for walk in walks)
+        found.append((ours, theirs))
         chosen = ours.argmax(-1)
         for walk in walks:
-            walk.put(chosen.to(walk.model.device))
+            walk.put_codes(chosen.repeat(walk.rows // len(prompts)), len(found) - 1)
     return LogitsEffect.of(*(torch.cat(logits) for logits in zip(*found, strict=True)))
 
 
@@ -92,21 +95,87 @@ def text_effect(
         images: what is captioned; all in one batch.
         tokens: of each caption, whether it would have ended or not.
     """
-    runs: list[Steps] = []
-    streams: list[Tensor] = []
+    walks = []
     for um in (reference, other):
-        asked = um.processor([CAPTION_REQUESTS[0]] * len(images), [[image] for image in images])
-        inputs = dict(asked.to(um.model.device))
-        mask, input_ids = inputs.pop("attention_mask"), inputs.pop("input_ids")
-        streams.append(um.model.embed(input_ids, Images.from_inputs(inputs)).stream)
-        runs.append(make_steps(um.model, mask, mask.shape[1] + tokens))
+        asked = [um.processor.question(CAPTION_REQUESTS[0], [image]) for image in images]
+        walks.append(_Walk(um, [_stream(um, ids, seen) for ids, seen in asked]))
     found: list[tuple[Tensor, Tensor]] = []
     for _ in range(tokens):
-        ours, theirs = (
-            um.model.decoder.get_output_embeddings()(run(stream))
-            for um, run, stream in zip((reference, other), runs, streams, strict=True)
-        )
-        found.append((ours.cpu(), theirs.cpu()))
-        chosen = ours.argmax(-1)[:, None]
-        streams = [um.model.get_input_embeddings()(chosen.to(um.model.device)) for um in (reference, other)]
+        ours, theirs = (walk.text_logits() for walk in walks)
+        found.append((ours, theirs))
+        for walk in walks:
+            walk.put_tokens(ours.argmax(-1))
     return LogitsEffect.of(*(torch.cat(logits) for logits in zip(*found, strict=True)))
+
+
+class _Walk:
+    """One model along rows that it does not choose itself.
+
+    Args:
+        um: the model.
+        streams: of each row's prompt, [T, C].
+    """
+
+    def __init__(self, um: UniMM, streams: list[Tensor]) -> None:
+        self.model, self.rows = um.model, len(streams)
+        self.runner = make_runner(um.model)
+        self.cache = RowCache(self.runner.layers_count)
+        self.cache.reserve(self.rows, um.processor.context)
+        self.filled = [len(stream) - 1 for stream in streams]
+        self.next = torch.stack([stream[-1:] for stream in streams])
+        self._last: Tensor | None = None
+        if width := max(self.filled):
+            padded = [F.pad(stream[:-1], (0, 0, 0, width - len(stream) + 1)) for stream in streams]
+            at = RowsAt(0, [0] * self.rows, width, um.device)
+            self.runner(self.cache, at, torch.stack(padded))
+
+    def code_logits(self, scale: float) -> Tensor:
+        """Return the guided logits [B, K] of the next codes."""
+        logits: Tensor = self.model.code_logits(self._hidden()).cpu()
+        if scale == 1.0:
+            return logits
+        conditional, unconditional = logits.float().chunk(2)
+        guided: Tensor = guide(conditional, unconditional, scale)
+        return guided
+
+    def text_logits(self) -> Tensor:
+        """Return the logits [B, V] of the next tokens."""
+        logits: Tensor = self.model.decoder.get_output_embeddings()(self._hidden())
+        return logits.cpu()
+
+    def put_codes(self, codes: Tensor, place: int) -> None:
+        """Go on with codes [A] at a place of their images."""
+        self._read()
+        self.next = self.model.embed_codes(codes.to(self.model.device)[:, None], start=place)
+
+    def put_tokens(self, tokens: Tensor) -> None:
+        """Go on with tokens [A]."""
+        self._read()
+        self.next = self.model.get_input_embeddings()(tokens.to(self.model.device)[:, None])
+
+    def _hidden(self) -> Tensor:
+        """Run what is next, once; the hidden states [A, C]."""
+        if self._last is None:
+            at = RowsAt(0, self.filled, 1, self.model.device)
+            self._last = self.runner(self.cache, at, self.next)[:, 0]
+        return self._last
+
+    def _read(self) -> None:
+        """Count what is next as read."""
+        self._hidden()
+        self._last = None
+        self.filled = [filled + 1 for filled in self.filled]
+
+
+def _drawn_rows(um: UniMM, prompts: Sequence[str], grid: tuple[int, int], scale: float) -> list[Tensor]:
+    """Return the streams of prompts for drawings, and behind them those that guidance steers away from."""
+    rows = [um.processor.drawing_ids(prompt, grid) for prompt in prompts]
+    if scale != 1.0:
+        rows += [um.processor.unconditional_ids(row, grid) for row in rows]
+    return [_stream(um, row) for row in rows]
+
+
+def _stream(um: UniMM, ids: list[int], images: Images | None = None) -> Tensor:
+    seen = None if images is None else images.to(um.device)
+    stream: Tensor = um.model.embed(torch.tensor([ids], device=um.device), seen).stream[0]
+    return stream

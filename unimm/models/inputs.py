@@ -6,6 +6,7 @@ Shape suffixes: N images to understand, of which F come as features; M images to
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -72,6 +73,16 @@ class Images:
         """Return the first so many images to understand, of a bundle without any other."""
         assert self.codes is None
         return dataclasses.replace(self, **{name: value[:count] for name, value in self._fields().items()})
+
+    def part(self, start: int, end: int) -> Images:
+        """Return some of the images to understand, of a bundle without images to generate."""
+        assert self.codes is None
+        featured = torch.full((len(self),), self.pixels is None) if self.featured is None else self.featured
+        given = [int(featured[:place].sum()) for place in (start, end)]
+        seen = [start - given[0], end - given[1]]
+        own = {"features": slice(*given), "pixels": slice(*seen), "sizes": slice(*seen)}
+        fields = {name: value[own.get(name, slice(start, end))] for name, value in self._fields().items()}
+        return dataclasses.replace(self, **fields)
 
     def owned_by(self, row: int) -> Images:
         """Return them as standing in a row of the batch."""
@@ -145,3 +156,20 @@ class Rows:
     def to(self, *where: Any, **how: Any) -> Rows:
         """Return them on another device, as `torch.Tensor.to` takes it."""
         return Rows(*(value.to(*where, **how) for value in (self.positions, self.samples, self.branches)))
+
+
+def digests(images: Images) -> list[str]:
+    """Return what tells each image to understand from others: a hash of its pixels or features."""
+    pixels, features = (
+        iter(() if images.pixels is None else images.pixels),
+        iter(() if images.features is None else images.features),
+    )
+    sizes = iter(() if images.sizes is None else images.sizes.tolist())
+    featured = [images.pixels is None] * len(images) if images.featured is None else images.featured.tolist()
+    found = []
+    for given in featured:
+        tensor = next(features) if given else next(pixels)
+        shape = (given, tuple(tensor.shape), None if given else next(sizes, None))
+        content = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+        found.append(hashlib.blake2b(content, digest_size=16, key=repr(shape).encode()[:64]).hexdigest())
+    return found

@@ -84,12 +84,15 @@ class CodeEmbedding(nn.Module):
         # called `places` in the files of models, and so in their state
         self.places = nn.Embedding(learned_positions, width) if learned_positions else None
 
-    def forward(self, codes: Tensor, start: int = 0) -> Tensor:
-        """Return [B, L, C] for codes [B, L] that begin at position `start` of their image."""
+    def forward(self, codes: Tensor, start: int | Tensor = 0) -> Tensor:
+        """Return [B, L, C] for codes [B, L] that begin at position `start` of their image, one for all or [B]."""
         embedded: Tensor = self.connector(self.table(codes))
-        if self.places is not None:
-            embedded = embedded + self.places.weight[start : start + codes.shape[1]]
-        return embedded
+        if self.places is None:
+            return embedded
+        if isinstance(start, int):
+            return embedded + self.places.weight[start : start + codes.shape[1]]
+        where = start[:, None] + torch.arange(codes.shape[1], device=codes.device)
+        return embedded + self.places.weight[where]
 
 
 class UniMMModel(StrictModel):
@@ -214,7 +217,7 @@ class UniMMModel(StrictModel):
         if len(images) and self.vision is None and not self.sees_codes:
             raise ValueError("images: this model has no understanding encoder")
         if self.sees_codes and images.pixels is not None:
-            input_ids = self._put_tokens(input_ids, images.pixels, images.sizes)
+            input_ids = self.put_tokens(input_ids, images)
         # A code's placeholder need not be in the text vocabulary.
         own = not self.layout.shared
         known = input_ids.masked_fill(self.layout.code_positions(input_ids), 0) if own else input_ids
@@ -271,9 +274,14 @@ class UniMMModel(StrictModel):
         together[images.featured], together[~images.featured] = given.to(seen.dtype), seen
         return together
 
-    def _put_tokens(self, input_ids: Tensor, pixels: Tensor, sizes: Tensor | None) -> Tensor:
-        """Fill the placeholders of images that are understood by their codes with the tokens of these."""
-        tokens = self._image_tokens(pixels, sizes)
+    def put_tokens(self, input_ids: Tensor, images: Images) -> Tensor:
+        """Fill the placeholders of images that are understood by their codes with the tokens of these.
+
+        Raises:
+            ValueError: they do not fit the placeholders.
+        """
+        assert images.pixels is not None
+        tokens = self._image_tokens(images.pixels, images.sizes)
         mask = self.layout.feature_positions(input_ids)
         if int(mask.sum()) != len(tokens):
             raise ValueError(f"images: {len(tokens)} tokens, but there is room for {int(mask.sum())}")
@@ -296,8 +304,8 @@ class UniMMModel(StrictModel):
             tokens.append(self.layout.tokens(self.image_tokenizer.encode(cut.to(self.dtype))[0]))
         return torch.cat(tokens)
 
-    def embed_codes(self, codes: Tensor, start: int = 0) -> Tensor:
-        """Return [B, L, C] for codes [B, L] that begin at position `start` of their image."""
+    def embed_codes(self, codes: Tensor, start: int | Tensor = 0) -> Tensor:
+        """Return [B, L, C] for codes [B, L] that begin at position `start` of their image, one for all or [B]."""
         if self.layout.shared:
             tokens: Tensor = self.get_input_embeddings()(codes + self.layout.code)
             return tokens

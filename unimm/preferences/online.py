@@ -41,8 +41,8 @@ from unimm.preferences.scorers import (
 )
 from unimm.processing.messages import DRAWN, Message
 from unimm.processing.rows import branch, stack_answers
-from unimm.sampling.engine import sample_codes
-from unimm.sampling.sampler import streams
+from unimm.sampling.drawing import sample_codes
+from unimm.sampling.sampler import noise_keys
 from unimm.sections import NotNegative, Positive, Section, near
 from unimm.training import shards
 from unimm.training.batches import derive_seed, mix
@@ -290,9 +290,9 @@ class OnlineTask(PolicyTask):
         section, parts = self.recipe.sampling, []
         for start in range(0, len(prompts), section.batch_size):
             end = start + section.batch_size
-            uniforms = streams(seeds[start:end], len(prompts[start:end]), self.codes)
+            keys = noise_keys(seeds[start:end], len(prompts[start:end]))
             sampling = SamplingConfig(section.guidance_scale, section.temperature)
-            drawn = sample_codes(model, self.processor, prompts[start:end], uniforms, sampling, self.grid)
+            drawn = sample_codes(model, self.processor, prompts[start:end], keys, sampling, self.grid)
             parts.append(drawn.cpu().clone())  # no longer a tensor of inference
         return torch.cat(parts)
 

@@ -14,8 +14,8 @@ from unimm.files import atomic_write
 from unimm.models.configuration import SamplingConfig
 from unimm.pipeline import UniMM
 from unimm.preferences.policy import DrawingPreview
-from unimm.sampling.engine import sample_codes
-from unimm.sampling.sampler import streams
+from unimm.sampling.drawing import sample_codes
+from unimm.sampling.sampler import noise_keys
 from unimm.sheet import Card, Line, SheetSection, draw_sheet
 
 
@@ -23,10 +23,9 @@ def draw_fixed(um: UniMM, prompts: Sequence[str], section: DrawingPreview) -> li
     """Return the codes of one drawing of each prompt, as nested lists."""
     if not prompts:
         return []
-    rows, columns = um.model.layout.grid
-    uniforms = streams(section.seed, len(prompts), rows * columns)
+    keys = noise_keys(section.seed, len(prompts))
     sampling = SamplingConfig(section.guidance_scale, section.temperature)
-    codes = sample_codes(um.model, um.processor, prompts, uniforms, sampling)
+    codes = sample_codes(um.model, um.processor, prompts, keys, sampling)
     found: list[Any] = codes.tolist()
     return found
 

@@ -241,6 +241,15 @@ class UniMMProcessor:
         input_ids, attention_mask = self.pad_left(rows)
         return BatchFeature({"input_ids": input_ids, "attention_mask": attention_mask, **seen.inputs()})
 
+    def question(self, text: str, images: Sequence[ImageInput] = ()) -> tuple[list[int], Images]:
+        """Return one question with its images: its tokens, and what the model sees.
+
+        Raises:
+            UserError: an image cannot be read, the model understands none, or the question is too long.
+        """
+        seen = self.look(images)
+        return self.question_ids(text, grids_of(seen)), seen
+
     def drawing_inputs(
         self, prompt: str, images: Sequence[ImageInput] = (), grid: Grid | None = None
     ) -> BatchFeature:

@@ -1,160 +1,171 @@
-"""The decoder, step by step, without what a general model does around each step.
+"""The decoder over a cache of rows: one pass over the new positions of each row.
 
-A small decoder spends nearly all of a step on building masks, cache objects and module calls. Here the masks and
-rotary tables of a whole drawing are made once, the cache is one tensor a layer, and small weights are joined, so
-that a step is little more than its matrix products. Decoders other than Llama's run through their own forward.
+A small decoder spends nearly all of a pass on building masks, cache objects and module calls. Here rotary tables are
+made once, a pass has one mask, and small weights are joined, so that it is little more than its matrix products. This
+is done for Llama's blocks, which Mistral and Qwen2 share; every other decoder runs through its own forward, over the
+same cache. Shape suffixes: A rows, t new positions, C width, D head width.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import StaticCache
 
-from unimm.models.attention import positions
 from unimm.models.modeling import UniMMModel
 from unimm.models.quantization import Int8Linear
+from unimm.sampling.cache import RowCache, RowsAt, cache_view
+from unimm.sampling.products import multiply, product
 
 JOINED = 2**26  # weights up to which weights are joined: above, copies cost more than calls save
-FEW = range(2, 9)  # rows for which torch multiplies slowly on the CPU, the weight second
+LLAMA_LIKE = ("llama", "mistral", "qwen2")
+ROPES = ("default", "linear", "llama3")  # rotary tables that do not depend on the length
 
 
-def make_steps(model: UniMMModel, attention_mask: Tensor, length: int) -> Steps:
-    """Return the fastest runner that a model's decoder allows.
-
-    Args:
-        model: the unified model.
-        attention_mask: [B, T] of the prompt, with 0 at padding on the left.
-        length: positions of prompt and drawing together.
-    """
-    mask = F.pad(attention_mask, (0, length - attention_mask.shape[1]), value=1)
+def make_runner(model: UniMMModel) -> Runner:
+    """Return the fastest runner that a model's decoder allows."""
     decoder = model.decoder.get_decoder()
-    return (LlamaSteps if LlamaSteps.runs(decoder) else Steps)(model, decoder, mask)
+    return (LlamaRunner if LlamaRunner.runs(decoder) else Runner)(decoder)
 
 
-class Steps:
-    """Runs any transformers decoder over a static cache.
+class Runner:
+    """Runs any transformers decoder with attention over a row cache.
 
     Args:
-        model: the unified model.
-        decoder: its decoder without a head.
-        mask: [B, L], 0 at padding, for all positions that there will be.
+        decoder: without its head.
     """
 
-    def __init__(self, model: UniMMModel, decoder: Any, mask: Tensor) -> None:
+    def __init__(self, decoder: Any) -> None:
         self.decoder = decoder
-        self.mask = mask
-        self.places = positions(mask)
-        self.filled = 0
-        self._start(model)
+        self.config = decoder.config.get_text_config()
+        self.layers_count: int = self.config.num_hidden_layers
 
-    def _start(self, model: UniMMModel) -> None:
-        self.cache = StaticCache(config=model.decoder.config, max_cache_len=self.mask.shape[1])
+    def __call__(
+        self, cache: RowCache, at: RowsAt, stream_AtC: Tensor, positions: Tensor | None = None
+    ) -> Tensor:
+        """Return the hidden states [A, t, C] of new positions, and write their keys and values.
 
-    def __call__(self, stream: Tensor) -> Tensor:
-        """Return the last hidden state [B, C] after the next positions [B, t, C]."""
-        end = self.filled + stream.shape[1]
+        Args:
+            cache: of all rows.
+            at: where the new positions lie.
+            stream_AtC: what the decoder reads there.
+            positions: [A, t], where they do not count the row's tokens.
+        """
         output = self.decoder(
-            inputs_embeds=stream,
-            attention_mask=self.mask[:, :end],
-            position_ids=self.places[:, self.filled : end],
-            cache=self.cache,
+            inputs_embeds=stream_AtC,
+            attention_mask=self._masks(at, stream_AtC),
+            position_ids=at.positions if positions is None else positions,
+            cache=cache_view(cache, at),
             use_cache=True,
         )
-        self.filled = end
-        hidden: Tensor = output.last_hidden_state[:, -1]
+        hidden: Tensor = output.last_hidden_state
         return hidden
 
+    def _masks(self, at: RowsAt, stream: Tensor) -> Any:
+        """Return what is added to scores, for each kind of layer where a decoder has several."""
+        kinds = set(getattr(self.config, "layer_types", None) or ())
+        window = getattr(self.config, "sliding_window", None)
+        if len(kinds) > 1:
+            return {kind: self._mask(at, stream, window if "sliding" in kind else None) for kind in kinds}
+        slides = kinds == {"sliding_attention"} or (not kinds and window is not None)
+        return self._mask(at, stream, window if slides else None)
 
-class LlamaSteps(Steps):
-    """Runs Llama's layers directly; same results as `Steps`, up to rounding."""
+    @staticmethod
+    def _mask(at: RowsAt, stream: Tensor, window: int | None) -> Tensor:
+        seen = at.seen(window)
+        shape = (at.count, 1, at.width, at.end)
+        mask = stream.new_zeros(shape)
+        return mask if seen is None else mask.masked_fill(~seen, torch.finfo(stream.dtype).min)
+
+
+class LlamaRunner(Runner):
+    """Runs Llama's layers directly; same results as `Runner`, up to rounding.
+
+    Args:
+        decoder: without its head.
+        layers: its layers where they are not the decoder's own.
+    """
+
+    def __init__(self, decoder: Any, layers: Iterable[Layer] | None = None) -> None:
+        super().__init__(decoder)
+        config = self.config
+        self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
+        self.head_width = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self.tables: tuple[Tensor, Tensor] | None = None
+        self.layers = _prepared(decoder.layers) if layers is None else layers
 
     @staticmethod
     def runs(decoder: Any) -> bool:
         """Whether a decoder is made of exactly the layers that are run here."""
         config = decoder.config
         rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+        slides = getattr(config, "sliding_window", None) is not None and getattr(
+            config, "use_sliding_window", True
+        )
         return (
-            config.model_type == "llama"
-            and config.hidden_act == "silu"
-            and rope in ("default", "linear", "llama3")  # tables that do not depend on the length
+            config.model_type in LLAMA_LIKE and config.hidden_act == "silu" and rope in ROPES and not slides
         )
 
-    def _start(self, model: UniMMModel) -> None:
-        config = self.decoder.config
-        self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
-        self.width = config.head_dim
-        batch, length = self.mask.shape
-        weight = self.decoder.norm.weight  # of the stream's format, whatever the linear layers hold
-        cos, sin = self.decoder.rotary_emb(weight.new_empty(batch, 1), self.places)  # [B, L, D]
-        self.cos, self.sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        shape = (2, batch, self.groups, length, self.width)
-        self.caches = [weight.new_zeros(shape) for _ in self.decoder.layers]
-        padded = not bool(self.mask.all())
-        self.bias: Tensor | None = None  # what is added to scores: -inf where padding is
-        if padded:
-            self.bias = torch.zeros(batch, 1, 1, length, dtype=weight.dtype, device=weight.device)
-            self.bias.masked_fill_(self.mask[:, None, None] == 0, -math.inf)
-        layers = self.decoder.layers
-        joined = sum(t.numel() for t in chain(layers.parameters(), layers.buffers())) <= JOINED
-        self.layers = [_Layer(layer, joined) for layer in self.decoder.layers]
-
-    def __call__(self, stream: Tensor) -> Tensor:
-        """Return the last hidden state [B, C] after the next positions [B, t, C]."""
-        start, end = self.filled, self.filled + stream.shape[1]
-        cos, sin = self.cos[:, :, start:end], self.sin[:, :, start:end]
-        bias = self._bias(start, end)
-        for layer, cache in zip(self.layers, self.caches, strict=True):
-            stream = stream + self._attend(layer, stream, cache, cos, sin, bias)
+    def __call__(
+        self, cache: RowCache, at: RowsAt, stream_AtC: Tensor, positions: Tensor | None = None
+    ) -> Tensor:
+        """See `Runner`."""
+        rotary = self._rotary(at, stream_AtC, positions)
+        seen, stream = at.seen(), stream_AtC
+        for number, layer in enumerate(self.layers):
+            stream = stream + self._attend(layer, number, cache, at, stream, rotary, seen)
             stream = stream + layer.transform(stream)
-        self.filled = end
-        hidden: Tensor = self.decoder.norm(stream[:, -1])
+        hidden: Tensor = self.decoder.norm(stream)
         return hidden
 
-    def _bias(self, start: int, end: int) -> Tensor | None:
-        """Return what is added to scores [B, 1, t, end], None where everything may be seen."""
-        bias = None if self.bias is None else self.bias[..., :end]
-        if end - start == 1:
-            return bias
-        later = torch.full((end - start, end), -math.inf, device=self.cos.device, dtype=self.cos.dtype)
-        later = later.triu(start + 1)
-        if bias is None:
-            return later
-        # A padded position sees itself, lest its row be of nothing but -inf.
-        own = torch.eye(end - start, end, dtype=torch.bool, device=later.device).roll(start, 1)
-        return (later + bias).masked_fill(own, 0.0)
+    def _rotary(self, at: RowsAt, stream: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines [A or 1, 1, t, D]."""
+        if positions is not None:
+            cos, sin = self.decoder.rotary_emb(stream, positions)
+            return cos[:, None], sin[:, None]
+        if self.tables is None or self.tables[0].shape[0] < at.end or self.tables[0].dtype != stream.dtype:
+            length = torch.arange(max(2 * at.end, 256), device=stream.device)[None]
+            self.tables = tuple(table[0] for table in self.decoder.rotary_emb(stream, length))
+        cos, sin = self.tables
+        if at.start is not None:
+            part = slice(at.start, at.start + at.width)
+            return cos[None, None, part], sin[None, None, part]
+        return cos[at.positions][:, None], sin[at.positions][:, None]
 
     def _attend(
-        self, layer: _Layer, stream: Tensor, cache: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None
+        self,
+        layer: Layer,
+        number: int,
+        cache: RowCache,
+        at: RowsAt,
+        stream: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        seen: Tensor | None,
     ) -> Tensor:
-        batch, count, _ = stream.shape
-        start, end = self.filled, self.filled + count
-        heads = (
-            layer.project(stream).view(batch, count, -1, self.width).transpose(1, 2)
-        )  # [B, q + k + v, t, D]
+        rows, count, _ = stream.shape
+        # [A, q + k + v, t, D]
+        heads = layer.project(stream).view(rows, count, -1, self.head_width).transpose(1, 2)
         turned, values = heads.split([self.heads + self.groups, self.groups], dim=1)
-        turned = turned * cos + _half_turn(turned) * sin
+        turned = turned * rotary[0] + _half_turn(turned) * rotary[1]
         queries, keys = turned.split([self.heads, self.groups], dim=1)
-        cache[0, :, :, start:end], cache[1, :, :, start:end] = keys, values
-        seen = F.scaled_dot_product_attention(
-            queries,
-            cache[0, :, :, :end],
-            cache[1, :, :, :end],
-            attn_mask=bias,
-            enable_gqa=self.groups != self.heads,
+        keys, values = cache.write(number, at, keys, values)
+        found = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=seen, enable_gqa=self.groups != self.heads
         )
-        return layer.output(seen.transpose(1, 2).flatten(2))
+        return layer.output(found.transpose(1, 2).flatten(2))
 
 
-class _Layer:
-    """One of Llama's layers: its norms and products, the small ones joined."""
+class Layer:
+    """One of Llama's layers: its norms and products.
+
+    Args:
+        layer: of transformers.
+        joined: whether products of the same inputs are made one, by a copy of their weights.
+    """
 
     def __init__(self, layer: Any, joined: bool) -> None:
         attention, mlp = layer.self_attn, layer.mlp
@@ -163,23 +174,29 @@ class _Layer:
         second = (mlp.gate_proj, mlp.up_proj)
         self.first = _join(first) if joined and _plain(first) else _Beside(first)
         self.second = _join(second) if joined and _plain(second) else _Beside(second)
-        self.output, self.down = _product(attention.o_proj), _product(mlp.down_proj)
+        self.output, self.down = product(attention.o_proj), product(mlp.down_proj)
 
     def project(self, stream: Tensor) -> Tensor:
-        """Queries, keys and values [B, t, (q + k + v) D]."""
+        """Queries, keys and values [A, t, (q + k + v) D]."""
         return self.first(_norm(self.before, stream))
 
     def transform(self, stream: Tensor) -> Tensor:
-        """The gated MLP [B, t, C]."""
+        """The gated MLP [A, t, C]."""
         gate, up = self.second(_norm(self.between, stream)).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
+
+
+def _prepared(layers: nn.ModuleList) -> list[Layer]:
+    """A decoder's layers, the products of small ones joined."""
+    joined = sum(t.numel() for t in chain(layers.parameters(), layers.buffers())) <= JOINED
+    return [Layer(layer, joined) for layer in layers]
 
 
 class _Beside:
     """Linear layers one after the other, their results joined."""
 
     def __init__(self, layers: tuple[nn.Module, ...]) -> None:
-        self.layers = [_product(layer) for layer in layers]
+        self.layers = [product(layer) for layer in layers]
 
     def __call__(self, stream: Tensor) -> Tensor:
         return torch.cat([layer(stream) for layer in self.layers], dim=-1)
@@ -190,33 +207,19 @@ def _plain(layers: tuple[nn.Module, ...]) -> bool:
     return all(type(layer) in (nn.Linear, Int8Linear) for layer in layers)
 
 
-def _join(layers: tuple[Any, ...]) -> Any:
+def _join(layers: tuple[Any, ...]) -> Callable[[Tensor], Tensor]:
     """One linear function in place of several."""
     if isinstance(layers[0], Int8Linear):
         return Int8Linear.join(layers)
     weight = torch.cat([layer.weight for layer in layers])
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-    return partial(_linear, weight, bias)
-
-
-def _product(layer: Any) -> Callable[[Tensor], Tensor]:
-    """A linear layer as a function."""
-    return partial(_linear, layer.weight, layer.bias) if type(layer) is nn.Linear else layer
-
-
-def _linear(weight: Tensor, bias: Tensor | None, stream: Tensor) -> Tensor:
-    """Apply a linear layer; to a few rows on the CPU with the weight first, in a quarter to nine tenths of the time."""
-    rows = stream.numel() // stream.shape[-1]
-    if not (rows in FEW and stream.dtype == torch.float32 and stream.device.type == "cpu"):
-        return F.linear(stream, weight, bias)
-    result = torch.mm(weight, stream.reshape(rows, -1).t()).t().contiguous().view(*stream.shape[:-1], -1)
-    return result if bias is None else result + bias
+    return lambda stream: multiply(weight, bias, stream)
 
 
 def _norm(norm: Any, stream: Tensor) -> Tensor:
     """RMS norm; transformers' own rounds in between, which only matters in 16 bits."""
-    if stream.dtype == torch.float32:
-        return F.rms_norm(stream, (stream.shape[-1],), norm.weight, norm.variance_epsilon)
+    if stream.dtype in (torch.float32, torch.float64):
+        return F.rms_norm(stream, (stream.shape[-1],), norm.weight.to(stream.dtype), norm.variance_epsilon)
     result: Tensor = norm(stream)
     return result
 

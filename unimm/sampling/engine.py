@@ -1,140 +1,385 @@
-"""Drawing: the codes of many images at once, both guidance rows in one batch, over a static cache."""
+"""The engine: answers and drawings in one batch, over one decoder, one cache and one step.
+
+Requests wait in the order they came and join as soon as their rows fit; each step reads a piece of the prompts that are
+new, then runs every other row over its own next positions. What a request gets does not depend on its company: rows
+see nothing of each other, noise belongs to a place of a request, and near ties are settled in float64.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+import dataclasses
+import itertools
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Iterable, Sequence
 
 import torch
-from torch import Tensor
-from transformers import BatchFeature
 
-from unimm.models.configuration import SamplingConfig
-from unimm.models.inputs import Images
+from unimm.errors import UserError
+from unimm.models.inputs import Images, digests
 from unimm.models.modeling import UniMMModel
-from unimm.processing.conversation import Grid
 from unimm.processing.processor import UniMMProcessor
-from unimm.sampling.decoder import make_steps
-from unimm.sampling.sampler import guide, pick, probabilities
+from unimm.sampling.cache import PrefixCache, RowCache, RowsAt
+from unimm.sampling.decoder import make_runner
+from unimm.sampling.exact import Exact
+from unimm.sampling.heads import Chooser
+from unimm.sampling.memory import EngineLimits
+from unimm.sampling.requests import DrawingRequest, Request, TextRequest, Ticket
+from unimm.sampling.slots import CodeSlot, Line, Slot, TextSlot
+from unimm.sampling.speculative import Window
 
-if TYPE_CHECKING:
-    from unimm.images import ImageInput
+GROWTH = 128  # positions by which the room of an answer of unknown length grows at least
+IMAGES_HELD = 16  # images whose codes are held for the next question about them
 
 
-class CodeSteps:
-    """The code logits of drawings, one code after the other.
+class Engine:
+    """Runs requests of one model; one thread may step it, any may submit and cancel.
 
     Args:
-        model: a model with a code vocabulary.
-        processor: the model's processor.
-        prompts: B prompts, as `UniMMProcessor.drawing_inputs` gives them; one that is listed twice is read once.
-        grid: (rows, columns) of codes.
-        guidance_scale: 1 switches guidance off and halves the batch.
+        model: the unified model, in eval mode.
+        processor: its processor.
+        limits: rows and positions that the cache may hold; None: by the memory there is.
+        window: codes that a drawing looks at in one pass; None: by the load. The drawing is the same with any in
+            float32; in 16 bits it is the same with the same window.
     """
 
     def __init__(
         self,
         model: UniMMModel,
         processor: UniMMProcessor,
-        prompts: Sequence[BatchFeature],
-        grid: Grid,
-        guidance_scale: float,
+        limits: EngineLimits | None = None,
+        window: int | None = None,
     ) -> None:
-        self.model, self.scale, self.done = model, guidance_scale, 0
-        steps = model.layout.drawing_steps(*grid)
-        rows: list[list[int]] = [prompt["input_ids"][0].tolist() for prompt in prompts]
-        if guidance_scale != 1.0:
-            rows += [processor.unconditional_ids(row, grid) for row in rows]
-        input_ids, attention_mask = (t.to(model.device) for t in processor.pad_left(rows))
-        self._run = make_steps(model, attention_mask, input_ids.shape[1] + len(steps))
-        blank = input_ids.masked_fill(model.layout.feature_positions(input_ids), processor.pad)
-        self._stream = self._with_images(model.embed(blank).stream, prompts)
-        self._steps = iter(steps)
-        self._force()
+        self.model, self.processor = model, processor
+        self.limits = limits or EngineLimits.of(model)
+        self.runner = make_runner(model)
+        self.cache = RowCache(self.runner.layers_count)
+        self.prefixes = PrefixCache(self.limits.prefix_tokens)
+        self.window = Window(model, window)
+        self._exact = Exact(model) if Exact.runs(model) else None
+        self._chooser = Chooser(model, self._exact, self.window.accepted)
+        self._waiting: deque[Ticket] = deque()
+        self._slots: list[Slot] = []  # in the order of their rows
+        self._preempted: dict[Ticket, TextSlot] = {}
+        self._cancelled: set[Ticket] = set()
+        self._image_tokens: OrderedDict[str, list[int]] = OrderedDict()
+        self._lock = threading.Lock()
+        self._made_of = _fingerprint(model)
 
-    def _with_images(self, stream: Tensor, prompts: Sequence[BatchFeature]) -> Tensor:
-        """Put prompts with images in their rows; each is read alone, so that no other in the batch changes it."""
-        own: dict[int, Tensor] = {}
-        for i, prompt in enumerate(prompts):
-            if "pixel_values" not in prompt:
+    def serves(self, model: UniMMModel, processor: UniMMProcessor, max_rows: int) -> bool:
+        """Whether the engine is for this model as it is now: small weights are copied when it is made."""
+        return (
+            self.model is model
+            and self.processor is processor
+            and self.limits.max_rows == max_rows
+            and self._made_of == _fingerprint(model)
+        )
+
+    # --- from any thread ------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> Ticket:
+        """Take a request, which runs with the next steps.
+
+        Raises:
+            UserError: it would not fit if it were alone.
+        """
+        needed, rows = self._length(request), self._rows(request)
+        if rows > self.limits.max_rows or needed * rows > self.limits.max_tokens:
+            room = f"{self.limits.max_rows} rows and {self.limits.max_tokens} positions"
+            raise UserError(
+                f"request: {rows} rows of {needed} positions, the engine has {room}; raise max_tokens"
+            )
+        ticket = Ticket(request, prompt_tokens=len(request.ids), known_by=self._known_by(request))
+        with self._lock:
+            self._waiting.append(ticket)
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Have a request end with the next step; nothing happens if it is done."""
+        with self._lock:
+            self._cancelled.add(ticket)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have not joined yet."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests that have rows."""
+        return len(self._slots)
+
+    # --- from one thread ------------------------------------------------------------------------------------
+
+    def run(self, requests: Iterable[Request], together: int | None = None) -> list[Ticket]:
+        """Run requests to their end.
+
+        Args:
+            requests: taken one by one as there is room for them.
+            together: most that wait or run at once; None: all.
+
+        Raises:
+            UserError: one of them would not fit if it were alone.
+            BaseException: what went wrong in one of them; what Ctrl-C raises. The others are cancelled.
+        """
+        left, tickets, open_ = iter(requests), [], deque[Ticket]()
+        more = True
+        try:
+            while more or open_:
+                while more and (together is None or len(open_) < together):
+                    request = next(left, None)
+                    if request is None:
+                        more = False
+                        break
+                    tickets.append(self.submit(request))
+                    open_.append(tickets[-1])
+                self.step()
+                for ticket in [ticket for ticket in open_ if ticket.done]:
+                    open_.remove(ticket)
+                    if ticket.error is not None:
+                        raise ticket.error
+                    ticket.request = dataclasses.replace(ticket.request, images=None)  # pixels are large
+        except BaseException:
+            for ticket in open_:
+                self.cancel(ticket)
+            self._leave()
+            raise
+        return tickets
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """Run one step; whether there is more to do."""
+        self._leave()
+        self._join()
+        self._read_prompts()
+        self._advance()
+        self._leave()
+        return bool(self._slots or self._waiting)
+
+    def release(self) -> None:
+        """Give the memory of the rows back, where none is running; prefixes stay."""
+        if not self._slots:
+            self.cache.release()
+
+    # --- joining and leaving --------------------------------------------------------------------------------
+
+    @staticmethod
+    def _rows(request: Request) -> int:
+        return 1 + (isinstance(request, DrawingRequest) and request.unconditional is not None)
+
+    def _length(self, request: Request, written: int = 0) -> int:
+        """Positions that each row of a request needs: all of a drawing's, an answer's for its next tokens."""
+        if isinstance(request, DrawingRequest):
+            longest = max(len(request.ids), len(request.unconditional or ()))
+            return longest + len(self.model.layout.drawing_steps(*request.grid)) + self.window.slack
+        assert isinstance(request, TextRequest)
+        most = request.sampling.max_new_tokens
+        room = self.processor.context - len(request.ids)
+        room = room if most is None else min(room, most)
+        return len(request.ids) + min(room, written + max(GROWTH, written)) + self.window.slack
+
+    def _leave(self) -> None:
+        """Free the rows of what is done or cancelled."""
+        with self._lock:
+            cancelled, self._cancelled = self._cancelled, set()
+            for ticket in cancelled:
+                if ticket in self._waiting:
+                    self._waiting.remove(ticket)
+                self._preempted.pop(ticket, None)
+                if not ticket.done:
+                    ticket.finish_reason = "cancelled"
+        if any(slot.ticket.done for slot in self._slots):
+            self._slots = [slot for slot in self._slots if not slot.ticket.done]
+            self._arrange()
+
+    def _arrange(self) -> None:
+        """Bring the rows that run to the front of the cache: those that go on, those that wait, those that read."""
+        self._slots.sort(key=lambda slot: (not slot.ready, slot.stalled))
+        wanted = [line for slot in self._slots for line in slot.lines]
+        at = {line.row: line for line in wanted}
+        for row, line in enumerate(wanted):
+            if line.row == row:
                 continue
-            if id(prompt) not in own:
-                inputs = dict(prompt.to(self.model.device))
-                own[id(prompt)] = self.model.embed(
-                    inputs.pop("input_ids"), Images.from_inputs(inputs)
-                ).stream[0]
-            stream[i, -len(own[id(prompt)]) :] = own[id(prompt)]
-        return stream
+            other = at.pop(row, None)
+            self.cache.swap(row, line.row, max(line.filled, other.filled if other else 0))
+            at.pop(line.row)
+            if other is not None:
+                other.row = line.row
+                at[other.row] = other
+            line.row = row
+            at[row] = line
 
-    def _force(self) -> None:
-        """Let the tokens that are forced before the next code ride along with what comes before them."""
-        for wanted in self._steps:
-            if wanted == self.model.layout.code:
-                return
-            forced = torch.full((len(self._stream), 1), wanted, device=self.model.device)
-            self._stream = torch.cat([self._stream, self.model.get_input_embeddings()(forced)], dim=1)
+    def _join(self) -> None:
+        """Let waiting requests in, first come first served, while they fit."""
+        while True:
+            with self._lock:
+                if not self._waiting or not self._may_join(self._waiting[0]):
+                    return
+                ticket = self._waiting.popleft()
+            try:
+                self._slots.append(self._begin(ticket))
+            except Exception as error:  # such as of its images; the others go on
+                ticket.error, ticket.finish_reason = error, "error"
 
-    def logits(self) -> Tensor:
-        """Return the logits of the next code, guided [B, K]; to be called once before each `put`."""
-        logits = self.model.code_logits(self._run(self._stream))
-        if self.scale == 1.0:
-            return logits
-        conditional, unconditional = logits.float().chunk(2)
-        return guide(conditional, unconditional, self.scale)
+    def _may_join(self, ticket: Ticket) -> bool:
+        """Whether a request fits, and is not better off with what another is just reading."""
+        rows = sum(len(slot.lines) for slot in self._slots) + self._rows(ticket.request)
+        if not self._fit(rows, self._length(ticket.request, len(ticket.ids))):
+            return False
+        prompt = (*ticket.known_by, *ticket.ids)
+        return not any(slot.lines[0].tokens == prompt for slot in self._slots if not slot.ready)
 
-    def put(self, codes: Tensor) -> None:
-        """Go on with these codes [B]."""
-        rows = codes if self.scale == 1.0 else codes.repeat(2)
-        self._stream = self.model.embed_codes(rows[:, None], start=self.done)
-        self.done += 1
-        self._force()
+    def _fit(self, rows: int, length: int) -> bool:
+        length = max([length, *(line.reserved for slot in self._slots for line in slot.lines)])
+        return rows <= self.limits.max_rows and rows * length <= self.limits.max_tokens
 
+    def _begin(self, ticket: Ticket) -> Slot:
+        """Give a request its rows, which begin with what is known of its prompt."""
+        request = ticket.request
+        first = sum(len(slot.lines) for slot in self._slots)
+        ids, images = self._resolved(request)
+        lines = [Line(ids + ticket.ids, images, (*ticket.known_by, *ticket.ids))]
+        if isinstance(request, DrawingRequest) and request.unconditional is not None:
+            lines.append(Line(request.unconditional, None, tuple(request.unconditional)))
+        for row, line in enumerate(lines, first):
+            line.row, line.reserved = row, self._length(request, len(ticket.ids))
+        self._reserve(lines)
+        for line in lines:
+            self._start(line)
+        ticket.cached_tokens = lines[0].filled
+        if isinstance(request, DrawingRequest):
+            return CodeSlot(ticket, lines, self.model.layout, self._chooser.codes)
+        if (begun := self._preempted.pop(ticket, None)) is not None:
+            begun.lines, begun.stalled = lines, False
+            return begun
+        return TextSlot(ticket, lines, self.processor, self._chooser.words)
 
-@torch.inference_mode()
-def sample_codes(
-    model: UniMMModel,
-    processor: UniMMProcessor,
-    prompts: Sequence[str],
-    uniforms: Tensor,
-    sampling: SamplingConfig,
-    grid: Grid | None = None,
-    on_step: Callable[[int], None] | None = None,
-    images: Sequence[Sequence[ImageInput]] | None = None,
-) -> Tensor:
-    """Draw one image for each prompt.
+    def _reserve(self, new: Sequence[Line] = ()) -> None:
+        """Let the cache be as large as its rows may become."""
+        lines = [*(line for slot in self._slots for line in slot.lines), *new]
+        length = max(line.reserved for line in lines)
+        self.cache.reserve(len(lines), length, self.limits.max_tokens)
 
-    Args:
-        model: a model with a code vocabulary.
-        processor: the model's processor.
-        prompts: B texts, of any lengths.
-        uniforms: random numbers [B, rows * columns] in [0, 1), one row for each image.
-        sampling: guidance (a scale of 1 halves the batch), temperature (0 takes the likeliest code) and filters.
-        grid: (rows, columns) of codes, by default the layout's.
-        on_step: called with the number of codes done.
-        images: the pictures that go with each prompt, any number for each; None: none.
-
-    Returns:
-        int64 codes [B, rows, columns].
-    """
-    grid = grid or model.layout.grid
-    shown = images or [()] * len(prompts)
-    made: dict[tuple[str, int], BatchFeature] = {}  # the drawings of one prompt share its list of pictures
-    keys = [(prompt, id(pictures)) for prompt, pictures in zip(prompts, shown, strict=True)]
-    for key, pictures in zip(keys, shown, strict=True):
-        if key not in made:
-            made[key] = processor.drawing_inputs(key[0], pictures, grid)
-    steps = CodeSteps(model, processor, [made[key] for key in keys], grid, sampling.guidance_scale)
-    codes: list[Tensor] = []
-    uniforms = uniforms.to(model.device)
-    while len(codes) < grid[0] * grid[1]:
-        logits = steps.logits()
-        if sampling.temperature == 0:
-            chosen = logits.argmax(-1)
+    def _start(self, line: Line) -> None:
+        """Let a row begin with what is held of its prompt, and give it the stream of the rest."""
+        model = self.model
+        input_ids = torch.tensor([line.ids], device=model.device)
+        placeholders = model.layout.feature_positions(input_ids)
+        length, prefix = self.prefixes.find(line.tokens)
+        if prefix is not None and bool(placeholders[0, length:].any()):
+            length, prefix = 0, None  # an image has to be encoded in any case
+        if prefix is None and line.images is not None:
+            stream = model.embed(input_ids, line.images).stream[0]
         else:
-            weights = probabilities(logits, sampling.temperature, sampling.top_k, sampling.top_p)
-            chosen = pick(weights, uniforms[:, len(codes)])
-        codes.append(chosen)
-        steps.put(chosen)
-        if on_step is not None:
-            on_step(len(codes))
-    return torch.stack(codes, dim=1).view(-1, *grid)
+            stream = model.embed(input_ids.masked_fill(placeholders, self.processor.pad)).stream[0]
+        if prefix is not None:
+            self.cache.put(line.row, prefix, length)
+        line.filled, line.prompt = length, stream[length:]
+
+    def _resolved(self, request: Request) -> tuple[list[int], Images | None]:
+        """Return a prompt's tokens and images as the decoder takes them: images seen by their codes are tokens."""
+        if request.images is None or not len(request.images):
+            return request.ids, None
+        images = request.images.to(self.model.device)
+        if not self.model.sees_codes:
+            return request.ids, images
+        seen = "".join(digests(images))
+        if seen not in self._image_tokens:
+            ids = torch.tensor([request.ids], device=self.model.device)
+            found = self.model.put_tokens(ids, images)
+            self._image_tokens[seen] = found[self.model.layout.feature_positions(ids)].tolist()
+            while len(self._image_tokens) > IMAGES_HELD:
+                self._image_tokens.popitem(last=False)
+        tokens = iter(self._image_tokens[seen])
+        feature = self.model.layout.feature
+        return [next(tokens) if token == feature else token for token in request.ids], None
+
+    def _known_by(self, request: Request) -> tuple[Hashable, ...]:
+        """Return the tokens of a prompt, with what images hold in the place of their placeholders."""
+        seen = digests(request.images) if request.images else []
+        tokens: list[Hashable] = []
+        run = 0  # of placeholders, one for each image
+        for place, token in enumerate(request.ids):
+            holds = token == self.model.layout.feature
+            run += holds and (place == 0 or request.ids[place - 1] != token)
+            if run > len(seen):
+                raise UserError(f"images: {len(seen)} given, but the prompt has room for more")
+            tokens.append(seen[run - 1] if holds else token)
+        return tuple(tokens)
+
+    # --- one step -------------------------------------------------------------------------------------------
+
+    def _read_prompts(self) -> None:
+        """Read a piece of each prompt that is new."""
+        if all(slot.ready for slot in self._slots):
+            return
+        self._arrange()
+        lines = [line for slot in self._slots if not slot.ready for line in slot.lines]
+        piece = max(self.limits.least_piece, self.limits.prompt_piece // len(lines))
+        # no row may be filled up with rubbish beyond the cache's end
+        room = self.cache.length - max(line.filled for line in lines)
+        width = min(piece, room, max(line.unread - 1 for line in lines))
+        stream = torch.stack([line.next(width) for line in lines])
+        at = RowsAt(lines[0].row, [line.filled for line in lines], width, self.model.device)
+        self.runner(self.cache, at, stream)
+        for line in lines:
+            if line.read(width):
+                self.prefixes.keep(line.tokens[: line.filled], self.cache.read(line.row, line.filled))
+        self._arrange()
+
+    def _advance(self) -> None:
+        """Run every row that is ready over its next positions, and give each slot what was chosen."""
+        for slot in self._slots:
+            slot.stalled = slot.ready and not self._has_room(slot)
+        if all(slot.stalled or not slot.ready for slot in self._slots):
+            self._make_way()
+            return
+        self._arrange()
+        slots = [slot for slot in self._slots if slot.ready and not slot.stalled]
+        window = self.window.choose(slots)
+        with self.window.timed():
+            feeds = self._chooser.feeds(slots, window)
+            filled = [line.filled for slot in slots for line in slot.lines]
+            at = RowsAt(0, filled, feeds.stream.shape[1], self.model.device)
+            hidden = self.runner(self.cache, at, feeds.stream)
+            self._chooser.choose(slots, feeds, hidden)
+
+    def _has_room(self, slot: Slot) -> bool:
+        """Whether a slot may take its next positions; an answer gets more room where there is any."""
+        line = slot.lines[0]
+        if isinstance(slot, CodeSlot) or line.filled + line.unread + self.window.slack < line.reserved:
+            return True
+        length = self._length(slot.ticket.request, len(slot.ticket.ids))
+        if length > line.reserved:
+            if not self._fit(sum(len(other.lines) for other in self._slots), length):
+                return False
+            line.reserved = length
+            self._reserve()
+        return True
+
+    def _make_way(self) -> None:
+        """Where all answers wait for room, let the first go on: those that came last start anew when there is room."""
+        stalled = [slot for slot in self._slots if slot.stalled]
+        while stalled and not self._has_room(stalled[0]):
+            last = stalled.pop()
+            assert isinstance(last, TextSlot)
+            self._slots.remove(last)
+            if not stalled:
+                last.finish("length")  # alone, and yet without room
+                return
+            self._preempted[last.ticket] = last
+            with self._lock:
+                self._waiting.appendleft(last.ticket)
+
+
+def _fingerprint(model: UniMMModel) -> tuple[object, ...]:
+    """Return what changes with a model's weights: where they lie, and a few of each."""
+    weights = [
+        weight
+        for name, weight in itertools.chain(model.named_parameters(), model.named_buffers())
+        if not name.startswith("image_tokenizer.") and weight.numel()
+    ]
+    with torch.no_grad():
+        some = [w.reshape(-1)[:: max(1, w.numel() // 8)].float().sum() for w in weights]
+        sums: list[float] = torch.stack(some).tolist()
+    return (*(weight.data_ptr() for weight in weights), *sums)

@@ -1,18 +1,24 @@
-"""Text answers: transformers' own generation over the unified model's stream."""
+"""Answers in words: a batch of questions through an engine."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-from transformers import BatchFeature, StoppingCriteria, StoppingCriteriaList
+from transformers import BatchFeature
 
-from unimm.errors import UserError
 from unimm.models.inputs import Images
 from unimm.models.modeling import UniMMModel
 from unimm.processing.processor import UniMMProcessor
+from unimm.sampling.engine import Engine
+from unimm.sampling.requests import (
+    FinishReason,
+    TextRequest,
+    TextSampling,
+    Ticket,
+    check_max_new_tokens,
+)
 
 
 @dataclass(frozen=True)
@@ -22,40 +28,25 @@ class Answer:
     Attributes:
         text: its words.
         tokens: how many were generated, without the one that ends an answer.
-        cut: whether it was stopped, by `max_new_tokens` or the end of the context, before the model ended it.
+        finish_reason: `stop` where the model ended it or a stop was met, `length` where it was cut.
     """
 
     text: str
     tokens: int
-    cut: bool
+    finish_reason: FinishReason
+
+    @property
+    def cut(self) -> bool:
+        """Whether it was stopped, by `max_new_tokens` or the end of the context, before the model ended it."""
+        return self.finish_reason == "length"
+
+    @classmethod
+    def of(cls, ticket: Ticket) -> Answer:
+        """Return what came of a request."""
+        assert ticket.finish_reason is not None
+        return cls(ticket.text, len(ticket.ids), ticket.finish_reason)
 
 
-class _Room(StoppingCriteria):
-    """Stops each row after as many tokens as it has room for, whatever else is in the batch."""
-
-    def __init__(self, room: Tensor) -> None:
-        self.room = room
-
-    def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
-        """Say which rows [B] are full; `input_ids` [B, T] holds generated tokens only."""
-        return input_ids.shape[1] >= self.room
-
-
-def check_max_new_tokens(most: Any) -> int | None:
-    """Return the bound on an answer's length; None: up to the end of the context.
-
-    Raises:
-        UserError: it is no whole number of at least 1.
-    """
-    if most is None:
-        return None
-    value = most.item() if hasattr(most, "item") else most
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"max_new_tokens: {most!r}; give a whole number of at least 1, or leave it out")
-    return value
-
-
-@torch.inference_mode()
 def generate_answers(
     model: UniMMModel,
     processor: UniMMProcessor,
@@ -63,7 +54,7 @@ def generate_answers(
     max_new_tokens: int | None = None,
     min_new_tokens: int = 0,
 ) -> list[Answer]:
-    """Answer a left-padded batch greedily, each row until the model ends it or its room does.
+    """Answer a batch greedily, each row until the model ends it or its room does.
 
     Args:
         model: the unified model.
@@ -72,28 +63,11 @@ def generate_answers(
         max_new_tokens: most tokens of an answer; by default what the context has room for.
         min_new_tokens: fewest.
     """
-    inputs = inputs.to(model.device)
-    stream = model.embed(inputs["input_ids"], Images.from_inputs(dict(inputs))).stream
-    room = processor.context - inputs["attention_mask"].sum(-1)
-    if max_new_tokens is not None:
-        room = room.clamp(max=max_new_tokens)
-    ids: Tensor = model.decoder.generate(
-        inputs_embeds=stream,
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=int(room.max()),
-        min_new_tokens=min_new_tokens,
-        do_sample=False,
-        eos_token_id=processor.end_tokens,
-        pad_token_id=processor.pad,
-        stopping_criteria=StoppingCriteriaList([_Room(room)]),
+    sampling = replace(
+        TextSampling(), max_new_tokens=check_max_new_tokens(max_new_tokens), min_new_tokens=min_new_tokens
     )
-    kept: list[tuple[list[int], bool]] = []
-    for row, most in zip(ids.tolist(), room.tolist(), strict=True):
-        written = row[:most]
-        end = next((i for i, token in enumerate(written) if token in processor.end_tokens), None)
-        kept.append((written[:end], end is None))
-    texts = processor.decode_text([row for row, _ in kept])
-    return [Answer(text, len(row), cut) for text, (row, cut) in zip(texts, kept, strict=True)]
+    engine = Engine(model, processor)
+    return [Answer.of(ticket) for ticket in engine.run(_requests(processor, inputs, sampling))]
 
 
 def generate_text(
@@ -106,3 +80,18 @@ def generate_text(
     """Return the texts of `generate_answers`, for which what became of them does not matter."""
     answers = generate_answers(model, processor, inputs, max_new_tokens, min_new_tokens)
     return [answer.text for answer in answers]
+
+
+def _requests(
+    processor: UniMMProcessor, inputs: BatchFeature, sampling: TextSampling
+) -> Iterator[TextRequest]:
+    """Split a padded batch into its rows, each with its own images."""
+    given = dict(inputs)
+    images = Images.from_inputs(given) or Images()
+    seen = 0
+    for row, mask in zip(given["input_ids"], given["attention_mask"].bool(), strict=True):
+        ids = row[mask].tolist()
+        runs = sum(holds for holds, _ in itertools.groupby(ids, lambda i: i == processor.layout.feature))
+        own = images.part(seen, seen + runs) if runs else None
+        seen += runs
+        yield TextRequest(ids, own, sampling=sampling)

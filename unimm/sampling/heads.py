@@ -1,0 +1,236 @@
+"""One pass's inputs and choices: what each row reads, the heads where they are needed, and what is taken from them.
+
+Shape suffixes: A rows, t new positions, C width, P places that are chosen at, K codes, V text tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unimm.models.modeling import UniMMModel
+from unimm.sampling.exact import Exact, ExactRow
+from unimm.sampling.requests import filters_of
+from unimm.sampling.sampler import Choice, Filters, choose, guide, logits_error
+from unimm.sampling.slots import CodeSlot, Slot, TextSlot
+
+
+class Feeds(NamedTuple):
+    """What the rows of a pass read.
+
+    Attributes:
+        stream: [A, t, C].
+        wanted: for each slot, the new positions whose hidden states it chooses from.
+    """
+
+    stream: Tensor
+    wanted: list[list[int]]
+
+
+@dataclasses.dataclass
+class _Items:
+    """What is to be embedded: texts or codes, and where in the stream each belongs."""
+
+    ids: list[int] = dataclasses.field(default_factory=list)
+    places: list[int] = dataclasses.field(default_factory=list)
+    source: list[int] = dataclasses.field(default_factory=list)
+    rows: list[int] = dataclasses.field(default_factory=list)
+    columns: list[int] = dataclasses.field(default_factory=list)
+
+    def add(self, item: int, place: int, rows: range, column: int) -> None:
+        """Add one that several rows read."""
+        self.ids.append(item)
+        self.places.append(place)
+        for row in rows:
+            self.source.append(len(self.ids) - 1)
+            self.rows.append(row)
+            self.columns.append(column)
+
+
+class Chooser:
+    """Embeds what slots read and chooses what they take.
+
+    Args:
+        model: the unified model.
+        exact: settles near ties; None: nothing does.
+        on_accept: called with the window and the number of codes that a drawing gained.
+    """
+
+    def __init__(
+        self, model: UniMMModel, exact: Exact | None, on_accept: Callable[[int, int], None] | None = None
+    ) -> None:
+        self.model, self.exact, self.on_accept = model, exact, on_accept
+        generation = model.config.generation_config()
+        self.codes = generation.codes if generation is not None else 0
+        self.width: int = model.decoder.config.get_text_config().hidden_size
+        self.words: int = model.decoder.config.get_text_config().vocab_size
+
+    # --- what is read ---------------------------------------------------------------------------------------
+
+    def feeds(self, slots: Sequence[Slot], window: int) -> Feeds:
+        """Return what each row reads in the next pass."""
+        texts, codes = _Items(), _Items()
+        tails: list[tuple[int, Tensor]] = []
+        wanted: list[list[int]] = []
+        first = width = 0
+        for slot in slots:
+            rows = range(first, first + len(slot.lines))
+            first = rows.stop
+            tail = 1 if slot.lines[0].prompt is not None else 0
+            if tail:
+                tails += [(row, line.prompt[0]) for row, line in zip(rows, slot.lines, strict=True)]  # type: ignore[index]
+            if isinstance(slot, CodeSlot):
+                items, before = slot.feed(slot.draft(window))
+                for column, (step, code, place) in enumerate(items, tail):
+                    (texts if code < 0 else codes).add(step if code < 0 else code, place, rows, column)
+                wanted.append([tail + count - 1 for count in before])
+                width = max(width, tail + len(items))
+            else:
+                assert isinstance(slot, TextSlot)
+                if not tail:
+                    texts.add(slot.ids[-1], 0, rows, 0)
+                wanted.append([0])
+                width = max(width, 1)
+        shape = (first, width, self.width)
+        stream = torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
+        for row, tensor in tails:
+            stream[row, 0] = tensor
+        self._fill(stream, texts, lambda ids, places: self.model.get_input_embeddings()(ids))
+        self._fill(
+            stream, codes, lambda ids, places: self.model.embed_codes(ids[:, None], start=places)[:, 0]
+        )
+        return Feeds(stream, wanted)
+
+    def _fill(self, stream: Tensor, items: _Items, embed: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Embed items and put them where they belong."""
+        if items.ids:
+            numbers = torch.tensor([items.ids, items.places], device=stream.device)
+            where = torch.tensor([items.source, items.rows, items.columns], device=stream.device)
+            stream[where[1], where[2]] = embed(numbers[0], numbers[1])[where[0]].to(stream.dtype)
+
+    # --- what is chosen -------------------------------------------------------------------------------------
+
+    def choose(self, slots: Sequence[Slot], feeds: Feeds, hidden: Tensor) -> None:
+        """Give each slot what it takes from the hidden states [A, t, C]; what fails in one stays there."""
+        groups: dict[Any, list[tuple[int, int]]] = defaultdict(list)
+        first = 0
+        for number, slot in enumerate(slots):
+            if isinstance(slot, CodeSlot):
+                groups[slot.request.sampling].append((number, first))
+            else:
+                assert isinstance(slot, TextSlot)
+                groups[slot.request.sampling.filters].append((number, first))
+            first += len(slot.lines)
+        for sampling, members in groups.items():
+            own = [(slots[number], row, feeds.wanted[number]) for number, row in members]
+            if isinstance(own[0][0], CodeSlot):
+                self._choose_codes(own, hidden, sampling)
+            else:
+                self._choose_tokens(own, hidden, sampling)
+
+    def _choose_codes(self, members: list[tuple[Any, int, list[int]]], hidden: Tensor, sampling: Any) -> None:
+        """Choose the codes of drawings that are sampled alike."""
+        filters, scale = filters_of(sampling), sampling.guidance_scale
+        guided = len(members[0][0].lines) == 2
+        rows = [row for _, row, wanted in members for _ in wanted]
+        columns = [column for _, _, wanted in members for column in wanted]
+        if guided:
+            rows, columns = rows + [row + 1 for row in rows], columns * 2
+        where = torch.tensor([rows, columns], device=hidden.device)
+        logits = self.model.code_logits(hidden[where[0], where[1]]).float()
+        conditional, unconditional = logits.chunk(2) if guided else (logits, None)
+        error: Any = 0.0
+        if self.exact is not None:
+            error = logits_error(conditional, unconditional, scale)
+        guided_logits = conditional if unconditional is None else guide(conditional, unconditional, scale)
+        noise = (
+            [one for slot, _, wanted in members for one in slot.noise(len(slot.codes), len(wanted))]
+            if filters.temperature
+            else []
+        )
+        choice = choose(guided_logits, _stacked(noise, hidden), filters, error)
+        chosen, near = choice.chosen.tolist(), choice.near.tolist()
+        start = 0
+        for slot, _, wanted in members:
+            part = slice(start, start + len(wanted))
+            start = part.stop
+            with _failing_alone(slot):
+                settled = self._settled(slot, chosen[part], near[part], filters)
+                before = len(slot.codes)
+                slot.accept(settled)
+                if self.on_accept is not None:
+                    self.on_accept(len(wanted), len(slot.codes) - before)
+
+    def _settled(self, slot: CodeSlot, chosen: list[int], near: list[bool], filters: Filters) -> list[int]:
+        """Return codes of a window, near ties among those that are certain settled."""
+        for i, close in enumerate(near):
+            if close:
+                chosen[i] = self._exact_code(slot, chosen[:i], filters)
+            if i >= len(slot.drafts) or slot.drafts[i] != chosen[i]:
+                break
+        return chosen
+
+    def _exact_code(self, slot: CodeSlot, further: list[int], filters: Filters) -> int:
+        """Return the code behind those of a drawing and some more."""
+        assert self.exact is not None
+        codes = slot.codes + further
+        steps = slot.steps[: slot.places[len(codes)]]
+        rows = [ExactRow(line.ids, line.images, steps, codes) for line in slot.lines]
+        logits = [self.exact.code_logits(self.exact.hidden(row))[None] for row in rows]
+        scale = slot.request.sampling.guidance_scale
+        guided = logits[0] if len(rows) == 1 else guide(logits[0], logits[1], scale)
+        noise = slot.noise(len(slot.codes), len(further) + 1)[-1:] if filters.temperature else []
+        return int(choose(guided, _stacked(noise, guided), filters).chosen)
+
+    def _choose_tokens(
+        self, members: list[tuple[Any, int, list[int]]], hidden: Tensor, filters: Filters
+    ) -> None:
+        """Choose the tokens of answers that are filtered alike."""
+        rows = torch.tensor([row for _, row, _ in members], device=hidden.device)
+        logits: Tensor = self.model.decoder.get_output_embeddings()(hidden[rows, 0]).float()
+        error = logits_error(logits, None, 1.0) if self.exact is not None else 0.0
+        if not all(slot.plain for slot, _, _ in members):
+            logits = torch.stack(
+                [slot.adjust(row) for (slot, _, _), row in zip(members, logits, strict=True)]
+            )
+        noise = [slot.noise(len(slot.ids), 1)[0] for slot, _, _ in members] if filters.temperature else []
+        choice: Choice = choose(logits, _stacked(noise, hidden), filters, error)
+        for (slot, _, _), token, near in zip(
+            members, choice.chosen.tolist(), choice.near.tolist(), strict=True
+        ):
+            with _failing_alone(slot):
+                slot.accept(self._exact_token(slot, filters) if near else token)
+
+    def _exact_token(self, slot: TextSlot, filters: Filters) -> int:
+        """Return the next token of an answer."""
+        assert self.exact is not None
+        line = slot.lines[0]
+        logits = self.exact.text_logits(
+            self.exact.hidden(ExactRow(line.ids + slot.ids, line.images, None, []))
+        )
+        noise = slot.noise(len(slot.ids), 1) if filters.temperature else []
+        return int(choose(slot.adjust(logits)[None], _stacked(noise, logits), filters).chosen)
+
+
+@contextlib.contextmanager
+def _failing_alone(slot: Slot) -> Iterator[None]:
+    """Keep what goes wrong in one request, such as in its callback, from the others."""
+    try:
+        yield
+    except Exception as error:
+        slot.ticket.error, slot.ticket.finish_reason = error, "error"
+
+
+def _stacked(noise: Sequence[Any], like: Tensor) -> Tensor | None:
+    """Return noise [P, K] where logits are; None where there is none."""
+    if not noise:
+        return None
+    kind = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.from_numpy(np.stack(noise)).to(like.device, kind)
