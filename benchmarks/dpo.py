@@ -34,7 +34,7 @@ from unimm.models.modeling import UniMMModel
 from unimm.preferences.dpo import PreferenceRecipe
 from unimm.recipes import find_recipe
 from unimm.training.batches import read_ahead
-from unimm.training.engine import Engine, freeze, start_distributed
+from unimm.training.engine import TrainingEngine, freeze, start_distributed
 from unimm.training.recipe import load_recipe
 
 WORKLOADS = {
@@ -103,7 +103,7 @@ class Side:
         source = task.dataset(stage, recipe.seed)
         self.prepared = time.perf_counter() - start
         self.batch = stage.batch
-        self.engine = Engine(recipe, 0, task, module, groups, CPU)
+        self.engine = TrainingEngine(recipe, 0, task, module, groups, CPU)
         self.steps = stack.enter_context(read_ahead(task, source, stage, 0))
         self.seconds: list[float] = []
 

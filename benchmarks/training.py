@@ -49,7 +49,7 @@ from unimm.models.inputs import Images
 from unimm.models.layout import IGNORED
 from unimm.processing.rows import stack_rows
 from unimm.training.batches import read_ahead
-from unimm.training.engine import Engine, freeze, start_distributed
+from unimm.training.engine import TrainingEngine, freeze, start_distributed
 from unimm.training.recipe import load_recipe
 from unimm.training.tasks.unified import UnifiedRecipe, UnifiedTask
 
@@ -145,7 +145,7 @@ class Ours:
         freeze(recipe, 0, groups, self.module)
         source = self.task.dataset(stage, recipe.seed)
         self.task.prepare(self.module, stage)
-        self.engine = Engine(recipe, 0, self.task, self.module, groups, CPU)
+        self.engine = TrainingEngine(recipe, 0, self.task, self.module, groups, CPU)
         self.steps = stack.enter_context(read_ahead(self.task, source, stage, 0))
 
     @torch.no_grad()

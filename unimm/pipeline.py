@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import torch
 from PIL import Image
@@ -16,37 +16,25 @@ from unimm.devices import choose_device, choose_dtype
 from unimm.errors import UserError, UserNote
 from unimm.folders import write_folder
 from unimm.images import as_size, is_image
-from unimm.models.configuration import SamplingConfig
 from unimm.models.image_tokenizers.movq import MoVQTokenizer
 from unimm.models.image_tokenizers.vq import ImageTokenizer
 from unimm.models.modeling import UniMMModel
 from unimm.models.quantization import is_quantised
 from unimm.processing.processor import CAPTION_REQUESTS, UniMMProcessor
-from unimm.sampling.drawing import draw_codes, drawing_requests
+from unimm.sampling.arguments import ImageInputs, check_text, grid_of, images_of, images_of_each, listed
+from unimm.sampling.drawing import DrawingOrder
 from unimm.sampling.engine import Engine
 from unimm.sampling.memory import EngineLimits
 from unimm.sampling.requests import TextOptions, TextRequest, TextSampling, filters_of
-from unimm.sampling.sampler import NoiseKey, SamplingOptions, noise_keys
+from unimm.sampling.sampler import SamplingOptions, noise_keys
 from unimm.sampling.text import Answer
 
 if TYPE_CHECKING:
     from unimm.images import ImageInput
 
-ImageInputs: TypeAlias = "ImageInput | Iterable[ImageInput | Iterable[ImageInput] | None] | None"
-"""What goes with questions or prompts: one picture for all, or for each a picture, several, or None."""
-PICTURES_NOTE = (
-    "images: published models and our recipes learn to draw from words alone; expect little of pictures"
+IMAGES_NOTE = (
+    "images: published models and our recipes learn to draw from words alone; expect little of images"
 )
-
-
-class _Order(NamedTuple):
-    """What is to be drawn: a text and its pictures for each image, whose noise each has, and how to sample."""
-
-    texts: list[str]
-    images: list[list[ImageInput]]
-    keys: list[NoiseKey]
-    grid: tuple[int, int]
-    sampling: SamplingConfig
 
 
 class UniMM:
@@ -54,7 +42,7 @@ class UniMM:
 
     Attributes:
         model: the `UniMMModel`, in eval mode.
-        processor: words and pictures to inputs and back.
+        processor: words and images to inputs and back.
 
     Args:
         image_tokenizer: for a model that has none of its own, as a frozen copy of another.
@@ -162,22 +150,22 @@ class UniMM:
     def caption(
         self, images: Any, max_new_tokens: int | None = None, **options: Unpack[TextOptions]
     ) -> str | list[str]:
-        """Say what pictures show.
+        """Say what images show.
 
         Args:
-            images: a picture, as a path, PIL image, array, tensor, bytes, file object or data URL
+            images: an image, as a path, PIL image, array, tensor, bytes, file object or data URL
                 (`unimm.images.read_image`), or several of them in a list or any iterable.
             max_new_tokens: most tokens of a caption; by default what the context has room for.
             **options: `temperature` (0, the default, takes the likeliest token), `top_k`, `top_p`,
                 `repetition_penalty`, `stop` (words that end an answer) and `seed`.
 
         Returns:
-            A text for one picture, else a list of texts.
+            A text for one image, else a list of texts.
 
         Raises:
-            UserError: a picture cannot be read, or the model understands none.
+            UserError: an image cannot be read, or the model understands none.
         """
-        shown = [images] if is_image(images) else _listed(images, "images")
+        shown = [images] if is_image(images) else listed(images, "images")
         requests = [CAPTION_REQUESTS[0]] * len(shown)
         texts = [answer.text for answer in self.answers(shown, requests, max_new_tokens, **options)]
         return texts[0] if is_image(images) else texts
@@ -205,21 +193,21 @@ class UniMM:
         max_new_tokens: int | None = None,
         **options: Unpack[TextOptions],
     ) -> str | list[str]:
-        """Answer questions, with pictures or without, all in one batch.
+        """Answer questions, with images or without, all in one batch.
 
         Args:
-            images: one picture (see `caption`), None, or one entry for each question: a picture, several, or None.
+            images: one image (see `caption`), None, or one entry for each question: an image, several, or None.
             questions: one question, or several.
             max_new_tokens: most tokens of an answer; by default what the context has room for.
             **options: `temperature` (0, the default, takes the likeliest token), `top_k`, `top_p`,
                 `repetition_penalty`, `stop` (words that end an answer) and `seed`.
 
         Returns:
-            A text for one question about one picture or none, else a list of texts. One question goes to every
-            picture of a list, and one picture serves every question of a list.
+            A text for one question about one image or none, else a list of texts. One question goes to every
+            image of a list, and one image serves every question of a list.
 
         Raises:
-            UserError: a picture cannot be read, the model understands none, a question is empty or too long, or the
+            UserError: an image cannot be read, the model understands none, a question is empty or too long, or the
                 numbers do not match.
         """
         texts = [answer.text for answer in self.answers(images, questions, max_new_tokens, **options)]
@@ -238,17 +226,17 @@ class UniMM:
             UserError: as `ask`.
         """
         sampling = TextSampling.of(options, max_new_tokens)
-        asked: list[Any] = [questions] if isinstance(questions, str) else _listed(questions, "questions")
+        asked: list[Any] = [questions] if isinstance(questions, str) else listed(questions, "questions")
         if images is None or is_image(images):
             shown: list[Any] = [images] * len(asked)
         else:
-            shown = _listed(images, "images")
+            shown = listed(images, "images")
         asked = asked * len(shown) if isinstance(questions, str) else asked
         if len(shown) != len(asked):
             raise UserError(f"questions: {len(asked)} questions for {len(shown)} images; give one for each")
         for question in asked:
-            _check_text(question, "question", "ask something")
-        entries = [_entry(entry) for entry in shown]
+            check_text(question, "question", "ask something")
+        entries = [images_of(entry) for entry in shown]
         if any(entries):
             self.processor.check_understands()
         keys = noise_keys(options.get("seed"), len(asked))
@@ -259,11 +247,84 @@ class UniMM:
         )
         answers = [Answer.of(ticket) for ticket in engine.run(requests, self.batch_size)]
         engine.release()
-        cut = sum(answer.cut for answer in answers)
-        if cut and sampling.max_new_tokens is None:  # else it is what was asked for
-            note = f"{cut} of {len(answers)} answers were cut where the context of {self.processor.context} tokens ends"
-            warnings.warn(note, UserNote, stacklevel=3)
+        self._note_cuts(answers, sampling)
         return answers
+
+    @overload
+    def chat(
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        max_new_tokens: int | None = None,
+        *,
+        stream: Literal[False] = False,
+        **options: Unpack[TextOptions],
+    ) -> str: ...
+    @overload
+    def chat(
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        max_new_tokens: int | None = None,
+        *,
+        stream: Literal[True],
+        **options: Unpack[TextOptions],
+    ) -> Iterator[str]: ...
+    def chat(
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        max_new_tokens: int | None = None,
+        *,
+        stream: bool = False,
+        **options: Unpack[TextOptions],
+    ) -> str | Iterator[str]:
+        """Answer a conversation of any number of turns; what a turn shares with one before is not read again.
+
+        Args:
+            messages: `{"role": …, "content": …}` as the OpenAI client has them: `system` (the first, if any), `user`
+                and `assistant`, the last the user's; content is a text or a list of parts, `text`, `image_url` or
+                `image` (`unimm.processing.chat.read_chat`).
+            max_new_tokens: as for `ask`.
+            stream: whether pieces of the answer are handed out as soon as they are known.
+            **options: as for `ask`.
+
+        Returns:
+            The answer, or an iterator of its pieces, which may be left at any time.
+
+        Raises:
+            UserError: the messages are none, an image cannot be read, or an option makes no sense.
+        """
+        sampling = TextSampling.of(options, max_new_tokens)
+        ids, seen = self.processor.chat(messages)
+        key = noise_keys(options.get("seed"), 1)[0]
+        request = TextRequest(ids, seen, key, sampling=sampling, remember=True)
+        if stream:
+            return self._pieces(request)
+        answers = [Answer.of(self.engine.run([request])[0])]
+        self._note_cuts(answers, sampling)
+        return answers[0].text
+
+    def _pieces(self, request: TextRequest) -> Iterator[str]:
+        """Yield the pieces of an answer."""
+        pieces: list[str] = []
+        request.on_text = pieces.append
+        engine = self.engine
+        ticket = engine.submit(request)
+        try:
+            while not ticket.done:
+                engine.step()
+                yield from pieces
+                pieces.clear()
+            if ticket.error is not None:
+                raise ticket.error
+        finally:
+            engine.cancel(ticket)
+            engine.step()
+
+    def _note_cuts(self, answers: Sequence[Answer], sampling: TextSampling) -> None:
+        """Say which answers were cut, where nobody asked for a bound."""
+        cut = sum(answer.cut for answer in answers)
+        if cut and sampling.max_new_tokens is None:
+            note = f"{cut} of {len(answers)} answers were cut where the context of {self.processor.context} tokens ends"
+            warnings.warn(note, UserNote, stacklevel=4)
 
     def draw(
         self,
@@ -277,7 +338,7 @@ class UniMM:
         on_progress: ProgressCallback | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Any:
-        """Draw pictures.
+        """Draw images.
 
         Args:
             prompts: a text, or a list of texts of any lengths.
@@ -286,9 +347,9 @@ class UniMM:
                 stream of (seed[i], 0); the same prompt and stream give the same image in any batch. Numbers and
                 arrays of NumPy and torch will do.
             size: (width, height) in pixels, or "64x64"; the model's own if left out.
-            images: a picture that goes with every prompt, or one entry for each prompt: a picture, a list of
-                pictures, or None. They stand before the prompt's words, as `ask` puts them. Guidance steers away
-                from what it always does, and from the pictures too: from the prompt with all but its first and
+            images: an image that goes with every prompt, or one entry for each prompt: an image, a list of
+                images, or None. They stand before the prompt's words, as `ask` puts them. Guidance steers away
+                from what it always does, and from the images too: from the prompt with all but its first and
                 last token blanked, features included (Janus), or from the negative prompt alone (Emu3).
             return_codes: also return the codes.
             on_progress: called with codes done and codes in all.
@@ -301,13 +362,13 @@ class UniMM:
             A list of PIL images; with `return_codes` also their codes, int64 [B, h, w].
 
         Raises:
-            UserError: the model does not draw, a prompt is empty or too long, a picture cannot be read, the model
-                cannot look at pictures, or an option makes no sense.
+            UserError: the model does not draw, a prompt is empty or too long, an image cannot be read, the model
+                cannot look at images, or an option makes no sense.
         """
         order = self._order(prompts, n, images, size, seed, sampling)
         parts = list(self._codes(order, on_progress))
         drawings = [image for part in parts for image in self.decode_codes(part)]
-        return (drawings, _joined(parts, order.grid)) if return_codes else drawings
+        return (drawings, order.joined(parts)) if return_codes else drawings
 
     def draw_codes(
         self,
@@ -329,7 +390,7 @@ class UniMM:
             UserError: as `draw`.
         """
         order = self._order(prompts, n, images, size, seed, sampling)
-        return _joined(list(self._codes(order, on_progress)), order.grid)
+        return order.joined(list(self._codes(order, on_progress)))
 
     def draw_batches(
         self,
@@ -361,65 +422,32 @@ class UniMM:
         size: Any,
         seed: Any,
         options: SamplingOptions,
-    ) -> _Order:
+    ) -> DrawingOrder:
         """Check all that is asked for before the first image is drawn; what options leave out is the model's own."""
         self.processor.check_draws("prompts")
         sampling = self.model.config.sampling_config().updated(**options)
         filters_of(sampling)
         if not isinstance(n, int) or n < 1:
             raise UserError(f"n: {n}; give 1 or more")
-        texts = [prompts] if isinstance(prompts, str) else _listed(prompts, "prompts")
+        texts = [prompts] if isinstance(prompts, str) else listed(prompts, "prompts")
         for text in texts:
-            _check_text(text, "prompt", "say what to draw")
-        shown = _entries(images, len(texts))
-        grid = self._grid(as_size(size))
+            check_text(text, "prompt", "say what to draw")
+        shown = images_of_each(images, len(texts))
+        grid = grid_of(self.model, self.processor, as_size(size))
         keys = noise_keys(seed, len(texts) * n)
-        for text, pictures in zip(texts, shown, strict=True):
-            self.processor.drawing_inputs(text, pictures, grid)
+        for text, own in zip(texts, shown, strict=True):
+            self.processor.drawing_inputs(text, own, grid)
         if any(shown):
-            warnings.warn(PICTURES_NOTE, UserNote, stacklevel=3)
+            warnings.warn(IMAGES_NOTE, UserNote, stacklevel=3)
         texts = [text for text in texts for _ in range(n)]
-        shown = [pictures for pictures in shown for _ in range(n)]
-        return _Order(texts, shown, keys, grid, sampling)
+        shown = [own for own in shown for _ in range(n)]
+        return DrawingOrder(texts, shown, keys, grid, sampling)
 
-    def _codes(self, order: _Order, on_progress: ProgressCallback | None) -> Iterator[Tensor]:
+    def _codes(self, order: DrawingOrder, on_progress: ProgressCallback | None) -> Iterator[Tensor]:
         """Yield the codes [B, h, w] of each batch of drawings."""
-        each, total = order.grid[0] * order.grid[1], len(order.texts)
         engine = self.engine
-        for start in range(0, total, self.batch_size):
-            part, report = slice(start, start + self.batch_size), None
-            if on_progress is not None:
-                report = _reporter(on_progress, start * each, total * each)
-            requests = drawing_requests(
-                self.processor,
-                order.texts[part],
-                order.images[part],
-                order.keys[part],
-                order.sampling,
-                order.grid,
-            )
-            yield draw_codes(engine, list(requests), report)
+        yield from order.run(engine, self.batch_size, on_progress)
         engine.release()
-
-    def _grid(self, size: tuple[int, int] | None) -> tuple[int, int]:
-        """Return rows and columns of codes for a size in pixels."""
-        rows, columns = self.model.layout.grid
-        if size is None:
-            return rows, columns
-        stride = self.processor.stride
-        width, height = size
-        own = f"{columns * stride}x{rows * stride}"
-        if size == (columns * stride, rows * stride):
-            return rows, columns
-        generation = self.model.config.generation_config()
-        if generation is not None and generation.places:
-            raise UserError(f"size: {width}x{height}; this model draws {own} only")
-        if min(size) < stride or width % stride or height % stride:
-            raise UserError(f"size: {width}x{height}; give multiples of {stride}, such as {own}")
-        if not self.model.layout.sized:
-            note = f"size: {width}x{height} is outside what this model was trained on ({own})"
-            warnings.warn(note, UserNote, stacklevel=3)
-        return height // stride, width // stride
 
     def save(self, folder: str | Path) -> None:
         """Write everything to a folder: safetensors, `config.json` and the processor's files.
@@ -440,48 +468,3 @@ class UniMM:
             self.processor.save_pretrained(target)
 
         write_folder(Path(folder), write)
-
-
-def _listed(values: Any, name: str) -> list[Any]:
-    """Return several values as a list.
-
-    Raises:
-        UserError: they are not several.
-    """
-    if not isinstance(values, Iterable) or isinstance(values, str | bytes):
-        raise UserError(f"{name}: expected one or a list of them, got {type(values).__name__}")
-    return list(values)
-
-
-def _check_text(text: Any, name: str, wanted: str) -> None:
-    """Refuse what is no text, or empty."""
-    if not isinstance(text, str):
-        raise UserError(f"{name}: expected a text, got {type(text).__name__}")
-    if not text.strip():
-        raise UserError(f"{name}: empty; {wanted}")
-
-
-def _entry(entry: Any) -> list[ImageInput]:
-    """Return the pictures that go with one question or prompt."""
-    if entry is None:
-        return []
-    return [entry] if is_image(entry) else _listed(entry, "images")
-
-
-def _entries(images: ImageInputs, prompts: int) -> list[list[ImageInput]]:
-    """Return the pictures of each prompt."""
-    if images is None or is_image(images):
-        return [_entry(images)] * prompts
-    entries = _listed(images, "images")
-    if len(entries) != prompts:
-        raise UserError(f"images: {len(entries)} entries for {prompts} prompts; give one for each, or None")
-    return [_entry(entry) for entry in entries]
-
-
-def _joined(parts: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
-    """Return the codes [B, h, w] of all batches."""
-    return torch.cat(list(parts)) if parts else torch.empty((0, *grid), dtype=torch.long)
-
-
-def _reporter(report: ProgressCallback, before: int, total: int) -> Callable[[int], None]:
-    return lambda done: report(before + done, total)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from unimm.training.batches import read_step
-from unimm.training.engine import Engine, StepResult, freeze, start_distributed, sum_over_ranks
+from unimm.training.engine import StepResult, TrainingEngine, freeze, start_distributed, sum_over_ranks
 from unimm.training.recipe import Stage, load_recipe
 from unimm.training.trainer import seed_everything
 
@@ -29,7 +29,7 @@ def look_and_step(path: Path) -> None:
     groups, last = task.groups(module), len(recipe.stages) - 1
     freeze(recipe, last, groups, module)
     sources = [task.dataset(stage, 0) for stage in recipe.stages]
-    engine = Engine(recipe, last, task, module, groups, torch.device("cpu"))
+    engine = TrainingEngine(recipe, last, task, module, groups, torch.device("cpu"))
     metrics = {
         stage.name: step(engine, task, sources[i], stage, 0, 0.0) for i, stage in enumerate(recipe.stages)
     }
@@ -43,7 +43,7 @@ def look_and_step(path: Path) -> None:
 
 
 def step(
-    engine: Engine, task: Any, source: Any, stage: Stage, number: int, factor: float
+    engine: TrainingEngine, task: Any, source: Any, stage: Stage, number: int, factor: float
 ) -> dict[str, float]:
     """One step of the engine as the trainer takes it; gives its loss, norm and metrics over all processes."""
     batch = read_step(task, source, stage, number, torch.distributed.get_rank(), engine.world)

@@ -21,8 +21,8 @@ from unimm.pipeline import UniMM
 from unimm.preferences.dpo import PreferenceTask
 from unimm.preferences.losses import k3
 from unimm.preferences.policy import PolicyModel
-from unimm.sampling.engine import sample_codes
-from unimm.sampling.sampler import streams
+from unimm.sampling.drawing import sample_codes
+from unimm.sampling.sampler import noise_keys
 from unimm.training.recipe import load_recipe
 from unimm.training.trainer import train
 
@@ -52,7 +52,7 @@ def drawn(tiny_model: UniMM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     prompts = [PROMPTS[index % len(PROMPTS)] for index in range(DRAWN)]
     um = tiny_model
     with torch.no_grad():
-        options = (streams(0, DRAWN, 16), SamplingConfig(guidance_scale=1.0))
+        options = (noise_keys(0, DRAWN), SamplingConfig(guidance_scale=1.0))
         codes = sample_codes(um.model, um.processor, prompts, *options).tolist()
     half = DRAWN // 2
     rows = [

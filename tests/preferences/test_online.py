@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -28,7 +29,7 @@ from tests.preferences.online import (
 )
 from tests.training.test_trainer import ROOT
 from unimm.errors import UserError
-from unimm.sampling.sampler import pick, probabilities, streams
+from unimm.sampling.sampler import Filters, NoiseKey, choose, gumbel
 from unimm.training.recipe import load_recipe
 from unimm.training.trainer import train
 
@@ -51,8 +52,8 @@ def test_what_is_drawn_comes_from_the_distribution_that_learns(
         for k in range(4):
             with torch.no_grad():
                 logits = logits_by_hand(task, module.policy, number, codes[place, k])
-            uniform = streams([seed + k], 1, SIZE)[0]
-            expected = pick(probabilities(logits, 0.7, None, None), uniform)
+            noise = np.stack([gumbel(NoiseKey(seed + k), code, logits.shape[-1]) for code in range(SIZE)])
+            expected = choose(logits, torch.from_numpy(noise), Filters(0.7)).chosen
             assert torch.equal(codes[place, k].flatten(), expected)
     assert len({tuple(one.flatten().tolist()) for one in codes.flatten(0, 1)}) == 16
 

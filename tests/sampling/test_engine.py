@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def picture(number: int) -> Image.Image:
+def image(number: int) -> Image.Image:
     rng = np.random.default_rng(number)
     return Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
 
@@ -53,7 +53,7 @@ def drawings(um: UniMM, sampling: SamplingConfig, prompts: list[str] = PROMPTS) 
 def answers(um: UniMM, most: int = 12, temperature: float = 0.0) -> list[TextRequest]:
     sampling = TextSampling(Filters(temperature), most)
     return [
-        TextRequest(*um.processor.question(text, [picture(i)]), NoiseKey(i), sampling=sampling)
+        TextRequest(*um.processor.question(text, [image(i)]), NoiseKey(i), sampling=sampling)
         for i, text in enumerate(QUESTIONS)
     ]
 
@@ -273,11 +273,11 @@ def test_limits_that_are_none(name: str) -> None:
 @pytest.mark.parametrize("source", ["janus", "emu3"])
 def test_a_second_question_about_an_image_starts_behind_it(folder: Path, source: str) -> None:
     um = unimm.load(folder / source, device="cpu")
-    one, other = picture(1), picture(2)
+    one, other = image(1), image(2)
 
-    def ask(engine: Engine, text: str, image: Image.Image) -> Ticket:
+    def ask(engine: Engine, text: str, shown: Image.Image) -> Ticket:
         sampling = TextSampling(max_new_tokens=8)
-        return engine.run([TextRequest(*um.processor.question(text, [image]), sampling=sampling)])[0]
+        return engine.run([TextRequest(*um.processor.question(text, [shown]), sampling=sampling)])[0]
 
     engine = Engine(um.model, um.processor)
     first = ask(engine, "what is it?", one)
@@ -285,8 +285,8 @@ def test_a_second_question_about_an_image_starts_behind_it(folder: Path, source:
     third = ask(engine, "a red apple?", other)
     features = um.processor.question("it", [one])[0].count(um.model.layout.feature)
     assert first.cached_tokens == 0 and second.cached_tokens >= features and third.cached_tokens < features
-    for ticket, text, image in ((second, "a red apple?", one), (third, "a red apple?", other)):
-        assert ticket.ids == ask(Engine(um.model, um.processor), text, image).ids
+    for ticket, text, shown in ((second, "a red apple?", one), (third, "a red apple?", other)):
+        assert ticket.ids == ask(Engine(um.model, um.processor), text, shown).ids
     assert second.ids != third.ids
 
 

@@ -98,7 +98,7 @@ def test_end_tokens_that_are_none_are_named(um: UniMM, tmp_path: Path, tokens: o
 
 @pytest.mark.parametrize("most", [0, -3, 1.5, "8", True, [8], float("nan")])
 def test_bounds_that_are_none_are_named(um: UniMM, most: object) -> None:
-    for call in (um.caption, lambda picture, m: um.ask(picture, "what?", m)):
+    for call in (um.caption, lambda image, m: um.ask(image, "what?", m)):
         with pytest.raises(UserError, match=r"^max_new_tokens: .*give a whole number of at least 1"):
             call(Image.new("RGB", (8, 8)), most)  # type: ignore[arg-type, operator]
 

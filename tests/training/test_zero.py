@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.training.test_trainer import ROOT, assert_same, lines, recipe, weights
 from tests.training.toy import ToyRecipe, ToyTask
-from unimm.training.engine import Engine, freeze, start_distributed
+from unimm.training.engine import TrainingEngine, freeze, start_distributed
 from unimm.training.trainer import seed_everything, train
 
 STAGES = (
@@ -136,9 +136,9 @@ def test_a_finished_stage_that_is_collected_late_takes_nothing_from_the_next(
     module = task.build()
     start_distributed(torch.device("cpu"))
 
-    def engine(stage: int) -> Engine:
+    def engine(stage: int) -> TrainingEngine:
         freeze(plan, stage, task.groups(module), module)
-        return Engine(plan, stage, task, module, task.groups(module), torch.device("cpu"))
+        return TrainingEngine(plan, stage, task, module, task.groups(module), torch.device("cpu"))
 
     first = engine(0)
     first.release()

@@ -26,6 +26,7 @@ from unimm.models.inputs import Images
 from unimm.models.layout import LayoutPart
 from unimm.models.parts import CodesEncoderConfig, TimmEncoderConfig
 from unimm.models.turns import Turns
+from unimm.processing.chat import read_chat
 from unimm.processing.conversation import Conversation, Grid
 from unimm.processing.messages import SHOWN, Message
 from unimm.processing.tokenizer_files import load_tokenizer
@@ -249,6 +250,19 @@ class UniMMProcessor:
         """
         seen = self.look(images)
         return self.question_ids(text, grids_of(seen)), seen
+
+    def chat(self, messages: Any) -> tuple[list[int], Images]:
+        """Return a conversation up to where an answer begins: its tokens, and what the model sees.
+
+        Args:
+            messages: as `unimm.processing.chat.read_chat` takes them.
+
+        Raises:
+            UserError: they are none, an image cannot be read, or the context has no room for an answer.
+        """
+        read, shown = read_chat(messages)
+        seen = self.look(shown)
+        return self.conversation.ask(read, grids_of(seen)), seen
 
     def drawing_inputs(
         self, prompt: str, images: Sequence[ImageInput] = (), grid: Grid | None = None

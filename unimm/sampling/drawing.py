@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,53 @@ from unimm.sampling.requests import DrawingRequest
 from unimm.sampling.sampler import NoiseKey
 
 if TYPE_CHECKING:
+    from unimm.console import ProgressCallback
     from unimm.images import ImageInput
+
+
+class DrawingOrder(NamedTuple):
+    """Drawings of one size.
+
+    Attributes:
+        texts: a prompt for each.
+        images: those that go with each prompt.
+        keys: whose noise each has.
+        grid: (rows, columns) of codes.
+        sampling: guidance, temperature and filters.
+    """
+
+    texts: list[str]
+    images: list[list[ImageInput]]
+    keys: list[NoiseKey]
+    grid: Grid
+    sampling: SamplingConfig
+
+    def run(
+        self, engine: Engine, batch_size: int, on_progress: ProgressCallback | None = None
+    ) -> Iterator[Tensor]:
+        """Yield the codes [B, rows, columns] of each batch.
+
+        Args:
+            engine: of the model.
+            batch_size: drawings of a batch.
+            on_progress: called with codes done and codes in all.
+        """
+        each, total = self.grid[0] * self.grid[1], len(self.texts)
+        for start in range(0, total, batch_size):
+            part, report = slice(start, start + batch_size), None
+            if on_progress is not None:
+                report = _reporter(on_progress, start * each, total * each)
+            rows = (self.texts[part], self.images[part], self.keys[part])
+            requests = drawing_requests(engine.processor, *rows, self.sampling, self.grid)
+            yield draw_codes(engine, list(requests), report)
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return the codes [B, rows, columns] of all batches."""
+        return torch.cat(list(parts)) if parts else torch.empty((0, *self.grid), dtype=torch.long)
+
+
+def _reporter(report: ProgressCallback, before: int, total: int) -> Callable[[int], None]:
+    return lambda done: report(before + done, total)
 
 
 def drawing_requests(

@@ -25,7 +25,7 @@ from unimm.sampling.exact import Exact
 from unimm.sampling.heads import Chooser
 from unimm.sampling.memory import EngineLimits
 from unimm.sampling.requests import DrawingRequest, Request, TextRequest, Ticket
-from unimm.sampling.slots import CodeSlot, Line, Slot, TextSlot
+from unimm.sampling.slots import CodeSlot, Slot, SlotRow, TextSlot
 from unimm.sampling.speculative import Window
 
 GROWTH = 128  # positions by which the room of an answer of unknown length grows at least
@@ -189,8 +189,18 @@ class Engine:
                 if not ticket.done:
                     ticket.finish_reason = "cancelled"
         if any(slot.ticket.done for slot in self._slots):
+            for slot in self._slots:
+                self._remember(slot)
             self._slots = [slot for slot in self._slots if not slot.ticket.done]
             self._arrange()
+
+    def _remember(self, slot: Slot) -> None:
+        """Hold what an answer that is done has read, and its words, where a next turn may begin so."""
+        ticket, line = slot.ticket, slot.lines[0]
+        ended = ticket.done and ticket.error is None and slot.ready
+        if ended and isinstance(ticket.request, TextRequest) and ticket.request.remember:
+            tokens = (*ticket.known_by, *ticket.ids)[: line.filled]
+            self.prefixes.keep(tokens, self.cache.read(line.row, len(tokens)))
 
     def _arrange(self) -> None:
         """Bring the rows that run to the front of the cache: those that go on, those that wait, those that read."""
@@ -238,9 +248,9 @@ class Engine:
         request = ticket.request
         first = sum(len(slot.lines) for slot in self._slots)
         ids, images = self._resolved(request)
-        lines = [Line(ids + ticket.ids, images, (*ticket.known_by, *ticket.ids))]
+        lines = [SlotRow(ids + ticket.ids, images, (*ticket.known_by, *ticket.ids))]
         if isinstance(request, DrawingRequest) and request.unconditional is not None:
-            lines.append(Line(request.unconditional, None, tuple(request.unconditional)))
+            lines.append(SlotRow(request.unconditional, None, tuple(request.unconditional)))
         for row, line in enumerate(lines, first):
             line.row, line.reserved = row, self._length(request, len(ticket.ids))
         self._reserve(lines)
@@ -254,13 +264,13 @@ class Engine:
             return begun
         return TextSlot(ticket, lines, self.processor, self._chooser.words)
 
-    def _reserve(self, new: Sequence[Line] = ()) -> None:
+    def _reserve(self, new: Sequence[SlotRow] = ()) -> None:
         """Let the cache be as large as its rows may become."""
         lines = [*(line for slot in self._slots for line in slot.lines), *new]
         length = max(line.reserved for line in lines)
         self.cache.reserve(len(lines), length, self.limits.max_tokens)
 
-    def _start(self, line: Line) -> None:
+    def _start(self, line: SlotRow) -> None:
         """Let a row begin with what is held of its prompt, and give it the stream of the rest."""
         model = self.model
         input_ids = torch.tensor([line.ids], device=model.device)

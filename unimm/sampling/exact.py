@@ -20,7 +20,7 @@ from unimm.models.quantization import is_quantised
 from unimm.sampling.cache import RowCache, RowsAt
 from unimm.sampling.decoder import Layer, LlamaRunner, Runner
 
-KEPT = 2**26  # weights up to which the layers' copies in float64 are kept
+_KEPT = 2**26  # weights up to which the layers' copies in float64 are kept
 
 
 class Exact:
@@ -39,7 +39,7 @@ class Exact:
     def runs(model: UniMMModel) -> bool:
         """Whether a model's choices can be settled: its weights are float32, and a copy is not too large."""
         decoder = model.decoder.get_decoder()
-        small = LlamaRunner.runs(decoder) or sum(p.numel() for p in decoder.parameters()) <= KEPT
+        small = LlamaRunner.runs(decoder) or sum(p.numel() for p in decoder.parameters()) <= _KEPT
         return model.dtype == torch.float32 and not is_quantised(model) and small
 
     def hidden(self, row: ExactRow) -> Tensor:
@@ -113,7 +113,7 @@ class _DoubleLayers:
 
     def __init__(self, layers: nn.ModuleList) -> None:
         self.layers = layers
-        small = sum(p.numel() for p in layers.parameters()) <= KEPT
+        small = sum(p.numel() for p in layers.parameters()) <= _KEPT
         self.made = [Layer(copy.deepcopy(layer).double(), joined=True) for layer in layers] if small else None
 
     def __iter__(self) -> Iterator[Layer]:

@@ -12,6 +12,7 @@ from unimm.errors import UserError
 from unimm.models.configuration import SamplingConfig
 from unimm.models.inputs import Images
 from unimm.processing.conversation import Grid
+from unimm.sampling.grammar import read_grammar
 from unimm.sampling.sampler import (
     COLDEST,
     HOTTEST,
@@ -35,6 +36,8 @@ class TextOptions(TypedDict, total=False):
         repetition_penalty: what the logits of tokens that were there before are divided by (arXiv:1909.05858).
         stop: words at which an answer ends; they are not part of it.
         seed: as in `UniMM.draw`.
+        json_schema: a JSON schema that the answer follows, as a mapping or as text; `{}` is any JSON.
+        regex: a regular expression that the whole answer matches.
     """
 
     temperature: float | None
@@ -43,6 +46,8 @@ class TextOptions(TypedDict, total=False):
     repetition_penalty: float | None
     stop: str | Sequence[str] | None
     seed: Any
+    json_schema: Any
+    regex: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +63,7 @@ class TextSampling:
     min_new_tokens: int = 0
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
+    grammar: str | None = None
 
     @classmethod
     def of(cls, options: TextOptions, max_new_tokens: Any = None) -> TextSampling:
@@ -78,6 +84,7 @@ class TextSampling:
             check_max_new_tokens(max_new_tokens),
             repetition_penalty=float(penalty),
             stop=_stops(stop),
+            grammar=read_grammar(given.get("json_schema"), given.get("regex")),
         )
 
 
@@ -147,10 +154,12 @@ class TextRequest(Request):
     Attributes:
         sampling: how.
         on_text: called with each piece of the answer as soon as it is known.
+        remember: whether what was read is held with the answer, for a next turn that begins so.
     """
 
     sampling: TextSampling = dataclasses.field(default_factory=TextSampling)
     on_text: Callable[[str], None] | None = None
+    remember: bool = False
 
 
 @dataclasses.dataclass

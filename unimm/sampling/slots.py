@@ -18,11 +18,12 @@ from torch.nn import functional as F
 from unimm.models.inputs import Images
 from unimm.models.layout import ImageLayout
 from unimm.processing.processor import UniMMProcessor
+from unimm.sampling.grammar import Grammar
 from unimm.sampling.requests import DrawingRequest, FinishReason, TextRequest, Ticket
 from unimm.sampling.sampler import NoiseKind, gumbel
 
 
-class Line:
+class SlotRow:
     """One row of the cache.
 
     Args:
@@ -75,7 +76,7 @@ class Slot:
         stalled: whether it waits for room.
     """
 
-    def __init__(self, ticket: Ticket, lines: list[Line], vocabulary: int) -> None:
+    def __init__(self, ticket: Ticket, lines: list[SlotRow], vocabulary: int) -> None:
         self.ticket, self.lines, self.vocabulary = ticket, lines, vocabulary
         self.stalled = False
         self._noise: dict[int, Any] = {}
@@ -105,7 +106,7 @@ class CodeSlot(Slot):
         fed: steps that are in the cache.
     """
 
-    def __init__(self, ticket: Ticket, lines: list[Line], layout: ImageLayout, vocabulary: int) -> None:
+    def __init__(self, ticket: Ticket, lines: list[SlotRow], layout: ImageLayout, vocabulary: int) -> None:
         super().__init__(ticket, lines, vocabulary)
         request = ticket.request
         assert isinstance(request, DrawingRequest)
@@ -189,7 +190,9 @@ class TextSlot(Slot):
         vocabulary: how many text tokens there are.
     """
 
-    def __init__(self, ticket: Ticket, lines: list[Line], processor: UniMMProcessor, vocabulary: int) -> None:
+    def __init__(
+        self, ticket: Ticket, lines: list[SlotRow], processor: UniMMProcessor, vocabulary: int
+    ) -> None:
         super().__init__(ticket, lines, vocabulary)
         request = ticket.request
         assert isinstance(request, TextRequest)
@@ -201,6 +204,10 @@ class TextSlot(Slot):
         self.pieces = ""  # the text so far, of which `sent` characters have been handed out
         self.sent = 0
         streams = request.on_text is not None or bool(request.sampling.stop)
+        grammar = request.sampling.grammar
+        self.grammar = (
+            Grammar(grammar, self.tokenizer, self.ends, vocabulary) if grammar is not None else None
+        )
         self._stream = DecodeStream(skip_special_tokens=True) if streams else None
 
     def adjust(self, logits: Tensor) -> Tensor:
@@ -217,13 +224,17 @@ class TextSlot(Slot):
         if len(self.ids) < sampling.min_new_tokens:
             logits = logits.clone()
             logits[self.ends] = -torch.inf
+        if self.grammar is not None:
+            allowed = self.grammar.allowed()[: len(logits)].to(logits.device)
+            logits = logits.masked_fill(~F.pad(allowed, (0, len(logits) - len(allowed))), -torch.inf)
         return logits
 
     @property
     def plain(self) -> bool:
         """Whether logits are taken as they are."""
         sampling = self.request.sampling
-        return sampling.repetition_penalty == 1.0 and len(self.ids) >= sampling.min_new_tokens
+        early = len(self.ids) < sampling.min_new_tokens
+        return sampling.repetition_penalty == 1.0 and not early and self.grammar is None
 
     def accept(self, token: int) -> None:
         """Take the next token."""
@@ -235,7 +246,8 @@ class TextSlot(Slot):
             self.finish("stop")
             return
         self.ids.append(token)
-        if self._stream is not None and self._say(token):
+        complete = self.grammar is not None and self.grammar.take(token)
+        if (self._stream is not None and self._say(token)) or complete:
             self.finish("stop")
         elif len(self.ids) >= self.room:
             self.finish("length")

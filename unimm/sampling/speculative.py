@@ -22,10 +22,10 @@ from unimm.sampling.slots import CodeSlot, Slot
 
 WIDEST = 32
 WINDOWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, WIDEST)
-REACH = 5.0  # codes of a window after which wider ones hardly gain, measured on the embedded model
-FIRST_GAIN = 1.2  # codes a pass beyond one, of a wide window, until it is known
-FORGET = 0.97  # weight of what was measured a pass ago
-PROBES = (8, 2, 16, 4)  # windows of the first passes, which tell how time grows
+_REACH = 5.0  # codes of a window after which wider ones hardly gain, measured on the embedded model
+_FIRST_GAIN = 1.2  # codes a pass beyond one, of a wide window, until it is known
+_FORGET = 0.97  # weight of what was measured a pass ago
+_PROBES = (8, 2, 16, 4)  # windows of the first passes, which tell how time grows
 HALF_WINDOW = 8  # in 16 bits on a GPU, where a pass waits for weights
 
 
@@ -35,7 +35,7 @@ class _Timing:
     def __init__(self) -> None:
         self.count = self.p = self.pp = self.t = self.pt = 0.0
         self.passes = 0
-        self.gain = FIRST_GAIN
+        self.gain = _FIRST_GAIN
 
     def add(self, positions: int, seconds: float) -> None:
         for name, value in (
@@ -45,7 +45,7 @@ class _Timing:
             ("t", seconds),
             ("pt", positions * seconds),
         ):
-            setattr(self, name, FORGET * getattr(self, name) + value)
+            setattr(self, name, _FORGET * getattr(self, name) + value)
         self.passes += 1
 
     def seconds(self, positions: int) -> float:
@@ -99,15 +99,15 @@ class Window:
 
     def _best(self, rows: int) -> int:
         timing = self._timing
-        if timing.passes < len(PROBES) and rows <= 4:
-            return min(PROBES[timing.passes], self.widest)
+        if timing.passes < len(_PROBES) and rows <= 4:
+            return min(_PROBES[timing.passes], self.widest)
         if timing.passes == 0:
             return 1
         allowed = [window for window in WINDOWS if window <= self.widest]
         return max(allowed, key=lambda window: self._advance(window) / timing.seconds(rows * window))
 
     def _advance(self, window: int) -> float:
-        return 1 + self._timing.gain * (1 - math.exp((1 - window) / REACH))
+        return 1 + self._timing.gain * (1 - math.exp((1 - window) / _REACH))
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:
@@ -121,5 +121,5 @@ class Window:
     def accepted(self, window: int, codes: int) -> None:
         """Learn how many codes a drawing gained from a window."""
         if window > 1:
-            share = 1 - math.exp((1 - window) / REACH)
-            self._timing.gain += (1 - FORGET) * (max(codes - 1, 0) / share - self._timing.gain)
+            share = 1 - math.exp((1 - window) / _REACH)
+            self._timing.gain += (1 - _FORGET) * (max(codes - 1, 0) / share - self._timing.gain)

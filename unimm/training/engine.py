@@ -268,7 +268,7 @@ def merge(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-class Engine:
+class TrainingEngine:
     """One stage's optimizer and DeepSpeed engine."""
 
     def __init__(

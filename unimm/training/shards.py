@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 if TYPE_CHECKING:
-    from unimm.training.engine import Engine
+    from unimm.training.engine import TrainingEngine
 
 MOMENT_KEYS = ("exp_avg", "exp_avg_sq")  # AdamW's state beside its step count
 
@@ -139,7 +139,9 @@ class Average:
         updates: how often those had been updated.
     """
 
-    def __init__(self, engine: Engine, decay: float, start: Mapping[str, Tensor], updates: int) -> None:
+    def __init__(
+        self, engine: TrainingEngine, decay: float, start: Mapping[str, Tensor], updates: int
+    ) -> None:
         self._weights = dict(zip(engine.names, engine.parameters, strict=True))
         self._decay = decay
         self.updates = updates

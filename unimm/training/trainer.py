@@ -37,7 +37,7 @@ from unimm.garbage import collect_seldom
 from unimm.training import checkpoint, shards
 from unimm.training.batches import StepBatch, derive_seed, read_ahead
 from unimm.training.engine import (
-    Engine,
+    TrainingEngine,
     check_stages,
     freeze,
     gather_over_ranks,
@@ -161,7 +161,7 @@ class Run:
         finally:
             engine.close()
 
-    def _start_stage(self) -> tuple[Engine | None, SampleSource]:
+    def _start_stage(self) -> tuple[TrainingEngine | None, SampleSource]:
         """The stage's engine (its state put back in mid-stage; None where no step is left) and data."""
         recipe, stage = self.recipe, self.recipe.stages[self.stage]
         freeze(recipe, self.stage, self.groups, self.module)
@@ -172,7 +172,7 @@ class Run:
             return None, source
         if isinstance(self.task, Prepares):
             self.task.prepare(self.module, stage)
-        engine = Engine(recipe, self.stage, self.task, self.module, self.groups, self.device)
+        engine = TrainingEngine(recipe, self.stage, self.task, self.module, self.groups, self.device)
         if self.snapshot is not None:
             engine.load_optimizer_tensors(self.snapshot.optimizer, self.snapshot.source)
             self.snapshot = None
@@ -181,7 +181,7 @@ class Run:
             self.ema = {}
         return engine, source
 
-    def _end_stage(self, engine: Engine) -> None:
+    def _end_stage(self, engine: TrainingEngine) -> None:
         """Take the averages out of the engine, and the weights too."""
         if self.average is not None:
             self.ema, self.ema_updates = self.average.whole(), self.average.updates
@@ -203,7 +203,7 @@ class Run:
 
     def _step(
         self,
-        engine: Engine,
+        engine: TrainingEngine,
         batches: Sequence[dict[str, Tensor]],
         totals: Mapping[str, float],
         max_micro_batches: int,
@@ -258,7 +258,7 @@ class Run:
         compared = self.score.by_validation and self.recipe.checkpoint.keep_best > 0
         return self.step % settings.every == 0 or last or (saving and compared)
 
-    def _validate(self, engine: Engine) -> dict[str, float]:
+    def _validate(self, engine: TrainingEngine) -> dict[str, float]:
         """The losses on held-out items, of the weights that an export would have; all ranks call this together."""
         if not isinstance(self.task, Validates) or self.recipe.validation is None:
             return {}
@@ -289,7 +289,7 @@ class Run:
                 message = f"{name} is {value} at step {self.step}; lower the rate or lengthen the warmup"
                 raise self.recipe.error(f"stages[{self.stage}].lr", message)
 
-    def _save(self, engine: Engine) -> None:
+    def _save(self, engine: TrainingEngine) -> None:
         with self.log.aside():
             snapshot = self._snapshot(engine)
             if self.rank == 0:
@@ -297,7 +297,7 @@ class Run:
                 checkpoint.write_checkpoint(folder, snapshot, self.recipe.checkpoint)
             self._wait()
 
-    def _snapshot(self, engine: Engine) -> checkpoint.Snapshot:
+    def _snapshot(self, engine: TrainingEngine) -> checkpoint.Snapshot:
         """All that a run needs to resume, whole on the first rank; all ranks call this together."""
         keep = self.rank == 0
         python_rng, rng = checkpoint.random_states()
@@ -316,7 +316,7 @@ class Run:
             data=dict(self.task.data_state()) if isinstance(self.task, KnowsData) else {},
         )
 
-    def _preview(self, engine: Engine) -> None:
+    def _preview(self, engine: TrainingEngine) -> None:
         with self.log.aside():
             average = self.average.whole() if self.average is not None else {}
             with engine.whole():
