@@ -315,6 +315,7 @@ class UniMM:
                 pieces.clear()
             if ticket.error is not None:
                 raise ticket.error
+            self._note_cuts([Answer.of(ticket)], request.sampling)
         finally:
             engine.cancel(ticket)
             engine.step()

@@ -50,7 +50,15 @@ CLI = Group(
     "unimm",
     "one decoder that looks at images, answers questions about them and draws",
     {
-        "Use a model": (model.demo, model.caption, model.ask, model.draw, model.info, model.convert),
+        "Use a model": (
+            model.demo,
+            model.caption,
+            model.ask,
+            model.chat,
+            model.draw,
+            model.info,
+            model.convert,
+        ),
         "Train and evaluate": (
             recipes.train,
             recipes.plan,

@@ -1,4 +1,4 @@
-"""The commands that ask a model: `demo`, `caption`, `ask`, `draw`, `info` and `convert`.
+"""The commands that ask a model: `demo`, `caption`, `ask`, `chat`, `draw`, `info` and `convert`.
 
 As in `unimm.cli.data`: their arguments, the calls behind them, and how a person sees the results.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from unimm.cli.options import (
     POSITIVE,
     SIZE,
     Choice,
+    answer_options,
+    answer_values,
     hub_options,
     loading_options,
     model_options,
@@ -28,13 +31,6 @@ from unimm.cli.options import (
 )
 from unimm.console import hide_loading_bars, print_table, print_text, print_tree, progress, say
 from unimm.errors import UserError
-
-_max_new_tokens = click.option(
-    "--max-new-tokens",
-    type=POSITIVE,
-    metavar="N",
-    help="most tokens of an answer (default: what the model's context has room for)",
-)
 
 
 def load(options: Options) -> Any:
@@ -85,7 +81,10 @@ def show_captions(rows: list[dict[str, Any]]) -> None:
 
 @command("caption", "say what images show", show_captions)
 @click.argument("images", type=FILE, nargs=-1, required=True, metavar="IMAGE...", help="image files")
-@_max_new_tokens
+@answer_options
+@click.option(
+    "--batch-size", type=POSITIVE, default=64, metavar="N", help="most images at once (default: 64)"
+)
 @model_options
 def caption(options: Options) -> Any:
     """Caption images."""
@@ -96,8 +95,10 @@ def caption(options: Options) -> Any:
     ]  # before the model is loaded: mistakes show at once
     from unimm.processing.processor import CAPTION_REQUESTS
 
-    um, most = load(options), options.max_new_tokens
-    answers = um.answers(images, [CAPTION_REQUESTS[0]] * len(images), most)
+    values = answer_values(options)
+    um = load(options)
+    um.batch_size = options.batch_size
+    answers = um.answers(images, [CAPTION_REQUESTS[0]] * len(images), **values)
     return [
         {"image": path, "caption": answer.text, "cut": answer.cut}
         for path, answer in zip(options.images, answers, strict=True)
@@ -113,7 +114,7 @@ def caption(options: Options) -> Any:
     metavar="[IMAGE]... QUESTION",
     help="image files, if any, then one question",
 )
-@_max_new_tokens
+@answer_options
 @model_options
 def ask(options: Options) -> Any:
     """Ask one question about any number of images."""
@@ -123,8 +124,37 @@ def ask(options: Options) -> Any:
     if os.path.isfile(question) or (not paths and question.lower().endswith(SUFFIXES)):
         raise UserError(f"ask: after the images comes a question; {question!r} is the last argument")
     images = [read_image(path) for path in paths]
-    answers = load(options).answers([images], [question], options.max_new_tokens)  # one about all images
+    values = answer_values(options)
+    answers = load(options).answers([images], [question], **values)  # one about all images
     return {"images": paths, "question": question, "answer": answers[0].text, "cut": answers[0].cut}
+
+
+def show_chat(chat: Any) -> None:
+    """Talk, where a person sees it."""
+    from unimm.cli.chat import is_typed, talk
+
+    talk(chat, quiet=not is_typed())
+
+
+@command("chat", "talk with a model in the terminal, with images and drawings", show_chat)
+@click.option("--system", metavar="TEXT", help="what the model is told before")
+@click.option("-o", "--output", type=FOLDER, default=".", metavar="DIR", help="folder for the drawings")
+@answer_options
+@model_options
+def chat(options: Options) -> Any:
+    """Talk with a model; with --json, lines are read from the input and the conversation is printed."""
+    from unimm.cli.chat import Chat
+
+    values = answer_values(options)
+    talking = Chat(load(options), Path(options.output), values, options.seed)
+    if options.system:
+        talking.messages = [{"role": "system", "content": options.system}]
+    if not options.json:
+        return talking
+    for line in filter(str.strip, sys.stdin):
+        for _ in talking.reply(line):
+            pass
+    return {"messages": talking.messages}
 
 
 def show_drawings(rows: list[dict[str, Any]]) -> None:

@@ -9,7 +9,8 @@ from typing import Any, Generic, Literal, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from unimm.cli.commands import nearest
+from unimm.cli.commands import Options, nearest
+from unimm.files import read_text
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -162,6 +163,42 @@ def sampling_options(function: F) -> F:
         click.option("--top-k", type=INTEGER, metavar="K", help=f"among the K likeliest codes; 0: all {own}"),
         click.option("--top-p", type=NUMBER, metavar="P", help=f"among codes that make up P; 1: all {own}"),
     )
+
+
+def answer_options(function: F) -> F:
+    """Options of every command that answers in words."""
+    room = "(default: what the model's context has room for)"
+    schema = "a file with a JSON schema that answers follow"
+    return decorate(
+        function,
+        click.option("--max-new-tokens", type=POSITIVE, metavar="N", help=f"most tokens of an answer {room}"),
+        click.option("--temperature", type=NUMBER, metavar="T", help="0 is greedy (default: 0)"),
+        click.option(
+            "--top-k", type=INTEGER, metavar="K", help="among the K likeliest tokens (default: all)"
+        ),
+        click.option("--top-p", type=NUMBER, metavar="P", help="among tokens that make up P (default: 1)"),
+        click.option(
+            "--repetition-penalty", type=NUMBER, metavar="X", help="above 1 repeats less (default: 1)"
+        ),
+        click.option(
+            "--stop", multiple=True, metavar="TEXT", help="ends an answer; may be given several times"
+        ),
+        click.option("--seed", type=INTEGER, metavar="SEED", help="the same seed gives the same answers"),
+        click.option("--json-schema", type=FILE, metavar="FILE", help=schema),
+        click.option("--regex", metavar="REGEX", help="a regular expression that answers match"),
+    )
+
+
+def answer_values(options: Options) -> dict[str, Any]:
+    """Return the options of `answer_options` as keywords of `UniMM.ask`.
+
+    Raises:
+        UserError: the schema's file cannot be read.
+    """
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "regex")
+    values = {name: getattr(options, name) for name in names}
+    schema = None if options.json_schema is None else read_text(options.json_schema)
+    return {**values, "stop": list(options.stop) or None, "json_schema": schema}
 
 
 def recipe_arguments(function: F) -> F:

@@ -37,7 +37,8 @@ def read_grammar(json_schema: Any, regex: Any) -> str | None:
     try:
         if json_schema is not None:
             text = json_schema if isinstance(json_schema, str) else json.dumps(_mapping(json_schema))
-            grammar = matcher.grammar_from_json_schema(text)
+            # a weak model would fill its answer with spaces where JSON allows any
+            grammar = matcher.grammar_from_json_schema(text, defaults={"whitespace_flexible": False})
         else:
             if not isinstance(regex, str):
                 raise UserError(f"regex: {regex!r}; give a text")

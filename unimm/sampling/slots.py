@@ -274,12 +274,13 @@ class TextSlot(Slot):
     def finish(self, reason: FinishReason) -> None:
         """End the answer."""
         ticket = self.ticket
+        whole = str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+        stopped = bool(self.request.sampling.stop) and reason == "stop"
         if self._stream is not None:
+            if not stopped and whole.startswith(self.pieces):  # half a character may be left
+                self.pieces = whole
             self._send(len(self.pieces))
-        if self.request.sampling.stop:
-            ticket.text = self.pieces.strip()
-        else:
-            ticket.text = str(self.tokenizer.decode(self.ids, skip_special_tokens=True)).strip()
+        ticket.text = (self.pieces if stopped else whole).strip()
         ticket.finish_reason = reason
 
 
