@@ -118,7 +118,8 @@ def test_sampled_answers_are_those_of_their_seed(um: UniMM) -> None:
     assert um.ask(None, "what?", 10, temperature=1.0, top_k=1, seed=3) == um.ask(None, "what?", 10)
 
 
-def test_the_penalty_is_that_of_transformers(um: UniMM) -> None:
+def test_the_penalty_is_that_of_transformers(um: UniMM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(um.processor, "end_tokens", [])
     ids, seen = um.processor.question("it is", [RED])
     sampling = TextSampling.of({"repetition_penalty": 1.7}, 16)
     written = um.engine.run([TextRequest(ids, seen, sampling=sampling)])[0].ids

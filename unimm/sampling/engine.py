@@ -237,6 +237,8 @@ class Engine:
         if not self._fit(rows, self._length(ticket.request, len(ticket.ids))):
             return False
         prompt = (*ticket.known_by, *ticket.ids)
+        if len(prompt) > self.limits.prefix_tokens:
+            return True
         return not any(slot.lines[0].tokens == prompt for slot in self._slots if not slot.ready)
 
     def _fit(self, rows: int, length: int) -> bool:
