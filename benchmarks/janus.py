@@ -11,6 +11,7 @@ Prints the median seconds of each and the ratio unimm / transformers; greedy cod
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import tempfile
@@ -35,7 +36,7 @@ import unimm
 from unimm.data.text_tokenizer import train_text_tokenizer
 from unimm.evaluation.logits import code_effect, text_effect
 from unimm.pipeline import UniMM
-from unimm.sampling.text import generate_text
+from unimm.sampling.requests import TextRequest, TextSampling
 
 PROMPTS = ("a red apple", "two stars on a blue background", "what a long prompt this is for a panda", "it")
 ANSWER = 32  # tokens of a caption
@@ -116,6 +117,15 @@ def caption_inputs(um: UniMM, batch: int) -> Any:
     return um.processor(["what"] * batch, [[Image.new("RGB", (64, 64), "red")]] * batch)
 
 
+def caption(um: UniMM, batch: int) -> None:
+    """Answer the same questions, each anew: what was read before is not used."""
+    um.engine.limits = dataclasses.replace(um.engine.limits, prefix_tokens=0)
+    um.engine.prefixes.max_tokens = 0
+    sampling = TextSampling(max_new_tokens=ANSWER, min_new_tokens=ANSWER)
+    asked = um.processor.question("what", [Image.new("RGB", (64, 64), "red")])
+    um.engine.run([TextRequest(*asked, sampling=sampling) for _ in range(batch)])
+
+
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Compare drawings of each batch size, then captions."""
     results = []
@@ -149,8 +159,8 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             def caption_theirs(inputs: Any = inputs) -> None:
                 theirs.generate(**inputs, max_new_tokens=ANSWER, min_new_tokens=ANSWER, do_sample=False)
 
-            def caption_ours(inputs: Any = inputs) -> None:
-                generate_text(ours.model, ours.processor, inputs, ANSWER, min_new_tokens=ANSWER)
+            def caption_ours(batch: int = batch) -> None:
+                caption(ours, batch)
 
             calls = {"transformers": caption_theirs, "unimm": caption_ours}
             results.append(compare(f"caption, batch {batch}", calls, options.rounds))
@@ -169,11 +179,7 @@ def run_int8(options: argparse.Namespace) -> list[dict[str, Any]]:
         calls = {name: partial(um.draw, prompts, temperature=0) for name, um in models.items()}
         results.append(compare(f"draw, batch {batch}", calls, options.rounds))
     for batch in options.batches:
-        inputs = caption_inputs(whole, batch)
-        calls = {
-            name: partial(generate_text, um.model, um.processor, inputs, ANSWER, ANSWER)
-            for name, um in models.items()
-        }
+        calls = {name: partial(caption, um, batch) for name, um in models.items()}
         results.append(compare(f"caption, batch {batch}", calls, options.rounds))
     codes = code_effect(whole, small, prompts_of(4))
     text = text_effect(whole, small, [Image.new("RGB", (64, 64), "red")], ANSWER)

@@ -274,6 +274,12 @@ class UniMMModel(StrictModel):
         together[images.featured], together[~images.featured] = given.to(seen.dtype), seen
         return together
 
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Return the encoder's features [N, tokens, width] of images [N, 3, H, W], as `Images.features` has them."""
+        assert self.vision is not None
+        features: Tensor = self.vision(pixels.to(self.dtype))
+        return features
+
     def put_tokens(self, input_ids: Tensor, images: Images) -> Tensor:
         """Fill the placeholders of images that are understood by their codes with the tokens of these.
 

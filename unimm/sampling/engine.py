@@ -7,13 +7,15 @@ see nothing of each other, noise belongs to a place of a request, and near ties 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import threading
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Hashable, Iterable, Sequence
 
 import torch
+from torch import Tensor
 
 from unimm.errors import UserError
 from unimm.models.inputs import Images, digests
@@ -22,7 +24,7 @@ from unimm.processing.processor import UniMMProcessor
 from unimm.sampling.cache import PrefixCache, RowCache, RowsAt
 from unimm.sampling.decoder import make_runner
 from unimm.sampling.exact import Exact
-from unimm.sampling.heads import Chooser
+from unimm.sampling.heads import Chooser, failing_alone
 from unimm.sampling.memory import EngineLimits
 from unimm.sampling.requests import DrawingRequest, Request, TextRequest, Ticket
 from unimm.sampling.slots import CodeSlot, Slot, SlotRow, TextSlot
@@ -51,6 +53,7 @@ class Engine:
         window: int | None = None,
     ) -> None:
         self.model, self.processor = model, processor
+        self.device: torch.device = model.device
         self.limits = limits or EngineLimits.of(model)
         self.runner = make_runner(model)
         self.cache = RowCache(self.runner.layers_count)
@@ -188,6 +191,9 @@ class Engine:
                 self._preempted.pop(ticket, None)
                 if not ticket.done:
                     ticket.finish_reason = "cancelled"
+        self._drop_done()
+
+    def _drop_done(self) -> None:
         if any(slot.ticket.done for slot in self._slots):
             for slot in self._slots:
                 self._remember(slot)
@@ -221,15 +227,45 @@ class Engine:
 
     def _join(self) -> None:
         """Let waiting requests in, first come first served, while they fit."""
+        joined: list[Slot] = []
         while True:
             with self._lock:
                 if not self._waiting or not self._may_join(self._waiting[0]):
-                    return
+                    break
                 ticket = self._waiting.popleft()
-            try:
+            with failing_alone(ticket):
                 self._slots.append(self._begin(ticket))
-            except Exception as error:  # such as of its images; the others go on
-                ticket.error, ticket.finish_reason = error, "error"
+                joined.append(self._slots[-1])
+        if not joined:
+            return
+        self._reserve()
+        features = self._encode([slot.lines[0] for slot in joined])
+        for slot in joined:
+            with failing_alone(slot.ticket):
+                for line in slot.lines:
+                    self._start(line, features.get(id(line)))
+                slot.ticket.cached_tokens = slot.lines[0].filled
+        self._drop_done()
+
+    def _encode(self, lines: Sequence[SlotRow]) -> dict[int, Images]:
+        """Return the images of new rows as features, where those of several are encoded together."""
+        groups: dict[tuple[int, ...], list[tuple[SlotRow, Images, Tensor]]] = defaultdict(list)
+        for line in lines:
+            images = line.images
+            if images is None or images.pixels is None or images.features is not None:
+                continue
+            if images.sizes is None and self.prefixes.find(line.tokens)[1] is None:
+                groups[tuple(images.pixels.shape[1:])].append((line, images, images.pixels))
+        found: dict[int, Images] = {}
+        for group in groups.values():
+            if len(group) < 2:
+                continue
+            with contextlib.suppress(Exception):  # whose it is shows where each is encoded alone
+                features = self.model.encode_images(torch.cat([pixels for _, _, pixels in group]))
+                parts = features.split([len(images) for _, images, _ in group])
+                for (line, images, _), part in zip(group, parts, strict=True):
+                    found[id(line)] = dataclasses.replace(images, pixels=None, features=part)
+        return found
 
     def _may_join(self, ticket: Ticket) -> bool:
         """Whether a request fits, and is not better off with what another is just reading."""
@@ -255,10 +291,6 @@ class Engine:
             lines.append(SlotRow(request.unconditional, None, tuple(request.unconditional)))
         for row, line in enumerate(lines, first):
             line.row, line.reserved = row, self._length(request, len(ticket.ids))
-        self._reserve(lines)
-        for line in lines:
-            self._start(line)
-        ticket.cached_tokens = lines[0].filled
         if isinstance(request, DrawingRequest):
             return CodeSlot(ticket, lines, self.model.layout, self._chooser.codes)
         if (begun := self._preempted.pop(ticket, None)) is not None:
@@ -266,38 +298,43 @@ class Engine:
             return begun
         return TextSlot(ticket, lines, self.processor, self._chooser.words)
 
-    def _reserve(self, new: Sequence[SlotRow] = ()) -> None:
+    def _reserve(self) -> None:
         """Let the cache be as large as its rows may become."""
-        lines = [*(line for slot in self._slots for line in slot.lines), *new]
+        lines = [line for slot in self._slots for line in slot.lines]
         length = max(line.reserved for line in lines)
         self.cache.reserve(len(lines), length, self.limits.max_tokens)
 
-    def _start(self, line: SlotRow) -> None:
-        """Let a row begin with what is held of its prompt, and give it the stream of the rest."""
+    def _start(self, line: SlotRow, images: Images | None) -> None:
+        """Let a row begin with what is held of its prompt, and give it the stream of the rest.
+
+        Args:
+            line: the row.
+            images: what it sees, as features, where these have been computed.
+        """
         model = self.model
-        input_ids = torch.tensor([line.ids], device=model.device)
+        input_ids = torch.tensor([line.ids], device=self.device)
         placeholders = model.layout.feature_positions(input_ids)
         length, prefix = self.prefixes.find(line.tokens)
         if prefix is not None and bool(placeholders[0, length:].any()):
             length, prefix = 0, None  # an image has to be encoded in any case
         if prefix is None and line.images is not None:
-            stream = model.embed(input_ids, line.images).stream[0]
+            stream = model.embed(input_ids, images or line.images).stream[0]
         else:
             stream = model.embed(input_ids.masked_fill(placeholders, self.processor.pad)).stream[0]
         if prefix is not None:
             self.cache.put(line.row, prefix, length)
-        line.filled, line.prompt = length, stream[length:]
+        line.filled, line.prompt, line.started = length, stream[length:], True
 
     def _resolved(self, request: Request) -> tuple[list[int], Images | None]:
         """Return a prompt's tokens and images as the decoder takes them: images seen by their codes are tokens."""
         if request.images is None or not len(request.images):
             return request.ids, None
-        images = request.images.to(self.model.device)
+        images = request.images.to(self.device)
         if not self.model.sees_codes:
             return request.ids, images
         seen = "".join(digests(images))
         if seen not in self._image_tokens:
-            ids = torch.tensor([request.ids], device=self.model.device)
+            ids = torch.tensor([request.ids], device=self.device)
             found = self.model.put_tokens(ids, images)
             self._image_tokens[seen] = found[self.model.layout.feature_positions(ids)].tolist()
             while len(self._image_tokens) > IMAGES_HELD:
@@ -332,7 +369,7 @@ class Engine:
         room = self.cache.length - max(line.filled for line in lines)
         width = min(piece, room, max(line.unread - 1 for line in lines))
         stream = torch.stack([line.next(width) for line in lines])
-        at = RowsAt(lines[0].row, [line.filled for line in lines], width, self.model.device)
+        at = RowsAt(lines[0].row, [line.filled for line in lines], width, self.device)
         self.runner(self.cache, at, stream)
         for line in lines:
             if line.read(width):
@@ -352,7 +389,7 @@ class Engine:
         with self.window.timed():
             feeds = self._chooser.feeds(slots, window)
             filled = [line.filled for slot in slots for line in slot.lines]
-            at = RowsAt(0, filled, feeds.stream.shape[1], self.model.device)
+            at = RowsAt(0, filled, feeds.stream.shape[1], self.device)
             hidden = self.runner(self.cache, at, feeds.stream)
             self._chooser.choose(slots, feeds, hidden)
 

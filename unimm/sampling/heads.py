@@ -17,9 +17,11 @@ from torch import Tensor
 
 from unimm.models.modeling import UniMMModel
 from unimm.sampling.exact import Exact, ExactRow
-from unimm.sampling.requests import filters_of
+from unimm.sampling.requests import Ticket, filters_of
 from unimm.sampling.sampler import Choice, Filters, choose, guide, logits_error
 from unimm.sampling.slots import CodeSlot, Slot, TextSlot
+
+SMALL_TABLE = 2**19  # numbers of an embedded code vocabulary up to which it is made once
 
 
 class Feeds(NamedTuple):
@@ -67,10 +69,31 @@ class Chooser:
         self, model: UniMMModel, exact: Exact | None, on_accept: Callable[[int, int], None] | None = None
     ) -> None:
         self.model, self.exact, self.on_accept = model, exact, on_accept
+        # Properties that look through all weights.
+        self.dtype: torch.dtype = model.dtype
+        self.device: torch.device = model.device
         generation = model.config.generation_config()
         self.codes = generation.codes if generation is not None else 0
         self.width: int = model.decoder.config.get_text_config().hidden_size
+        self._embedded = self._embedded_codes()
         self.words: int = model.decoder.config.get_text_config().vocab_size
+
+    @torch.inference_mode()
+    def _embedded_codes(self) -> Tensor | None:
+        """Return small code vocabularies embedded, [K, C], without the places in an image."""
+        embedding = self.model.code_embedding
+        if embedding is None or self.codes * self.width > SMALL_TABLE:
+            return None
+        table: Tensor = embedding.connector(embedding.table.weight)
+        return table
+
+    def _embed_codes(self, codes: Tensor, places: Tensor) -> Tensor:
+        """Return [P, C] for codes at places of their images."""
+        if self._embedded is None:
+            return self.model.embed_codes(codes[:, None], start=places)[:, 0]
+        learned = self.model.code_embedding.places  # type: ignore[union-attr]
+        rows = self._embedded[codes]
+        return rows if learned is None else rows + learned.weight[places]
 
     # --- what is read ---------------------------------------------------------------------------------------
 
@@ -99,13 +122,11 @@ class Chooser:
                 wanted.append([0])
                 width = max(width, 1)
         shape = (first, width, self.width)
-        stream = torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
+        stream = torch.zeros(shape, dtype=self.dtype, device=self.device)
         for row, tensor in tails:
             stream[row, 0] = tensor
         self._fill(stream, texts, lambda ids, places: self.model.get_input_embeddings()(ids))
-        self._fill(
-            stream, codes, lambda ids, places: self.model.embed_codes(ids[:, None], start=places)[:, 0]
-        )
+        self._fill(stream, codes, self._embed_codes)
         return Feeds(stream, wanted)
 
     def _fill(self, stream: Tensor, items: _Items, embed: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -161,7 +182,7 @@ class Chooser:
         for slot, _, wanted in members:
             part = slice(start, start + len(wanted))
             start = part.stop
-            with _failing_alone(slot):
+            with failing_alone(slot.ticket):
                 settled = self._settled(slot, chosen[part], near[part], filters)
                 before = len(slot.codes)
                 slot.accept(settled)
@@ -205,7 +226,7 @@ class Chooser:
         for (slot, _, _), token, near in zip(
             members, choice.chosen.tolist(), choice.near.tolist(), strict=True
         ):
-            with _failing_alone(slot):
+            with failing_alone(slot.ticket):
                 slot.accept(self._exact_token(slot, filters) if near else token)
 
     def _exact_token(self, slot: TextSlot, filters: Filters) -> int:
@@ -220,12 +241,12 @@ class Chooser:
 
 
 @contextlib.contextmanager
-def _failing_alone(slot: Slot) -> Iterator[None]:
+def failing_alone(ticket: Ticket) -> Iterator[None]:
     """Keep what goes wrong in one request, such as in its callback, from the others."""
     try:
         yield
     except Exception as error:
-        slot.ticket.error, slot.ticket.finish_reason = error, "error"
+        ticket.error, ticket.finish_reason = error, "error"
 
 
 def _stacked(noise: Sequence[Any], like: Tensor) -> Tensor | None:

@@ -35,12 +35,14 @@ class SlotRow:
         row: its number in the cache.
         reserved: positions that it may take.
         filled: positions that are certain and in the cache.
+        started: whether it has been given its beginning.
         prompt: the stream of the prompt [t, C] behind `filled`, until it has been read.
     """
 
     def __init__(self, ids: list[int], images: Images | None, tokens: tuple[Hashable, ...]) -> None:
         self.ids, self.images, self.tokens = ids, images, tokens
         self.row = -1
+        self.started = False
         self.reserved = self.filled = 0
         self.prompt: Tensor | None = None
 
@@ -84,7 +86,7 @@ class Slot:
     @property
     def ready(self) -> bool:
         """Whether all of its prompt but the last position has been read."""
-        return all(line.unread <= 1 for line in self.lines)
+        return all(line.started and line.unread <= 1 for line in self.lines)
 
     def noise(self, first: int, count: int) -> list[Any]:
         """Return the noise of places from `first` on; what a refused draft leaves is used again."""

@@ -8,6 +8,7 @@ and on the machine, so both are measured as drawing goes on.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import math
 import time
@@ -24,35 +25,37 @@ WIDEST = 32
 WINDOWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, WIDEST)
 _REACH = 5.0  # codes of a window after which wider ones hardly gain, measured on the embedded model
 _FIRST_GAIN = 1.2  # codes a pass beyond one, of a wide window, until it is known
-_FORGET = 0.97  # weight of what was measured a pass ago
-_PROBES = (8, 2, 16, 4)  # windows of the first passes, which tell how time grows
-HALF_WINDOW = 8  # in 16 bits on a GPU, where a pass waits for weights
+_SLOW = 0.03  # weight of the newest pass in what is known of the gain
+_DRIFT = 1.05  # by which a time that is not met again is forgotten
+_PROBES = (8, 1, 4, 2, 16)  # windows of the first passes, which tell how time grows
+_FEW_ROWS = 8  # rows up to which these are tried
+_HALF_WINDOW = 8  # in 16 bits on a GPU, where a pass waits for weights
 
 
 class _Timing:
-    """Seconds of a pass over P positions, as a + b P, by least squares over the last passes."""
+    """Seconds of a pass by its positions, and codes that it gains, as last measured."""
 
     def __init__(self) -> None:
-        self.count = self.p = self.pp = self.t = self.pt = 0.0
+        self.measured: dict[int, float] = {}
         self.passes = 0
         self.gain = _FIRST_GAIN
 
     def add(self, positions: int, seconds: float) -> None:
-        for name, value in (
-            ("count", 1.0),
-            ("p", positions),
-            ("pp", positions**2),
-            ("t", seconds),
-            ("pt", positions * seconds),
-        ):
-            setattr(self, name, _FORGET * getattr(self, name) + value)
+        """Take a measurement; whatever else the machine does only makes it longer."""
+        before = self.measured.get(positions)
+        self.measured[positions] = seconds if before is None else min(seconds, before * _DRIFT)
         self.passes += 1
 
     def seconds(self, positions: int) -> float:
-        spread = self.count * self.pp - self.p**2
-        slope = (self.count * self.pt - self.p * self.t) / spread if spread > 1e-9 else 0.0
-        slope = max(slope, 0.0)
-        return max((self.t - slope * self.p) / self.count, 0.0) + slope * positions
+        """Return the seconds of a pass, between those that were measured or beyond."""
+        known = sorted(self.measured)
+        if positions in self.measured or len(known) == 1:
+            base = self.measured.get(positions, 0.0) or self.measured[known[0]]
+            return base * max(1.0, positions / known[0]) if positions not in self.measured else base
+        after = min(max(bisect.bisect(known, positions), 1), len(known) - 1)
+        left, right = known[after - 1], known[after]
+        slope = (self.measured[right] - self.measured[left]) / (right - left)
+        return max(self.measured[left] + slope * (positions - left), min(self.measured.values()))
 
 
 _timings: dict[tuple[object, ...], _Timing] = {}
@@ -80,7 +83,7 @@ class Window:
         if fixed is None and is_quantised(model):
             self.widest = SHORT - 1  # wider windows would leave the fast kernel
         if fixed is None and model.dtype in (torch.float16, torch.bfloat16):
-            self.fixed = HALF_WINDOW if model.device.type == "cuda" else 1
+            self.fixed = _HALF_WINDOW if model.device.type == "cuda" else 1
         config = model.decoder.config
         key = (config.hidden_size, config.num_hidden_layers, model.dtype, model.device.type, self.widest)
         self._timing = _timings.setdefault((*key, torch.get_num_threads()), _Timing())
@@ -99,11 +102,11 @@ class Window:
 
     def _best(self, rows: int) -> int:
         timing = self._timing
-        if timing.passes < len(_PROBES) and rows <= 4:
-            return min(_PROBES[timing.passes], self.widest)
-        if timing.passes == 0:
-            return 1
         allowed = [window for window in WINDOWS if window <= self.widest]
+        if rows <= _FEW_ROWS and timing.passes < len(_PROBES):
+            return min(_PROBES[timing.passes], self.widest)
+        if not timing.measured:
+            return 1
         return max(allowed, key=lambda window: self._advance(window) / timing.seconds(rows * window))
 
     def _advance(self, window: int) -> float:
@@ -122,4 +125,4 @@ class Window:
         """Learn how many codes a drawing gained from a window."""
         if window > 1:
             share = 1 - math.exp((1 - window) / _REACH)
-            self._timing.gain += (1 - _FORGET) * (max(codes - 1, 0) / share - self._timing.gain)
+            self._timing.gain += _SLOW * (max(codes - 1, 0) / share - self._timing.gain)
