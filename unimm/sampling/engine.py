@@ -210,20 +210,29 @@ class Engine:
 
     def _arrange(self) -> None:
         """Bring the rows that run to the front of the cache: those that go on, those that wait, those that read."""
-        self._slots.sort(key=lambda slot: (not slot.ready, slot.stalled))
-        wanted = [line for slot in self._slots for line in slot.lines]
-        at = {line.row: line for line in wanted}
-        for row, line in enumerate(wanted):
-            if line.row == row:
-                continue
-            other = at.pop(row, None)
-            self.cache.swap(row, line.row, max(line.filled, other.filled if other else 0))
-            at.pop(line.row)
-            if other is not None:
-                other.row = line.row
-                at[other.row] = other
-            line.row = row
-            at[row] = line
+        groups: tuple[list[SlotRow], ...] = ([], [], [])
+        for slot in self._slots:
+            groups[2 if not slot.ready else 1 if slot.stalled else 0].extend(slot.lines)
+        at = {line.row: line for group in groups for line in group}
+        first = 0
+        for group in groups:
+            own = range(first, first + len(group))
+            free = iter(set(own) - {line.row for line in group})  # who is in place stays
+            for line in group:
+                if line.row not in own:
+                    self._move(line, next(free), at)
+            first = own.stop
+
+    def _move(self, line: SlotRow, row: int, at: dict[int, SlotRow]) -> None:
+        """Give a line another row, and whoever has that its own."""
+        other = at.pop(row, None)
+        self.cache.swap(row, line.row, max(line.filled, other.filled if other else 0))
+        at.pop(line.row)
+        if other is not None:
+            other.row = line.row
+            at[other.row] = other
+        line.row = row
+        at[row] = line
 
     def _join(self) -> None:
         """Let waiting requests in, first come first served, while they fit."""
@@ -284,11 +293,12 @@ class Engine:
     def _begin(self, ticket: Ticket) -> Slot:
         """Give a request its rows, which begin with what is known of its prompt."""
         request = ticket.request
-        first = sum(len(slot.lines) for slot in self._slots)
         ids, images = self._resolved(request)
-        lines = [SlotRow(ids + ticket.ids, images, (*ticket.known_by, *ticket.ids))]
+        first = sum(len(slot.lines) for slot in self._slots)
+        lines = [SlotRow(ids + ticket.ids, len(ids), images, (*ticket.known_by, *ticket.ids))]
         if isinstance(request, DrawingRequest) and request.unconditional is not None:
-            lines.append(SlotRow(request.unconditional, None, tuple(request.unconditional)))
+            away = request.unconditional
+            lines.append(SlotRow(away, len(away), None, tuple(away)))
         for row, line in enumerate(lines, first):
             line.row, line.reserved = row, self._length(request, len(ticket.ids))
         if isinstance(request, DrawingRequest):
@@ -363,7 +373,7 @@ class Engine:
         if all(slot.ready for slot in self._slots):
             return
         self._arrange()
-        lines = [line for slot in self._slots if not slot.ready for line in slot.lines]
+        lines = _by_rows(slot for slot in self._slots if not slot.ready)
         piece = max(self.limits.least_piece, self.limits.prompt_piece // len(lines))
         # no row may be filled up with rubbish beyond the cache's end
         room = self.cache.length - max(line.filled for line in lines)
@@ -388,7 +398,7 @@ class Engine:
         window = self.window.choose(slots)
         with self.window.timed():
             feeds = self._chooser.feeds(slots, window)
-            filled = [line.filled for slot in slots for line in slot.lines]
+            filled = [line.filled for line in _by_rows(slots)]
             at = RowsAt(0, filled, feeds.stream.shape[1], self.device)
             hidden = self.runner(self.cache, at, feeds.stream)
             self._chooser.choose(slots, feeds, hidden)
@@ -419,6 +429,11 @@ class Engine:
             self._preempted[last.ticket] = last
             with self._lock:
                 self._waiting.appendleft(last.ticket)
+
+
+def _by_rows(slots: Iterable[Slot]) -> list[SlotRow]:
+    """Return the rows of slots in the order of the cache."""
+    return sorted((line for slot in slots for line in slot.lines), key=lambda line: line.row)
 
 
 def _fingerprint(model: UniMMModel) -> tuple[object, ...]:

@@ -46,7 +46,7 @@ class _Items:
     rows: list[int] = dataclasses.field(default_factory=list)
     columns: list[int] = dataclasses.field(default_factory=list)
 
-    def add(self, item: int, place: int, rows: range, column: int) -> None:
+    def add(self, item: int, place: int, rows: list[int], column: int) -> None:
         """Add one that several rows read."""
         self.ids.append(item)
         self.places.append(place)
@@ -102,10 +102,9 @@ class Chooser:
         texts, codes = _Items(), _Items()
         tails: list[tuple[int, Tensor]] = []
         wanted: list[list[int]] = []
-        first = width = 0
+        width = 0
         for slot in slots:
-            rows = range(first, first + len(slot.lines))
-            first = rows.stop
+            rows = [line.row for line in slot.lines]
             tail = 1 if slot.lines[0].prompt is not None else 0
             if tail:
                 tails += [(row, line.prompt[0]) for row, line in zip(rows, slot.lines, strict=True)]  # type: ignore[index]
@@ -121,7 +120,7 @@ class Chooser:
                     texts.add(slot.ids[-1], 0, rows, 0)
                 wanted.append([0])
                 width = max(width, 1)
-        shape = (first, width, self.width)
+        shape = (sum(len(slot.lines) for slot in slots), width, self.width)
         stream = torch.zeros(shape, dtype=self.dtype, device=self.device)
         for row, tensor in tails:
             stream[row, 0] = tensor
@@ -140,30 +139,23 @@ class Chooser:
 
     def choose(self, slots: Sequence[Slot], feeds: Feeds, hidden: Tensor) -> None:
         """Give each slot what it takes from the hidden states [A, t, C]; what fails in one stays there."""
-        groups: dict[Any, list[tuple[int, int]]] = defaultdict(list)
-        first = 0
-        for number, slot in enumerate(slots):
-            if isinstance(slot, CodeSlot):
-                groups[slot.request.sampling].append((number, first))
-            else:
-                assert isinstance(slot, TextSlot)
-                groups[slot.request.sampling.filters].append((number, first))
-            first += len(slot.lines)
+        groups: dict[Any, list[tuple[Any, list[int]]]] = defaultdict(list)
+        for slot, wanted in zip(slots, feeds.wanted, strict=True):
+            sampling = slot.ticket.request.sampling  # type: ignore[attr-defined]
+            groups[sampling if isinstance(slot, CodeSlot) else sampling.filters].append((slot, wanted))
         for sampling, members in groups.items():
-            own = [(slots[number], row, feeds.wanted[number]) for number, row in members]
-            if isinstance(own[0][0], CodeSlot):
-                self._choose_codes(own, hidden, sampling)
+            if isinstance(members[0][0], CodeSlot):
+                self._choose_codes(members, hidden, sampling)
             else:
-                self._choose_tokens(own, hidden, sampling)
+                self._choose_tokens([slot for slot, _ in members], hidden, sampling)
 
-    def _choose_codes(self, members: list[tuple[Any, int, list[int]]], hidden: Tensor, sampling: Any) -> None:
+    def _choose_codes(self, members: list[tuple[Any, list[int]]], hidden: Tensor, sampling: Any) -> None:
         """Choose the codes of drawings that are sampled alike."""
         filters, scale = filters_of(sampling), sampling.guidance_scale
         guided = len(members[0][0].lines) == 2
-        rows = [row for _, row, wanted in members for _ in wanted]
-        columns = [column for _, _, wanted in members for column in wanted]
-        if guided:
-            rows, columns = rows + [row + 1 for row in rows], columns * 2
+        kinds = range(1 + guided)  # those that follow the prompt, those that guidance steers away from
+        rows = [slot.lines[kind].row for kind in kinds for slot, wanted in members for _ in wanted]
+        columns = [column for _ in kinds for _, wanted in members for column in wanted]
         where = torch.tensor([rows, columns], device=hidden.device)
         logits = self.model.code_logits(hidden[where[0], where[1]]).float()
         conditional, unconditional = logits.chunk(2) if guided else (logits, None)
@@ -172,14 +164,14 @@ class Chooser:
             error = logits_error(conditional, unconditional, scale)
         guided_logits = conditional if unconditional is None else guide(conditional, unconditional, scale)
         noise = (
-            [one for slot, _, wanted in members for one in slot.noise(len(slot.codes), len(wanted))]
+            [one for slot, wanted in members for one in slot.noise(len(slot.codes), len(wanted))]
             if filters.temperature
             else []
         )
         choice = choose(guided_logits, _stacked(noise, hidden), filters, error)
         chosen, near = choice.chosen.tolist(), choice.near.tolist()
         start = 0
-        for slot, _, wanted in members:
+        for slot, wanted in members:
             part = slice(start, start + len(wanted))
             start = part.stop
             with failing_alone(slot.ticket):
@@ -210,32 +202,29 @@ class Chooser:
         noise = slot.noise(len(slot.codes), len(further) + 1)[-1:] if filters.temperature else []
         return int(choose(guided, _stacked(noise, guided), filters).chosen)
 
-    def _choose_tokens(
-        self, members: list[tuple[Any, int, list[int]]], hidden: Tensor, filters: Filters
-    ) -> None:
+    def _choose_tokens(self, slots: Sequence[Any], hidden: Tensor, filters: Filters) -> None:
         """Choose the tokens of answers that are filtered alike."""
-        rows = torch.tensor([row for _, row, _ in members], device=hidden.device)
+        rows = torch.tensor([slot.lines[0].row for slot in slots], device=hidden.device)
         logits: Tensor = self.model.decoder.get_output_embeddings()(hidden[rows, 0]).float()
         error = logits_error(logits, None, 1.0) if self.exact is not None else 0.0
-        if not all(slot.plain for slot, _, _ in members):
-            logits = torch.stack(
-                [slot.adjust(row) for (slot, _, _), row in zip(members, logits, strict=True)]
-            )
-        noise = [slot.noise(len(slot.ids), 1)[0] for slot, _, _ in members] if filters.temperature else []
+        for row, slot in enumerate(slots):
+            if not slot.plain:
+                with failing_alone(slot.ticket):
+                    logits[row] = slot.adjust(logits[row])
+        noise = [slot.noise(len(slot.ids), 1)[0] for slot in slots] if filters.temperature else []
         choice: Choice = choose(logits, _stacked(noise, hidden), filters, error)
-        for (slot, _, _), token, near in zip(
-            members, choice.chosen.tolist(), choice.near.tolist(), strict=True
-        ):
-            with failing_alone(slot.ticket):
-                slot.accept(self._exact_token(slot, filters) if near else token)
+        chosen, near = choice.chosen.tolist(), choice.near.tolist()
+        for slot, token, close in zip(slots, chosen, near, strict=True):
+            if not slot.ticket.done:
+                with failing_alone(slot.ticket):
+                    slot.accept(self._exact_token(slot, filters) if close else token)
 
     def _exact_token(self, slot: TextSlot, filters: Filters) -> int:
         """Return the next token of an answer."""
         assert self.exact is not None
         line = slot.lines[0]
-        logits = self.exact.text_logits(
-            self.exact.hidden(ExactRow(line.ids + slot.ids, line.images, None, []))
-        )
+        row = ExactRow(line.ids[: line.prompt_length] + slot.ids, line.images, None, [])
+        logits = self.exact.text_logits(self.exact.hidden(row))
         noise = slot.noise(len(slot.ids), 1) if filters.temperature else []
         return int(choose(slot.adjust(logits)[None], _stacked(noise, logits), filters).chosen)
 

@@ -164,7 +164,7 @@ def _thresholds(
 
 def logits_error(conditional: Tensor, unconditional: Tensor | None, scale: float) -> Tensor:
     """Return how far guided float32 logits [P, 1] may be from exact ones, by the size of their rows [P, K]."""
-    size = torch.linalg.vector_norm(conditional, math.inf, -1, keepdim=True)
+    size: Tensor = torch.linalg.vector_norm(conditional, math.inf, -1, keepdim=True)
     if unconditional is not None:
         other = torch.linalg.vector_norm(unconditional, math.inf, -1, keepdim=True)
         size = abs(scale) * size + abs(1 - scale) * other

@@ -27,7 +27,8 @@ class SlotRow:
     """One row of the cache.
 
     Args:
-        ids: of its prompt.
+        ids: of its prompt, and of what has been generated before, if it starts anew.
+        prompt_length: tokens of the prompt among them.
         images: what it sees.
         tokens: the prompt with what images hold in their places, by which its beginning is known again.
 
@@ -39,8 +40,10 @@ class SlotRow:
         prompt: the stream of the prompt [t, C] behind `filled`, until it has been read.
     """
 
-    def __init__(self, ids: list[int], images: Images | None, tokens: tuple[Hashable, ...]) -> None:
-        self.ids, self.images, self.tokens = ids, images, tokens
+    def __init__(
+        self, ids: list[int], prompt_length: int, images: Images | None, tokens: tuple[Hashable, ...]
+    ) -> None:
+        self.ids, self.prompt_length, self.images, self.tokens = ids, prompt_length, images, tokens
         self.row = -1
         self.started = False
         self.reserved = self.filled = 0

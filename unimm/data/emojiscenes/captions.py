@@ -19,7 +19,7 @@ from unimm.sampling.text import generate_text
 
 def held_out_prompts(count: int) -> list[str]:
     """Captions of the first `count` held-out scenes."""
-    scenes = EmojiScenes("seen", 7, 64, 64, ("single",))
+    scenes = EmojiScenes("seen", 7, 64, max(count, 64), ("single",))
     return [scenes[i].captions()[0] for i in range(count)]
 
 
