@@ -85,6 +85,7 @@ def test_the_shipped_tokenizer_gives_64_codes() -> None:
         ("deepspeed.zero_optimization.stage=3", "stage: a tokenizer's weights are not sharded"),
         ("loss.perceptual.network=lpips:vgg16", "'lpips:vgg16': expected one of lpips:vgg"),
         ("stages[0].mixture.scense=1", r"stages\[0\].mixture.scense: unknown kind; .*did you mean"),
+        ("stages[1].mixture={}", r"stages\[1\].mixture: no data; give data.sources, or {scenes: 1} here"),
         ("model.image_size=36", "model.image_size: expected a multiple of the stride 8"),
         ("model.block_out_channels=[16, 18]", r"model.block_out_channels\[1\]: expected a multiple of norm"),
         ("stages[1].options.augment=0.5", r"stages\[1\].options: augment: unknown key; did you mean"),

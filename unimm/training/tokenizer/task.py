@@ -62,7 +62,7 @@ class ImageSection(Section):
 class Data(Section):
     """Images trained on; `Stage.mixture` says how much of each kind and source.
 
-    Where it is empty, all sources in equal shares, or scenes alone if there are none.
+    Where it is empty, all sources in equal shares.
     """
 
     augmented: Proportion = 0.5
@@ -207,6 +207,9 @@ class TokenizerRecipe(BaseRecipe):
         known = (*IMAGE_KINDS, *self.data.sources)
         for number, stage in enumerate(self.stages):
             validate(TokenizerOptions, stage.options, f"{self.source}: stages[{number}].options")
+            if not self.mixture(stage):
+                message = "no data; give data.sources, or {scenes: 1} here for the built-in scenes"
+                raise self.error(f"stages[{number}].mixture", message)
             for kind in stage.mixture:
                 if kind not in known:
                     key = f"stages[{number}].mixture.{kind}"
@@ -214,6 +217,10 @@ class TokenizerRecipe(BaseRecipe):
         config = ImageTokenizerConfig(**self.model.model_dump())
         self.say_unread(self.data.sources)
         return TokenizerTask(self, config)
+
+    def mixture(self, stage: Stage) -> dict[str, float]:
+        """A stage's mixture over `IMAGE_KINDS` and sources; where it has none, all sources in equal shares."""
+        return stage.mixture or dict.fromkeys(self.data.sources, 1.0)
 
 
 class TokenizerTraining(nn.Module):
@@ -269,7 +276,7 @@ class TokenizerTask:
             UserError: a source has no images, or cannot be read.
         """
         data, size = self.recipe.data, self.config.image_size
-        mixture = stage.mixture or dict.fromkeys(data.sources, 1.0) or {"scenes": 1.0}
+        mixture = self.recipe.mixture(stage)
         options = validate(TokenizerOptions, stage.options, f"stage {stage.name}: options")
         share = data.augmented if options.augmented is None else options.augmented
         kinds = {name: part for name, part in mixture.items() if name in IMAGE_KINDS}
@@ -352,7 +359,7 @@ class TokenizerTask:
 
     def epochs(self, stage: Stage, samples: int) -> dict[str, float]:
         """Passes through each source of one's own."""
-        mixture = stage.mixture or dict.fromkeys(self.trained, 1.0)
+        mixture = self.recipe.mixture(stage)
         total = sum(mixture.values())
         return {
             name: samples * mixture[name] / total / len(indices)
