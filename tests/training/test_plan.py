@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
 from unimm.errors import UserError
+from unimm.locate import embedded_model
 from unimm.recipes import find_recipe
 from unimm.training.model_builder import describe_model
 from unimm.training.plan import Here, Machines, plan, state_bytes, this_machine
@@ -112,3 +114,14 @@ def test_this_machine_has_memory() -> None:
 def test_a_group_that_is_not_there_is_named() -> None:
     with pytest.raises(UserError, match=r"stages\[0\]\.lr\.vision: no such group of weights"):
         plan(recipe("emu3", "stages[0].lr={vision: 1.0}"), Machines(gpus=8, memory=80))
+
+
+def test_a_plan_reads_no_weights_of_the_model_that_it_starts_from(tmp_path: Path) -> None:
+    for file in embedded_model().glob("*.json"):
+        shutil.copy(file, tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+    here, given = (
+        plan(recipe("finetune-folder", f"model.pretrained={source}"), Machines(gpus=8, memory=80))
+        for source in (tmp_path, "embedded")
+    )
+    assert here == given

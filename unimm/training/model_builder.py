@@ -173,7 +173,10 @@ class Assembly:
         self.renewed: list[int] = []  # tokens whose rows `build` gave new values
         self.image_tokenizer: Any = None
         self._vision_weights: dict[str, Tensor] | None = None
-        if self.section.pretrained is not None:
+        if self.section.pretrained is not None and not weights:
+            with locate(self.section.pretrained, weights=False) as checkpoint:
+                self.config, self.processor = checkpoint.config, checkpoint.processor
+        elif self.section.pretrained is not None:
             um = _load(self.section.pretrained)
             self.config, self.processor, self._whole = um.model.config, um.processor, um.model
             self.image_tokenizer = copy.deepcopy(um.model.image_tokenizer)
