@@ -66,8 +66,10 @@ def write_pairs(folder: Path, workload: str, count: int) -> Path:
     lines: list[dict[str, Any]] = []
     if workload != "captions":
         images = np.stack([scenes[index].render() for index in range(count + 1)])
+        tokenizer = unimm.load(device="cpu").image_tokenizer
+        assert tokenizer is not None
         with torch.no_grad():
-            codes = unimm.load(device="cpu").image_tokenizer.encode(to_tensor(images)).tolist()
+            codes = tokenizer.encode(to_tensor(images)).tolist()
         for index in range(count):
             sides = {"chosen": {"codes": codes[index]}, "rejected": {"codes": codes[index + 1]}}
             lines.append({"prompt": scenes[index].captions()[0], **sides})

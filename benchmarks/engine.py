@@ -159,8 +159,9 @@ def words(options: argparse.Namespace, batches: Sequence[int]) -> dict[str, floa
                 theirs.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
 
             def by_ours(tokens: int, engine: Engine = engine, asked: Any = asked, batch: int = batch) -> None:
+                ids, seen = asked
                 sampling = TextSampling(max_new_tokens=tokens, min_new_tokens=tokens)
-                engine.run([TextRequest(*asked, sampling=sampling) for _ in range(batch)])
+                engine.run([TextRequest(ids, seen, sampling=sampling) for _ in range(batch)])
 
             their_token, our_token = token_times([by_theirs, by_ours])
             found[f"batch {batch}"] = our_token / their_token

@@ -35,11 +35,13 @@ from unimm.data.emojiscenes.concepts import ARTWORK_FAMILIES, BACKGROUNDS, with_
 from unimm.data.emojiscenes.scenes import CANVAS, LATTICE, Placed, Scene
 from unimm.evaluation.emojiscenes.drawing import reconstruct
 from unimm.evaluation.emojiscenes.judge import Judge, fit_probe
-from unimm.evaluation.emojiscenes.pixels import Box, Pixels, background_name, cut_out, find_objects
+from unimm.evaluation.emojiscenes.pixels import Box, background_name, cut_out, find_objects
 from unimm.evaluation.recipe import JudgeSection
+from unimm.images import Pixels
 from unimm.pipeline import UniMM
 from unimm.recipes import find_recipe
 from unimm.training.recipe import load_recipe
+from unimm.training.tasks.unified import UnifiedRecipe
 from unimm.training.trainer import train
 
 SIDES = (32, 40, 48)  # pixels of an object
@@ -95,7 +97,7 @@ class ThingJudge(Judge):
 
     def _fit(self) -> tuple[Tensor, Tensor]:
         scenes = make_scenes(self.things, self.section.renders, seed=2)
-        np.random.default_rng(2).shuffle(scenes)  # type: ignore[arg-type]
+        np.random.default_rng(2).shuffle(scenes)
         labels = torch.tensor([self.things.index(scene.concept) for scene in scenes])
         images = [scene.render() for scene in scenes]
         images[1::2] = reconstruct(self.um, images[1::2])
@@ -170,6 +172,7 @@ def main() -> None:
         if not images.exists():
             write_folder(images, trained)
         recipe = load_recipe(find_recipe(options.recipe), options.overrides)
+        assert isinstance(recipe, UnifiedRecipe), f"{options.recipe}: not a recipe of the task unified"
         paths = [f"data.sources.{name}.path={images}" for name in recipe.data.sources]
         paths.append("data.validation=null")  # all are trained on: what is held out here is drawn anew
         recipe = load_recipe(find_recipe(options.recipe), [*paths, f"output={place}/run", *options.overrides])

@@ -16,7 +16,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ def make_checkpoint(
         image_token_id=vocabulary["<image_placeholder>"],
         tie_word_embeddings=False,
     )  # fmt: skip
-    model = JanusForConditionalGeneration(config).eval()
+    model: JanusForConditionalGeneration = JanusForConditionalGeneration(config).eval()
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -93,7 +93,7 @@ def make_checkpoint(
     return model
 
 
-def compare(name: str, calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:
+def compare(name: str, calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:
     """Time two calls in turn, after one unmeasured call each; the ratio is the second's seconds by the first's."""
     seconds: dict[str, list[float]] = {label: [] for label in calls}
     for round_number in range(rounds + 1):
@@ -139,9 +139,9 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
             def draw_theirs(ids: torch.Tensor = ids, mask: torch.Tensor = mask) -> torch.Tensor:
                 length = ids.shape[1] + 64
-                codes = theirs.generate(
-                    input_ids=ids, attention_mask=mask, generation_mode="image", guidance_scale=5.0,
-                    do_sample=False, max_length=length,
+                codes: torch.Tensor = theirs.generate(
+                    input_ids=ids, attention_mask=mask, generation_mode="image",  # type: ignore[arg-type]
+                    guidance_scale=5.0, do_sample=False, max_length=length,
                 )  # fmt: skip
                 theirs.decode_image_tokens(codes)
                 return codes

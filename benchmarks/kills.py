@@ -90,7 +90,7 @@ def launch(recipe: Path) -> subprocess.Popen[bytes]:
 
 def workers(launcher: int) -> dict[str, int]:
     """The launcher's processes by name ("rank 0"), those that are there already."""
-    found = {}
+    found: dict[str, int] = {}
     with suppress(OSError):  # the launcher, or another child of it, has just ended
         for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
             variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")

@@ -24,13 +24,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from unimm.data.samples import SampleBuilder
 from unimm.data.sources import Reading
 from unimm.data.sources.tar_scan import BLOCK
 from unimm.data.sources.tars import MANY, TarCounts, TarShards
 from unimm.loading import load_processor
 from unimm.training.batches import mix, read_step
 from unimm.training.recipe import Stage
-from unimm.training.records import BadItems, RecordSamples, SourceSection
+from unimm.training.records import BadItems, RecordSamples
 
 SHARES = {"talks": 5, "words": 1, "art": 4}
 SHARD_SHARES = {"talks": 0.5, "words": 0.1, "art": 0.4}  # of the shards
@@ -41,7 +42,7 @@ EACH = 8  # samples of a rank in a step
 class Places(RecordSamples):
     """The samples of a source, of which only the place is read: source, shard and sample within it."""
 
-    def sample(self, index: int, choice: int, blank: bool) -> dict[str, Any]:
+    def sample(self, index: int, request: int, drop_prompt: bool) -> dict[str, Any]:
         """Where a record lies."""
         assert isinstance(self.source, TarShards)
         return {"place": (list(SHARES).index(self.name), *self.source.locate(index))}
@@ -85,10 +86,9 @@ def open_mixture(folder: Path, tars: dict[str, list[Path]]) -> tuple[Any, dict[s
     """Open all sources, as one rank does."""
     sources = {name: TarShards(paths, Reading(), name) for name, paths in tars.items()}
     bad, processor = BadItems(folder / "bad-items.jsonl", 0, "ranks.py"), load_processor()
-    target_size = processor.target_size()
-    samples = {
-        name: Places(name, source, SourceSection(path=name), processor, None, None, target_size, bad, 7, 0.1)
-        for name, source in sources.items()
+    builder = SampleBuilder(processor, processor.target_size(), lambda pixels: pixels)
+    samples: dict[str, Any] = {
+        name: Places(name, source, builder, None, bad, 7, 0.1) for name, source in sources.items()
     }
     return mix(samples, SHARES, 7, shuffle=False), sources
 

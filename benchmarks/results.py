@@ -21,6 +21,7 @@ import unimm
 from unimm.data.emojiscenes.scenes import Split
 from unimm.evaluation import evaluate_recipe
 from unimm.files import atomic_write
+from unimm.models.image_tokenizers.vq import ImageTokenizer
 from unimm.training.tokenizer.evaluate import evaluate_split
 
 ROOT = Path(__file__).parents[1]
@@ -80,6 +81,9 @@ def _kept(path: Path) -> Any:
 def measure_tokenizer(model: str | None) -> dict[str, Any]:
     """Reconstruct held-out scenes of each split with the model's image tokenizer."""
     tokenizer = unimm.load(model).image_tokenizer
+    assert isinstance(tokenizer, ImageTokenizer), (
+        f"{model}: only models with an image tokenizer of unimm's make"
+    )
     return {split: evaluate_split(tokenizer, split, TOKENIZER_SAMPLES, TOKENIZER_SEED) for split in SPLITS}
 
 
@@ -141,7 +145,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def _mean(logged: Iterable[dict[str, Any]], key: str, step: int) -> float:
     """The mean of what was logged in the last steps up to `step`."""
-    values = [line[key] for line in logged if step - STEPS < line["step"] <= step]
+    values: list[float] = [line[key] for line in logged if step - STEPS < line["step"] <= step]
     return sum(values) / len(values)
 
 

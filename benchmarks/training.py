@@ -319,8 +319,7 @@ def run_alone(name: str, recipe: UnifiedRecipe, steps: int) -> None:
 
     before = memory()
     with ExitStack() as stack:
-        side = {"unimm": Ours, "plain": Plain}[name](recipe, stack)
-        Timed(side).round(steps)
+        Timed(Ours(recipe, stack) if name == Ours.name else Plain(recipe, stack)).round(steps)
         print(json.dumps({"peak": memory(), "above": memory() - before}))
 
 
