@@ -1,10 +1,11 @@
-"""DPO on words: preferences for short, plain captions over long ones; how long are captions then, and how right?
+"""DPO on text: short, plain captions are preferred to long ones; how long are captions then, and how often right?
 
     python benchmarks/captions_dpo.py                        # training/dpo-captions.yaml on the embedded model
     python benchmarks/captions_dpo.py stages[0].steps=50     # any key of the recipe
 
-Every preference is a training scene with its plainest caption over one of its longer ones. Prints, on held-out scenes,
-the mean number of words before, after, and of the preferred captions; and the share of single objects named rightly.
+Every pair is a training scene with its shortest caption as the chosen one and a longer one as the rejected one. Prints,
+on held-out scenes, the mean number of words before, after, and of the chosen captions; and the share of single objects
+named correctly.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from unimm.recipes import find_recipe
 from unimm.training.recipe import load_recipe
 from unimm.training.trainer import train
 
-SEED, HELD_OUT_SEED = 2000, 1  # scenes to learn from, scenes to measure on
+SEED, HELD_OUT_SEED = 2000, 1  # scenes to train on, scenes to measure on
 
 
 def words(text: str) -> int:
@@ -41,7 +42,7 @@ def plainest(scene: Scene) -> str:
 
 
 def write_pairs(folder: Path, count: int) -> Path:
-    """Write scenes and the preferences about their captions."""
+    """Write scenes and pairs of their captions."""
     folder.mkdir(parents=True, exist_ok=True)
     scenes, rng = EmojiScenes("train", SEED), np.random.default_rng(SEED)
     lines = []
@@ -60,14 +61,14 @@ def write_pairs(folder: Path, count: int) -> Path:
 
 
 def measure(name: str, um: UniMM, samples: int) -> float:
-    """Print the mean length of captions and the share of objects named rightly; give the length."""
+    """Print the mean length of captions and the share of objects named correctly; return the length."""
     scenes = EmojiScenes("seen", HELD_OUT_SEED, length=samples)
     said = um.caption([Image.fromarray(scene.render()) for scene in scenes])
     length = float(np.mean([words(text) for text in said]))
     naming = evaluate_naming(um, Naming(samples=samples, splits=["seen", "composed"]), HELD_OUT_SEED)
     rates = "   ".join(f"{split} {figures['both']['rate']:.1%}" for split, figures in naming.items())
     print(
-        f"{name:<8} {length:.2f} words a caption   named rightly: {rates} ({samples} each)   e.g. {said[0]!r}"
+        f"{name:<8} {length:.2f} words a caption   named correctly: {rates} ({samples} each)   e.g. {said[0]!r}"
     )
     return length
 

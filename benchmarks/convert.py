@@ -2,7 +2,7 @@
 
     python benchmarks/convert.py            # --layers 6 for a quicker look
 
-Prints, for each conversion, the process's peak memory, beside that of importing the same code and the largest shard.
+Prints the peak memory of each conversion's process, that of importing the same code alone, and the largest shard.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SHARD = "1GB"
 
 
 def make_checkpoint(folder: Path, layers: int) -> None:
-    """Write a Janus of Janus-Pro-1B's width in shards; what the weights are does not matter here."""
+    """Write a Janus as wide as Janus-Pro-1B, in shards; the values of the weights do not matter here."""
     trained = train_text_tokenizer(["a red apple"], 300)
     names = {"bos_token": trained.bos_token, "eos_token": trained.eos_token, "pad_token": trained.pad_token}
     text_tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained.backend_tokenizer, **names)

@@ -1,14 +1,14 @@
-"""DPO with a precomputed reference and with a copied one: pairs a second by the same steps, in turn.
+"""DPO with a precomputed reference and with a frozen copy: pairs a second on the same steps, in turn.
 
     python benchmarks/dpo.py                     # drawings, captions, drawings with adapters
     python benchmarks/dpo.py drawings --rounds 9
     python benchmarks/dpo.py drawings adapters --width 2048 --pairs 130 --rounds 3 --steps 1  # as wide as Janus-Pro-1B
 
-Both train the embedded model, or one of random weights with a decoder as wide as is said, on the same pairs, in the
-recipes' batches: of 64 codes behind their prompt, or an image with two captions; all weights of the decoder, or
-adapters (LoRA) in it. The one reads the reference's log-probabilities, taken once before the first step (its seconds
-are given apart, since they are paid back over the passes through the data), the other runs a frozen copy in every step.
-That their losses agree is checked in every step.
+Both train the embedded model, or one with random weights and a decoder of the width given, on the same pairs, in the
+recipes' batches: 64 codes after their prompt, or an image with two captions; all weights of the decoder, or adapters
+(LoRA) in it. One reads the reference's log-probabilities, precomputed before the first step (those seconds are printed
+apart, since they are spent once for all epochs); the other runs a frozen copy in every step. Every step checks that the
+two losses agree.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ CPU = torch.device("cpu")
 
 
 def write_model(folder: Path, width: int, layers: int) -> None:
-    """Write a model of random weights: the embedded one's config, but for the size of its decoder."""
+    """Write a model with random weights: the embedded one's config, but for the size of its decoder."""
     um = unimm.load(device="cpu")
     config = copy.deepcopy(um.model.config)
     heads = max(width // 128, 1)
@@ -120,7 +120,7 @@ class Side:
 
 
 def compare(workload: str, pairs: int, rounds: int, steps: int, model: Path | None) -> None:
-    """Let both kinds of reference take turns on the same pairs, and print."""
+    """Let both kinds of reference take turns on the same pairs, and print the results."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         file = write_pairs(folder, workload, pairs)
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="in a round")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--width", type=int, help="of the decoder, in a model of random weights")
+    parser.add_argument("--width", type=int, help="of the decoder, in a model with random weights")
     parser.add_argument("--layers", type=int, default=2, help="of that decoder, with --width")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -1,4 +1,4 @@
-"""Fine-tuning on one's own images of things that the model has no words for: does it name them, does it draw them?
+"""Fine-tuning on images of things that the model does not know: does it name them, does it draw them?
 
     python benchmarks/finetune.py                                    # training/finetune-folder.yaml on 60 images
     python benchmarks/finetune.py --images 1000 --things 50
@@ -8,9 +8,9 @@
 The images are single objects of the EmojiScenes artwork that no scene has, on its plain backgrounds, captioned in a
 wording that no scene has, written as a folder with `metadata.jsonl`. The held-out ones are other layouts of the same
 things. Prints how many captions name the thing, of images trained on and held out, and in how many drawings of the
-held-out captions the background and the thing are right, as the model draws by itself and at guidance 5; before
-training and after. The thing is judged by a probe on frozen features, half of whose images went through the image
-tokenizer. Needs the extra `eval`, and `lora` for lora-folder.
+held-out captions the background and the thing are right, with the model's own sampling options and at guidance 5;
+before training and after. The thing is judged by a probe on frozen features, half of whose images went through the
+image tokenizer. Needs the extra `eval`, and `lora` for lora-folder.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ THINGS = (
     "rainbow", "baseball", "basketball", "glasses", "dress", "handbag", "backpack", "lipstick", "ring", "megaphone",
     "radio", "saxophone", "trumpet", "laptop", "television", "candle", "scroll", "envelope", "scissors", "microscope",
 )  # fmt: skip
-COLUMNS = ("", "named", "held out", "ground", "thing", "ground, 5", "thing, 5")
+COLUMNS = ("", "named", "held out", "background", "thing", "background, 5", "thing, 5")
 PLAIN = {"guidance_scale": 5.0, "temperature": 1.0}
 Row: TypeAlias = tuple[str, ...]
 WORDING = "a sticker of {a_thing}, {background} behind it"
@@ -73,12 +73,12 @@ def make_scenes(things: Sequence[str], count: int, seed: int) -> list[Scene]:
 
 
 def caption(scene: Scene) -> str:
-    """Caption a scene in the wording of its own."""
+    """Caption a scene in a wording that no scene has."""
     return WORDING.format(a_thing=with_article(scene.concept), background=scene.background)
 
 
 def write_folder(folder: Path, scenes: Sequence[Scene]) -> None:
-    """Write scenes and their captions as anybody would keep them."""
+    """Write scenes and their captions as a folder of images with `metadata.jsonl`."""
     folder.mkdir(parents=True)
     lines = []
     for number, scene in enumerate(scenes):
@@ -89,7 +89,7 @@ def write_folder(folder: Path, scenes: Sequence[Scene]) -> None:
 
 
 class ThingJudge(Judge):
-    """Names the things by a probe fitted on renders of them, half of them as the image tokenizer has them."""
+    """Names the things by a probe fitted on renders of them, half of them reconstructed by the image tokenizer."""
 
     def __init__(self, things: Sequence[str], um: UniMM) -> None:
         self.things, self.um = list(things), um
@@ -145,11 +145,11 @@ def measure(
 
 
 def ceiling(um: UniMM, held_out: Sequence[Scene], judge: ThingJudge) -> str:
-    """What the judge makes of the images themselves, and of them through the image tokenizer and back."""
+    """What the judge says of the images themselves, and of their reconstructions by the image tokenizer."""
     images = [scene.render() for scene in held_out]
     found = [judge.right(held_out, shown) for shown in (images, reconstruct(um, images))]
     words = [f"{ground}/{len(held_out)} and {thing}/{len(held_out)}" for ground, thing in found]
-    return f"background and thing in the images themselves {words[0]}, as the image tokenizer has them {words[1]}"
+    return f"background and thing in the images themselves {words[0]}, reconstructed {words[1]}"
 
 
 def main() -> None:

@@ -1,11 +1,11 @@
-"""Janus drawn and captioned by unimm and by transformers: the same random weights, one after the other, one run.
+"""Drawing and captioning with Janus, by unimm and by transformers: the same random weights, in turn, in one run.
 
     python benchmarks/janus.py                     # about 7M parameters, 64 x 64 pixels, batches 1 and 4
     python benchmarks/janus.py --width 2048 --layers 24 --intermediate 5632 --batches 1 --rounds 1   # Janus-Pro-1B's
     python benchmarks/janus.py --width 2048 --layers 24 --intermediate 5632 --batches 1 --rounds 1 --int8
 
-Prints the median seconds of each and the ratio unimm / transformers; greedy codes are checked to be equal first. With
-`--int8` it is unimm with int8 weights beside unimm with float32 ones, and what that does to the logits.
+Prints the median seconds of each and the ratio unimm / transformers; it first checks that greedy codes are equal. With
+`--int8` it compares unimm with int8 weights to unimm with float32 ones, in time and in logits.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ ANSWER = 32  # tokens of a caption
 
 
 def make_checkpoint(
-    folder: Path, options: argparse.Namespace, texts: Sequence[str] = PROMPTS, words: int = 300
+    folder: Path, options: argparse.Namespace, texts: Sequence[str] = PROMPTS, tokens: int = 300
 ) -> JanusForConditionalGeneration:
-    """Write a Janus of random weights in transformers' layout, with a text tokenizer of so many words for texts."""
+    """Write a Janus with random weights in transformers' layout, with a text tokenizer of `texts`."""
     torch.manual_seed(0)
-    trained = train_text_tokenizer(list(texts), words)
+    trained = train_text_tokenizer(list(texts), tokens)
     names = {"bos_token": trained.bos_token, "eos_token": trained.eos_token, "pad_token": trained.pad_token}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained.backend_tokenizer, **names)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|User|>", "<|Assistant|>"]})
@@ -94,7 +94,7 @@ def make_checkpoint(
 
 
 def compare(name: str, calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:
-    """Time two calls in turn, after one unmeasured call each; the ratio is the second's seconds by the first's."""
+    """Time two calls in turn, after a warm-up call each; the ratio is the second's seconds over the first's."""
     seconds: dict[str, list[float]] = {label: [] for label in calls}
     for round_number in range(rounds + 1):
         for label, call in calls.items():
@@ -113,12 +113,12 @@ def prompts_of(batch: int) -> list[str]:
 
 
 def caption_inputs(um: UniMM, batch: int) -> Any:
-    """Return one question about an image, several times."""
+    """Return the same question about an image, `batch` times."""
     return um.processor(["what"] * batch, [[Image.new("RGB", (64, 64), "red")]] * batch)
 
 
 def caption(um: UniMM, batch: int) -> None:
-    """Answer the same questions, each anew: what was read before is not used."""
+    """Answer the same questions, each from its first token: no prefix is reused."""
     um.engine.limits = dataclasses.replace(um.engine.limits, prefix_tokens=0)
     um.engine.prefixes.max_tokens = 0
     sampling = TextSampling(max_new_tokens=ANSWER, min_new_tokens=ANSWER)

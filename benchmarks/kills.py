@@ -3,11 +3,11 @@
     python benchmarks/kills.py                       # 20 kills
     python benchmarks/kills.py --zero 2 --seed 1
 
-Trains the small regression of the tests (two stages, dropout, moving averages) under torchrun, with checkpoints of
-60 MB every three steps. One process drawn by lot (rank 0, rank 1 or the launcher) gets SIGKILL, at moments drawn
-beforehand: some in starting up, some at any time after a step, some once the next checkpoint is being written. What is
-left is ended, every checkpoint that has its name is read, and the same command is given again. At the end all tensors
-are compared, bit by bit, with those of a run that was left alone.
+Trains the small regression of the tests (two stages, dropout, moving averages) under torchrun, with checkpoints of 60
+MB every three steps. One process chosen at random (rank 0, rank 1 or the launcher) gets SIGKILL, at moments chosen
+beforehand: some during start-up, some at any time after a step, some while the next checkpoint is being written. What
+is left is ended, every checkpoint under its final name is read, and the same command is run again. At the end all
+tensors are compared, bit by bit, with those of a run that was left alone.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ ROOT = Path(__file__).parents[1]
 WORKER = ROOT / "tests" / "training" / "run_recipes.py"
 WIDTH = 300_000  # of the hidden layer: 60 MB a checkpoint
 EVERY = 3  # steps between checkpoints
-AT_START, SAVING = 0.2, 0.4  # shares of kills that fall into starting up and into saving
+AT_START, SAVING = 0.2, 0.4  # shares of kills during start-up and while saving
 WRITING = 0.05  # seconds within which such a kill follows the start of the writing
 PATIENCE = 60.0  # seconds that the other processes have to notice
 
 
 @dataclass
 class Kill:
-    """When a kill is to come: seconds after the launch (no step), after a step, or after a saving has begun then."""
+    """When a kill is due: seconds after the launch (no step), after a step, or after the next checkpoint is begun."""
 
     victim: str
     step: int | None
@@ -54,7 +54,7 @@ class Kill:
 
 
 def write_recipe(folder: Path, steps: int, zero: int) -> Path:
-    """Write the recipe of a run that is kept in `folder`."""
+    """Write the recipe of a run in `folder`."""
     half = steps // 2
     common = {"batch": 8, "micro_batch": 4}
     stages = [
@@ -110,7 +110,7 @@ def logged_step(folder: Path) -> int:
 
 
 def saved(folder: Path) -> list[Path]:
-    """All checkpoints that have their name, oldest first."""
+    """All checkpoints under their final names, oldest first."""
     return sorted((folder / "out" / "checkpoints").glob("step-*"))
 
 
@@ -120,7 +120,7 @@ def is_saving(folder: Path) -> bool:
 
 
 def wait_for(kill: Kill, run: subprocess.Popen[bytes], folder: Path) -> None:
-    """Sleep until a kill is due: after its processes are there, or its step and a checkpoint of this try are."""
+    """Sleep until a kill is due: once the processes run, or the step and a checkpoint of this try are there."""
     before = {path.name for path in saved(folder)}
 
     def due() -> bool:
@@ -138,7 +138,7 @@ def wait_for(kill: Kill, run: subprocess.Popen[bytes], folder: Path) -> None:
 
 
 def strike(kill: Kill, run: subprocess.Popen[bytes], folder: Path) -> bool:
-    """Kill one process; the others may notice, and are ended where they do not (as a cluster would).
+    """Kill one process; the others may notice, and are killed where they do not (as a cluster would).
 
     Returns:
         Whether a checkpoint was being written at that moment.
@@ -159,7 +159,7 @@ def strike(kill: Kill, run: subprocess.Popen[bytes], folder: Path) -> bool:
 
 
 def undisturbed(recipe: Path) -> tuple[float, float]:
-    """Let a run end; the seconds that it took to start (with the first checkpoint), and for the next ones each."""
+    """Let a run end; return its seconds to start (up to the first checkpoint), and for each of the next checkpoints."""
     run, folder = launch(recipe), recipe.parent
     while len(workers(run.pid)) < 2:
         time.sleep(0.01)
@@ -173,7 +173,7 @@ def undisturbed(recipe: Path) -> tuple[float, float]:
 
 
 def draw_kills(count: int, steps: int, starting: float, period: float, seed: int) -> list[Kill]:
-    """Draw victims and moments; the steps are in order."""
+    """Choose victims and moments at random; the steps are in order."""
     chance = random.Random(seed)
     kinds = ["starting"] * round(count * AT_START) + ["saving"] * round(count * SAVING)
     kinds += ["running"] * (count - len(kinds))
@@ -192,7 +192,7 @@ def draw_kills(count: int, steps: int, starting: float, period: float, seed: int
 
 
 def unreadable(folder: Path) -> list[str]:
-    """Read every checkpoint that has its name; those that do not read, and why."""
+    """Read every checkpoint under its final name; return those that cannot be read, and why."""
     faults = []
     for path in saved(folder):
         try:
@@ -203,7 +203,7 @@ def unreadable(folder: Path) -> list[str]:
 
 
 def differences(one: Path, two: Path) -> list[str]:
-    """Tensors of the exports and of the last checkpoints that are not the same, bit by bit."""
+    """Tensors of the exports and of the last checkpoints that differ in any bit."""
     pairs = [(one / "out" / "export" / "w.safetensors", two / "out" / "export" / "w.safetensors")]
     pairs += [
         (saved(one)[-1] / f"{part}.safetensors", saved(two)[-1] / f"{part}.safetensors")
@@ -254,7 +254,7 @@ def main() -> None:
     print(
         f"{options.kills} kills, {hits} while a checkpoint was written, {cut} of which left half of one behind"
     )
-    print(f"checkpoints that do not read: {len(faults)}")
+    print(f"checkpoints that cannot be read: {len(faults)}")
     print("\n".join(faults + found) or "all tensors of export and last checkpoint are equal, bit by bit")
     sys.exit(bool(faults or found))
 

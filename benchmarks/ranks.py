@@ -1,13 +1,13 @@
-"""1,024 ranks with 8 workers each on 100,000 shards: is every sample read once, and how fast is any place found again?
+"""1,024 ranks with 8 workers each on 100,000 shards: is every sample read once, and how fast does a rank resume?
 
     python benchmarks/ranks.py
     python benchmarks/ranks.py --ranks 64 --shards 5000      # a quick look
 
-No data: the tars are holes, and how many samples each has is told by the index beside them. All the rest is the
-package's own: `TarShards` finds shard and sample, `RecordSamples` shuffles, `mix` mixes, `read_step` shares out. Every
-rank's steps are read (by its workers in turn, each with a source of its own), and every sample is counted. Prints
-samples read twice or lost in each epoch of each source, the largest stray of a source's share in any 1,000 samples,
-what a checkpoint holds of the place in the data, and what a rank takes to resume from the middle.
+No data: the tars are sparse files, and the index beside them says how many samples each has. All the rest is the
+package's own: `TarShards` finds shard and sample, `RecordSamples` shuffles, `mix` interleaves, `read_step` divides.
+Every rank's steps are read (by its workers in turn, each with a source of its own), and every sample is counted. Prints
+samples read twice or lost in each epoch of each source, the largest deviation of a source's share in any 1,000 samples,
+what a checkpoint holds of the place in the data, and how long a rank takes to resume from the middle.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from unimm.training.records import BadItems, RecordSamples
 
 SHARES = {"talks": 5, "words": 1, "art": 4}
 SHARD_SHARES = {"talks": 0.5, "words": 0.1, "art": 0.4}  # of the shards
-SAMPLES = (1, 4)  # in a shard: at least, at most
+SAMPLES = (1, 4)  # in a shard: min and max
 EACH = 8  # samples of a rank in a step
 
 
@@ -49,10 +49,10 @@ class Places(RecordSamples):
 
 
 class Counting:
-    """As much of a task as reading a step needs."""
+    """The part of a task that reading a step needs."""
 
     def length(self, sample: dict[str, Any]) -> int:
-        """All alike."""
+        """The same for all."""
         return 1
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -65,7 +65,7 @@ class Counting:
 
 
 def write_shards(folder: Path, shards: int) -> None:
-    """Make empty tars of each source and the index that says what they would hold."""
+    """Write sparse tars of each source and the index of what they would hold."""
     rng = np.random.default_rng(0)
     for name, share in SHARD_SHARES.items():
         place = folder / name
@@ -75,7 +75,7 @@ def write_shards(folder: Path, shards: int) -> None:
             tar = place / f"{number:06d}.tar"
             samples = int(rng.integers(*SAMPLES, endpoint=True))
             with tar.open("wb") as file:
-                file.truncate(samples * BLOCK)  # a hole in the disk, as long as so many headers
+                file.truncate(samples * BLOCK)  # sparse, as long as that many headers
             state = tar.stat()
             counts.known[tar.name] = (samples, state.st_size, state.st_mtime_ns)
         counts.changed = True
@@ -122,14 +122,14 @@ def count_epochs(places: NDArray[np.int64], sources: dict[str, TarShards]) -> No
         )
 
 
-def largest_stray(places: NDArray[np.int64], window: int = 1000) -> float:
-    """How far a source's share strays from what it should be, in any run of samples."""
-    total, stray = sum(SHARES.values()), 0.0
+def largest_deviation(places: NDArray[np.int64], window: int = 1000) -> float:
+    """Largest deviation of a source's share from the mixture's, in any `window` samples in a row."""
+    total, largest = sum(SHARES.values()), 0.0
     for number, share in enumerate(SHARES.values()):
         before = np.concatenate([[0], np.cumsum(places[:, 0] == number)])
         found = (before[window:] - before[:-window]) / window
-        stray = max(stray, float(np.abs(found - share / total).max()))
-    return stray
+        largest = max(largest, float(np.abs(found - share / total).max()))
+    return largest
 
 
 def main() -> None:
@@ -158,7 +158,9 @@ def main() -> None:
         print(f"{options.ranks} ranks x {options.workers} workers, {stage.steps} steps of {batch} samples")
         # The order of the mixture is that of step, then rank.
         count_epochs(places.reshape(-1, 3), sources)
-        print(f"a share strays at most {largest_stray(places.reshape(-1, 3)):.2%} in any 1,000 samples")
+        print(
+            f"shares deviate by at most {largest_deviation(places.reshape(-1, 3)):.2%} in any 1,000 samples"
+        )
         print(f"{places.size // 3 / seconds:,.0f} samples found a second; opening took {opened:.2f} s")
         middle = stage.steps // 2
         state = json.dumps({"stage": 0, "stage_step": middle, "step": middle})

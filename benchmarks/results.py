@@ -1,11 +1,11 @@
-"""Take every figure of the embedded model and write them into the tables of docs/results/embedded.md.
+"""Measure the embedded model and write the figures into the tables of docs/results/embedded.md.
 
     python benchmarks/results.py                                    # the embedded model
     python benchmarks/results.py --model runs/embedded-pairs/export --curve runs/embedded-pairs
 
-Runs `unimm eval sampling/eval-emojiscenes.yaml` and the figures of `unimm tokenizer eval`, kept in `--output` and not
-taken twice; `--curve RUN` also makes the learning curve of that training run. What stands there between
-`<!-- results: NAME -->` and `<!-- /results -->` is replaced.
+Runs `unimm eval sampling/eval-emojiscenes.yaml` and measures what `unimm tokenizer eval` does; figures that are in
+`--output` already are not measured again. `--curve RUN` also makes the learning curve of that training run. What is
+between `<!-- results: NAME -->` and `<!-- /results -->` on the page is replaced.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ DRAWING = {
     "count": "count",
 }  # fmt: skip
 TOKENIZER_SAMPLES, TOKENIZER_SEED = 2000, 1
-STEPS = 100  # losses of the learning curve are means over so many
+STEPS = 100  # losses of the learning curve are means over so many steps
 
 
 def main() -> None:
-    """Take the figures that are not there yet, then write the tables."""
+    """Measure what has not been measured yet, then write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="folder (default: the embedded model)")
-    parser.add_argument("--output", type=Path, default=Path("runs/results"), help="where figures are kept")
+    parser.add_argument("--output", type=Path, default=Path("runs/results"), help="where figures are stored")
     parser.add_argument(
         "--curve", type=Path, metavar="RUN", help="training run whose learning curve is wanted"
     )
     options = parser.parse_args()
     overrides = [f"output={options.output}", *([f"model={options.model}"] if options.model else [])]
-    report = _kept(options.output / "report.json") or evaluate_recipe(RECIPE, overrides)
+    report = _stored(options.output / "report.json") or evaluate_recipe(RECIPE, overrides)
     if report["model"] != (options.model or "embedded"):
         parser.error(f"{options.output} holds figures of {report['model']}; give another --output")
-    tokenizer = _kept(options.output / "tokenizer.json")
+    tokenizer = _stored(options.output / "tokenizer.json")
     if tokenizer is None:
         tokenizer = measure_tokenizer(options.model)
         with atomic_write(options.output / "tokenizer.json") as path:
@@ -73,7 +73,7 @@ def main() -> None:
         path.write_text(text, encoding="utf-8")
 
 
-def _kept(path: Path) -> Any:
+def _stored(path: Path) -> Any:
     """Figures of an earlier run, or None."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
@@ -94,7 +94,7 @@ def shares(title: str, report: dict[str, Any], names: dict[str, str]) -> list[st
 
 
 def drawing_table(report: dict[str, Any]) -> list[str]:
-    """Drawings beside their ceilings; the renders of one split, since those of the other say the same."""
+    """Drawings beside their ceilings; renders of one split only, since those of the other give the same."""
     columns = ["drawn", "reconstructed", "rendered"]
     heads = [
         f"drawings from captions, guidance {_guidance():g}",
@@ -110,14 +110,14 @@ def drawing_table(report: dict[str, Any]) -> list[str]:
 
 
 def _guidance() -> float:
-    """What the recipe draws with."""
+    """The guidance scale of the recipe."""
     found = re.search(r"guidance_scale: ([\d.]+)", RECIPE.read_text(encoding="utf-8"))
     assert found is not None
     return float(found[1])
 
 
 def tokenizer_table(figures: dict[str, Any]) -> list[str]:
-    """PSNR, SSIM and use of the codes by split."""
+    """PSNR, SSIM and codebook use by split."""
     first = [f"PSNR in dB ({TOKENIZER_SAMPLES} images)", *(f"{figures[s]['psnr']:.1f}" for s in SPLITS)]
     second = ["SSIM", *(f"{figures[s]['ssim']:.2f}" for s in SPLITS)]
     third = ["codebook use", *(f"{figures[s]['codebook_use']:.0%}".replace("%", " %") for s in SPLITS)]

@@ -32,7 +32,7 @@ SCORERS = ("self-vqa", "artwork", "self-vqa*artwork")
 
 
 def draw_groups(um: UniMM, kind: SceneKind, prompts: int, n: int) -> list[list[Candidate]]:
-    """Candidates of each of so many prompts, drawn without guidance."""
+    """Draw `n` candidates of each of `prompts` prompts, without guidance."""
     asked = scene_prompts("train", SCENE_SEED, prompts, math.inf, {kind: 1.0})
     seeds = list(range(prompts * n))
     codes = um.draw_codes([prompt.prompt for prompt in asked], n=n, seed=seeds, guidance_scale=1.0)
@@ -51,7 +51,7 @@ def good_ones(judge: Judge, groups: Sequence[Sequence[Candidate]]) -> NDArray[np
 
 
 def pairs_in_order(scores: NDArray[np.float64], good: NDArray[np.bool_]) -> float:
-    """Share of pairs of a good and a bad drawing in a row that are scored in this order; ties count half."""
+    """Share of pairs of a good and a bad drawing in a row that are scored in that order; ties count half."""
     right = total = 0.0
     for row, wanted in zip(scores, good, strict=True):
         differences = row[wanted][:, None] - row[~wanted]
@@ -61,7 +61,7 @@ def pairs_in_order(scores: NDArray[np.float64], good: NDArray[np.bool_]) -> floa
 
 
 def main() -> None:
-    """Draw, judge, and hold every scorer against the judge."""
+    """Draw, judge, and compare every scorer with the judge."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("scorers", nargs="*", default=SCORERS, help="names, or dotted paths of callables")
     parser.add_argument("--model", help="folder or hub id (default: the embedded model)")

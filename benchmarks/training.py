@@ -3,7 +3,7 @@
     python benchmarks/training.py                    # (a) the mixture of training/embedded.yaml, (b) conversations
     python benchmarks/training.py mixture --rounds 3
 
-The model has the embedded one's size (but Janus's 64 vision tokens, since its layout cannot merge patches), random
+The model has the embedded one's size (but 64 features an image, since Janus's layout cannot merge patches), random
 weights, float32, on the CPU. Both take the same optimisation steps, on the same samples read ahead by the same thread;
 that the losses agree is checked before and after. A sample is a (image, question, answer), a (caption, image) or a
 text in both. What they do differently:
@@ -14,7 +14,7 @@ text in both. What they do differently:
   and for drawings what transformers lacks: generation embeddings and aligner in, generation head and cross-entropy out.
 - (b): unimm packs (`pack` of a stage); the plain loop pads each micro-batch to its longest row, in the order given.
 
-The two run in turn, a few steps each; seconds are medians over the rounds. Memory is the peak of a process that runs
+The two take turns, a few steps each; seconds are medians over the rounds. Memory is the peak of a process that runs
 one of them alone, and what of it is above its imports. The wait is for samples, as a share of the step's time.
 """
 
@@ -64,7 +64,7 @@ CPU = torch.device("cpu")
 
 
 def write_conversations(path: Path, count: int, model: Path) -> None:
-    """Write conversations about scenes, of 20 to 600 tokens, as many of each order of length."""
+    """Write conversations about scenes, of 20 to 600 tokens, their lengths evenly spread on a logarithmic scale."""
     rng = np.random.default_rng(0)
     scenes, builder = (
         EmojiScenes("train", 3),
@@ -93,7 +93,7 @@ def write_conversations(path: Path, count: int, model: Path) -> None:
 
 
 def write_recipe(folder: Path, workload: str) -> Path:
-    """Write the recipe that unimm trains by."""
+    """Write the recipe that unimm trains with."""
     parts = ("decoder", "vision", "connector", "code_embedding", "code_head")
     stage: dict[str, Any] = {"name": workload, "steps": 100_000, "lr": dict.fromkeys(parts, RATE)}
     data: dict[str, Any] = {}
@@ -121,7 +121,7 @@ def write_recipe(folder: Path, workload: str) -> Path:
 
 
 def write_model(folder: Path) -> None:
-    """Write a Janus of random weights with EmojiScenes' words."""
+    """Write a Janus with random weights and a text tokenizer trained on EmojiScenes."""
     scenes = EmojiScenes("train", 0)
     texts = [text for i in range(2000) for text in scenes[i].captions()]
     texts += [word for i in range(2000) for asked in scenes[i].questions() for word in asked[1:]]
@@ -150,7 +150,7 @@ class Ours:
 
     @torch.no_grad()
     def loss_of(self, batch: Any) -> float:
-        """The loss of one step's batch, without learning from it."""
+        """The loss of one step's batch, without training on it."""
         parts = [self.task.loss(self.module, one, 0, batch.totals)[0] for one in batch.micro_batches]
         return float(sum(parts))
 
@@ -186,7 +186,7 @@ class Rows(UnifiedTask):
             yield {**row, "images": sample.get("images") or Images()}
 
     def pad(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Rows as one batch, filled up on the right."""
+        """Rows as one batch, padded on the right."""
         ids = stack_rows([row["ids"] for row in rows], self.processor.pad)
         labels = stack_rows([row["labels"] for row in rows], IGNORED)
         mask = stack_rows([np.ones_like(row["ids"]) for row in rows], 0)
@@ -262,7 +262,7 @@ class Plain:
 
     @torch.no_grad()
     def loss_of(self, batch: Any) -> float:
-        """The loss of one step's batch, without learning from it."""
+        """The loss of one step's batch, without training on it."""
         (whole,) = batch.micro_batches
         return float(sum(self.loss(part, batch.totals) for part in whole["parts"]))
 
@@ -339,7 +339,7 @@ def compare(path: Path, recipe: UnifiedRecipe, options: Namespace) -> None:
     losses = np.array([side.losses for side in sides])
     print(f"loss of the last step {losses[0, -1]:.4f} and {losses[1, -1]:.4f}, "
           f"at most {np.abs(losses[0] - losses[1]).max():.1e} apart in {losses.shape[1]} steps")  # fmt: skip
-    samples = sides[1].samples[1:]  # unimm's totals know of no rows; the steps are the same
+    samples = sides[1].samples[1:]  # unimm's totals do not count rows; the steps are the same
     speeds = []
     for side in sides:
         speeds.append([n / seconds for n, seconds in zip(samples, side.rounds[1:], strict=True)])
