@@ -138,7 +138,7 @@ def test_describe_needs_no_weights(tiny_model: UniMM, tmp_path: Path) -> None:
     tiny_model.save(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     said = describe(tmp_path)
-    assert said["family"] == "unimm" and said["can"] == ["caption", "ask", "draw"]
+    assert said["family"] == "unimm" and said["can"] == ["caption", "ask", "chat", "draw"]
     codebook = tiny_model.image_tokenizer.quantize.codebook.numel()  # a buffer, but trained
     assert said["parameters_total"] == codebook + sum(p.numel() for p in tiny_model.model.parameters())
 

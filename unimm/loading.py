@@ -19,6 +19,8 @@ from unimm.models.parts import AreaViewsConfig, ViewsConfig
 from unimm.models.quantization import check_method
 from unimm.pipeline import UniMM
 from unimm.processing.processor import UniMMProcessor
+from unimm.sampling.memory import EngineLimits, bytes_per_token
+from unimm.sampling.speed import measure_products
 
 
 def load(
@@ -107,8 +109,40 @@ def describe(
         "context": decoder.max_position_embeddings,
         "understands": _understood(views),
         "draws": f"{generation.image_size}x{generation.image_size}" if generation else None,
-        "can": [*(["caption", "ask"] if views else []), *(["draw"] if generation else [])],
+        "can": [*(["caption", "ask", "chat"] if views else []), *(["draw"] if generation else [])],
+        "engine": _engine_limits(decoder),
     }
+
+
+def describe_speed(
+    source: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    image_tokenizer: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """Measure the products of a model's decoder on this machine, with weights of its shapes.
+
+    Args:
+        source: as `load` takes it.
+        revision: as `load` takes it.
+        image_tokenizer: as `load` takes it.
+
+    Returns:
+        The machine, and a row for each product (`unimm.sampling.speed.measure_products`).
+    """
+    with locate(source, revision, image_tokenizer, weights=False) as checkpoint:
+        config = checkpoint.config
+    device = choose_device("auto")
+    machine = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    return {"machine": machine, "products": measure_products(config.decoder_config(), device)}
+
+
+def _engine_limits(decoder: Any) -> dict[str, int]:
+    """What the cache of a model's engine may hold on this machine, in float32 on the CPU."""
+    limits = EngineLimits.within(decoder, torch.float32, torch.device("cpu"))
+    each = bytes_per_token(decoder, torch.float32)
+    return {"max_rows": limits.max_rows, "max_tokens": limits.max_tokens, "bytes_per_token": each}
 
 
 def _understood(views: ViewsConfig | None) -> str | None:

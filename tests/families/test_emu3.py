@@ -238,7 +238,7 @@ def test_a_missing_vision_tokenizer_is_named(folder: Path, tmp_path: Path) -> No
 def test_what_it_is_without_its_weights(folder: Path) -> None:
     described = describe(folder / "transformers")
     assert (described["family"], described["layout"]) == ("emu3", "transformers")
-    assert described["can"] == ["caption", "ask", "draw"]
+    assert described["can"] == ["caption", "ask", "chat", "draw"]
 
 
 def test_published_sizes_from_the_config_alone(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_info_plan_and_smoke_know_one_side(folder: Path, side: str) -> None:
     described = describe(folder / side / "export")
     draws = side == "draws"
     assert (described["understands"], described["draws"]) == ((None, "32x32") if draws else ("32x32", None))
-    assert described["can"] == (["draw"] if draws else ["caption", "ask"])
+    assert described["can"] == (["draw"] if draws else ["caption", "ask", "chat"])
     assert ("image_tokenizer" in described["parameters"]) == draws
     recipe = load_recipe(recipe_file(folder, side, data={}), ["stages[0].mixture={emojiscenes: 1}"])
     assert isinstance(recipe, UnifiedRecipe)
@@ -207,7 +207,7 @@ def test_a_model_that_only_draws_says_so_before_it_runs(folder: Path, monkeypatc
     assert um.draw("a red apple", seed=0)[0].size == (32, 32)
     assert isinstance(um.ask(None, "what is this?", 4), str)
     um.batch_size = 1
-    monkeypatch.setattr("unimm.pipeline.generate_answers", None)
+    monkeypatch.setattr("unimm.sampling.engine.Engine.submit", None)
     for call in (
         lambda: um.ask([None, RED], ["what is this?"] * 2),
         lambda: um.ask(RED, "what is this?"),

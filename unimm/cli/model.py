@@ -227,7 +227,17 @@ def draw(options: Options) -> Any:
     return rows
 
 
-@command("info", "what a model is made of", print_tree)
+def show_info(found: dict[str, Any]) -> None:
+    """Show what a model is made of, and its speed as a table."""
+    speed = found.pop("speed", None)
+    print_tree(found)
+    if speed is not None:
+        rows = [list(row.values()) for row in speed["products"]]
+        fields = ("product", "rows", "shape", "float32 us", "way", "GFLOPS", "bfloat16 us")
+        print_table(fields, rows, f"Products on {speed['machine']}")
+
+
+@command("info", "what a model is made of", show_info)
 @click.argument(
     "source",
     type=FOLDER,
@@ -235,12 +245,16 @@ def draw(options: Options) -> Any:
     metavar="[SOURCE]",
     help="a folder, a hub id or embedded (the default)",
 )
+@click.option("--speed", is_flag=True, help="measure the products of its decoder on this machine")
 @hub_options
 def info(options: Options) -> Any:
     """Say what a model is made of."""
-    from unimm.loading import describe
+    from unimm.loading import describe, describe_speed
 
-    return describe(options.source, options.revision, options.image_tokenizer)
+    found = describe(options.source, options.revision, options.image_tokenizer)
+    if options.speed:
+        found["speed"] = describe_speed(options.source, options.revision, options.image_tokenizer)
+    return found
 
 
 @command(

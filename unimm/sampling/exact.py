@@ -40,7 +40,8 @@ class Exact:
         """Whether a model's choices can be settled: its weights are float32, and a copy is not too large."""
         decoder = model.decoder.get_decoder()
         small = LlamaRunner.runs(decoder) or sum(p.numel() for p in decoder.parameters()) <= _KEPT
-        return model.dtype == torch.float32 and not is_quantised(model) and small
+        has_float64 = model.device.type != "mps"
+        return model.dtype == torch.float32 and has_float64 and not is_quantised(model) and small
 
     def hidden(self, row: ExactRow) -> Tensor:
         """Return the last hidden state float64 [C] of a row.

@@ -242,5 +242,5 @@ def _stacked(noise: Sequence[Any], like: Tensor) -> Tensor | None:
     """Return noise [P, K] where logits are; None where there is none."""
     if not noise:
         return None
-    kind = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return torch.from_numpy(np.stack(noise)).to(like.device, kind)
+    kind = np.float64 if like.dtype == torch.float64 else np.float32
+    return torch.from_numpy(np.stack(noise).astype(kind)).to(like.device)

@@ -11,11 +11,11 @@ import torch
 from unimm.errors import UserError
 from unimm.models.modeling import UniMMModel
 
-SHARE = 0.25  # of the memory that is free when a model has been loaded, for the rows of the cache
+SHARE = 0.25  # of the machine's memory, or of what is free on a GPU, for the rows of the cache
 PREFIX_SHARE = 0.02  # for prefixes that may be asked for again
 MOST_ROWS = 128
 MOST_TOKENS = 2**22
-UNKNOWN_MEMORY = 2**32  # bytes taken to be free where the system does not say
+UNKNOWN_MEMORY = 2**33  # bytes taken to be there where the system does not say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,33 +47,45 @@ class EngineLimits:
 
     @classmethod
     def of(cls, model: UniMMModel, max_rows: int = MOST_ROWS, max_tokens: int | None = None) -> EngineLimits:
-        """Return limits by the memory that is free where the model is.
+        """Return limits by the memory that there is where the model is.
 
         Args:
             model: whose cache it is.
             max_rows: rows that run at once.
-            max_tokens: positions; None: a quarter of the free memory.
+            max_tokens: positions; None: a quarter of the memory.
         """
-        free, each = free_memory(model.device), bytes_per_token(model)
-        tokens = max_tokens if max_tokens is not None else min(MOST_TOKENS, int(free * SHARE) // each)
-        prefixes = min(2**14, int(free * PREFIX_SHARE) // each)
-        piece = 2**10 if model.device.type == "cpu" else 2**12
+        return cls.within(model.decoder.config, model.dtype, model.device, max_rows, max_tokens)
+
+    @classmethod
+    def within(
+        cls,
+        config: Any,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_rows: int = MOST_ROWS,
+        max_tokens: int | None = None,
+    ) -> EngineLimits:
+        """Return the same for the configuration of a decoder whose weights need not be there."""
+        usable, each = usable_memory(device), bytes_per_token(config, dtype)
+        tokens = max_tokens if max_tokens is not None else min(MOST_TOKENS, int(usable * SHARE) // each)
+        prefixes = min(2**14, int(usable * PREFIX_SHARE) // each)
+        piece = 2**10 if device.type == "cpu" else 2**12
         return cls(max_rows, max(tokens, 1), prefixes, piece)
 
 
-def bytes_per_token(model: UniMMModel) -> int:
+def bytes_per_token(config: Any, dtype: torch.dtype) -> int:
     """Return the bytes of one position of a row's keys and values."""
-    config: Any = model.decoder.config.get_text_config()
+    config = config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * int(config.num_hidden_layers) * int(heads) * int(width) * model.dtype.itemsize
+    return 2 * int(config.num_hidden_layers) * int(heads) * int(width) * dtype.itemsize
 
 
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free on a device, as far as the system says."""
+def usable_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a GPU, or that the machine has, as far as the system says."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # macOS and Windows do not say
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # Windows does not say
         return UNKNOWN_MEMORY

@@ -62,7 +62,7 @@ def _swapped(rows: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(weight, rows.t()).t().contiguous()
 
 
-WAYS: dict[Way, str] = {_plain: "weight second", _swapped: "weight first"}
+WAYS: dict[Way, str] = {_plain: "x W", _swapped: "W x"}
 
 
 def _measure(weight: Tensor, rows: Tensor) -> Way:
