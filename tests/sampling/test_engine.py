@@ -222,10 +222,11 @@ def test_what_fails_in_one_stays_there(tiny_model: UniMM) -> None:
 # --- memory -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("share", [1.5, 1.0])
 def test_answers_of_unknown_length_give_way_to_each_other(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, share: float
 ) -> None:
-    """Three answers that all run to the end of the context, in a cache that holds one and a half of them."""
+    """Three answers that all run to the end of the context, in a cache that holds one of them, or one and a half."""
     monkeypatch.setattr(engine_module, "GROWTH", 16)
     um = unimm.load(folder / "janus", device="cpu")
     um.processor.end_tokens = []
@@ -236,14 +237,14 @@ def test_answers_of_unknown_length_give_way_to_each_other(
     expected = alone(um, make)
     room = um.processor.context
     assert {len(one) for one in expected} == {room - len(one.ids) for one in make()}
-    engine = Engine(um.model, um.processor, EngineLimits(max_tokens=int(1.5 * (room + 40))))
+    engine = Engine(um.model, um.processor, EngineLimits(max_tokens=int(share * (room + 40))))
     tickets = [engine.submit(request) for request in make()]
     together = 0
     while engine.step():
         together = max(together, engine.running)
         assert engine.cache.rows * engine.cache.length <= engine.limits.max_tokens
     assert [outcome(ticket) for ticket in tickets] == expected
-    assert together > 1
+    assert together > 1 or share == 1.0
 
 
 def test_what_never_fits_is_refused(tiny_model: UniMM) -> None:

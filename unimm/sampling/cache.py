@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+MOST_PREFIXES = 64  # that are held: each is compared with every new prompt
 Prefix = list[tuple[Tensor, Tensor]]
 """Keys and values [G, L, D] of each layer, for the first positions of a row."""
 
@@ -222,12 +223,8 @@ class PrefixCache:
             self._drop(other)
         self._entries[key] = _Entry(key, prefix)
         self.tokens += len(key)
-        while self.tokens > self.max_tokens:
+        while self.tokens > self.max_tokens or len(self._entries) > MOST_PREFIXES:
             self._drop(next(iter(self._entries)))
-
-    def holds(self, tokens: Sequence[Hashable]) -> bool:
-        """Whether a row's beginning, all but its last position, is held whole."""
-        return any(_shared(entry.tokens, tokens) >= len(tokens) - 1 for entry in self._entries.values())
 
     def clear(self) -> None:
         """Forget all."""

@@ -278,6 +278,8 @@ class Engine:
 
     def _may_join(self, ticket: Ticket) -> bool:
         """Whether a request fits, and is not better off with what another is just reading."""
+        if not self._slots:  # alone it does, see `submit`
+            return True
         rows = sum(len(slot.lines) for slot in self._slots) + self._rows(ticket.request)
         if not self._fit(rows, self._length(ticket.request, len(ticket.ids))):
             return False
@@ -299,8 +301,9 @@ class Engine:
         if isinstance(request, DrawingRequest) and request.unconditional is not None:
             away = request.unconditional
             lines.append(SlotRow(away, len(away), None, tuple(away)))
+        reserved = min(self._length(request, len(ticket.ids)), self.limits.max_tokens // len(lines))
         for row, line in enumerate(lines, first):
-            line.row, line.reserved = row, self._length(request, len(ticket.ids))
+            line.row, line.reserved = row, reserved
         if isinstance(request, DrawingRequest):
             return CodeSlot(ticket, lines, self.model.layout, self._chooser.codes)
         if (begun := self._preempted.pop(ticket, None)) is not None:
