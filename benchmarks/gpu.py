@@ -112,7 +112,8 @@ def main() -> None:
     embedded = unimm.load(device="cuda", dtype="float32")
     report["embedded, float32"] = {**windows(embedded), **sampling(embedded, batches, options.rounds)}
     with tempfile.TemporaryDirectory() as place:
-        theirs = make_checkpoint(Path(place), argparse.Namespace(**PRO_1B)).to("cuda", torch.bfloat16)
+        theirs: Any = make_checkpoint(Path(place), argparse.Namespace(**PRO_1B))
+        theirs = theirs.to("cuda", torch.bfloat16)
         for name, choice in (("bfloat16", {}), ("int8", {"quantize": "int8"})):
             um = unimm.load(place, device="cuda", dtype="bfloat16", **choice)
             report[f"as Janus-Pro-1B, {name}"] = sampling(um, batches, options.rounds)

@@ -29,7 +29,7 @@ from tests.preferences.online import (
 )
 from tests.training.test_trainer import ROOT
 from unimm.errors import UserError
-from unimm.sampling.sampler import Filters, NoiseKey, choose, gumbel
+from unimm.sampling.sampler import Filters, NoiseKey, gumbel, sample
 from unimm.training.recipe import load_recipe
 from unimm.training.trainer import train
 
@@ -53,7 +53,7 @@ def test_what_is_drawn_comes_from_the_distribution_that_learns(
             with torch.no_grad():
                 logits = logits_by_hand(task, module.policy, number, codes[place, k])
             noise = np.stack([gumbel(NoiseKey(seed + k), code, logits.shape[-1]) for code in range(SIZE)])
-            expected = choose(logits, torch.from_numpy(noise), Filters(0.7)).chosen
+            expected = sample(logits, torch.from_numpy(noise), Filters(0.7)).chosen
             assert torch.equal(codes[place, k].flatten(), expected)
     assert len({tuple(one.flatten().tolist()) for one in codes.flatten(0, 1)}) == 16
 

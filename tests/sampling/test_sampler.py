@@ -12,12 +12,12 @@ from unimm.errors import UserError
 from unimm.sampling.sampler import (
     Filters,
     NoiseKey,
-    choose,
     guide,
     gumbel,
     logits_error,
     noise_keys,
     probabilities,
+    sample,
 )
 
 LOGITS = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.3]]))
@@ -55,14 +55,14 @@ def test_top_p_is_a_share_of_what_top_k_keeps() -> None:
 def test_choices_follow_the_distribution(filters: Filters) -> None:
     expected = probabilities(LOGITS, filters.temperature, filters.top_k, filters.top_p)[0]
     noise = torch.from_numpy(np.stack([gumbel(NoiseKey(3), place, 4) for place in range(20_000)]))
-    chosen = choose(LOGITS.expand(20_000, 4), noise, filters).chosen
+    chosen = sample(LOGITS.expand(20_000, 4), noise, filters).chosen
     counts = torch.bincount(chosen, minlength=4) / 20_000
     torch.testing.assert_close(counts, expected, atol=0.012, rtol=0)
     assert (counts[expected == 0] == 0).all()
 
 
 def test_no_temperature_takes_the_likeliest() -> None:
-    assert choose(LOGITS, None, Filters(0.0)).chosen.tolist() == [1]
+    assert sample(LOGITS, None, Filters(0.0)).chosen.tolist() == [1]
 
 
 def test_noise_is_that_of_its_place() -> None:
@@ -104,7 +104,7 @@ def test_keys_belong_to_images() -> None:
 
 def near(logits: list[float], filters: Filters, noise: list[float] | None = None) -> bool:
     given = torch.tensor([noise or [0.0] * len(logits)])
-    return bool(choose(torch.tensor([logits]), given, filters, torch.tensor([[0.01]])).near)
+    return bool(sample(torch.tensor([logits]), given, filters, torch.tensor([[0.01]])).near)
 
 
 def test_two_that_are_close_are_near() -> None:
@@ -146,10 +146,10 @@ def test_whatever_the_error_does_a_sure_choice_stays() -> None:
         noise = torch.from_numpy(np.stack([gumbel(NoiseKey(round_), place, 12) for place in range(8)]))
         filters = Filters(0.7, (None, 1, 3, 6)[round_ % 4], (None, 0.3, 0.9)[round_ % 3])
         size = 10.0 ** -(1 + round_ % 4)
-        choice = choose(logits, noise, filters, torch.full((8, 1), size))
+        choice = sample(logits, noise, filters, torch.full((8, 1), size))
         for _ in range(10):
             moved = logits + (torch.rand(8, 12, generator=rng) * 2 - 1) * size
-            same = choose(moved, noise, filters).chosen == choice.chosen
+            same = sample(moved, noise, filters).chosen == choice.chosen
             assert (same | choice.near).all()
         sure += int((~choice.near).sum())
     assert sure > 1_000

@@ -24,7 +24,7 @@ from unimm.processing.processor import UniMMProcessor
 from unimm.sampling.cache import PrefixCache, RowCache, RowsAt
 from unimm.sampling.decoder import make_runner
 from unimm.sampling.exact import Exact
-from unimm.sampling.heads import Chooser, failing_alone
+from unimm.sampling.heads import Heads, failing_alone
 from unimm.sampling.memory import EngineLimits
 from unimm.sampling.requests import DrawingRequest, Request, TextRequest, Ticket
 from unimm.sampling.slots import CodeSlot, Slot, SlotRow, TextSlot
@@ -60,7 +60,7 @@ class Engine:
         self.prefixes = PrefixCache(self.limits.prefix_tokens)
         self.window = Window(model, window)
         self._exact = Exact(model) if Exact.runs(model) else None
-        self._chooser = Chooser(model, self._exact, self.window.accepted)
+        self._heads = Heads(model, self._exact, self.window.accepted)
         self._waiting: deque[Ticket] = deque()
         self._slots: list[Slot] = []  # in the order of their rows
         self._preempted: dict[Ticket, TextSlot] = {}
@@ -305,11 +305,11 @@ class Engine:
         for row, line in enumerate(lines, first):
             line.row, line.reserved = row, reserved
         if isinstance(request, DrawingRequest):
-            return CodeSlot(ticket, lines, self.model.layout, self._chooser.codes)
+            return CodeSlot(ticket, lines, self.model.layout, self._heads.codes)
         if (begun := self._preempted.pop(ticket, None)) is not None:
             begun.lines, begun.stalled = lines, False
             return begun
-        return TextSlot(ticket, lines, self.processor, self._chooser.words)
+        return TextSlot(ticket, lines, self.processor, self._heads.words)
 
     def _reserve(self) -> None:
         """Let the cache be as large as its rows may become."""
@@ -400,11 +400,11 @@ class Engine:
         slots = [slot for slot in self._slots if slot.ready and not slot.stalled]
         window = self.window.choose(slots)
         with self.window.timed():
-            feeds = self._chooser.feeds(slots, window)
+            feeds = self._heads.feeds(slots, window)
             filled = [line.filled for line in _by_rows(slots)]
             at = RowsAt(0, filled, feeds.stream.shape[1], self.device)
             hidden = self.runner(self.cache, at, feeds.stream)
-            self._chooser.choose(slots, feeds, hidden)
+            self._heads.sample(slots, feeds, hidden)
 
     def _has_room(self, slot: Slot) -> bool:
         """Whether a slot may take its next positions; an answer gets more room where there is any."""

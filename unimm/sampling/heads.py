@@ -18,7 +18,7 @@ from torch import Tensor
 from unimm.models.modeling import UniMMModel
 from unimm.sampling.exact import Exact, ExactRow
 from unimm.sampling.requests import Ticket, filters_of
-from unimm.sampling.sampler import Choice, Filters, choose, guide, logits_error
+from unimm.sampling.sampler import Choice, Filters, guide, logits_error, sample
 from unimm.sampling.slots import CodeSlot, Slot, TextSlot
 
 SMALL_TABLE = 2**19  # numbers of an embedded code vocabulary up to which it is made once
@@ -56,7 +56,7 @@ class _Items:
             self.columns.append(column)
 
 
-class Chooser:
+class Heads:
     """Embeds what slots read and chooses what they take.
 
     Args:
@@ -137,7 +137,7 @@ class Chooser:
 
     # --- what is chosen -------------------------------------------------------------------------------------
 
-    def choose(self, slots: Sequence[Slot], feeds: Feeds, hidden: Tensor) -> None:
+    def sample(self, slots: Sequence[Slot], feeds: Feeds, hidden: Tensor) -> None:
         """Give each slot what it takes from the hidden states [A, t, C]; what fails in one stays there."""
         groups: dict[Any, list[tuple[Any, list[int]]]] = defaultdict(list)
         for slot, wanted in zip(slots, feeds.wanted, strict=True):
@@ -145,11 +145,11 @@ class Chooser:
             groups[sampling if isinstance(slot, CodeSlot) else sampling.filters].append((slot, wanted))
         for sampling, members in groups.items():
             if isinstance(members[0][0], CodeSlot):
-                self._choose_codes(members, hidden, sampling)
+                self._sample_codes(members, hidden, sampling)
             else:
-                self._choose_tokens([slot for slot, _ in members], hidden, sampling)
+                self._sample_tokens([slot for slot, _ in members], hidden, sampling)
 
-    def _choose_codes(self, members: list[tuple[Any, list[int]]], hidden: Tensor, sampling: Any) -> None:
+    def _sample_codes(self, members: list[tuple[Any, list[int]]], hidden: Tensor, sampling: Any) -> None:
         """Choose the codes of drawings that are sampled alike."""
         filters, scale = filters_of(sampling), sampling.guidance_scale
         guided = len(members[0][0].lines) == 2
@@ -168,7 +168,7 @@ class Chooser:
             if filters.temperature
             else []
         )
-        choice = choose(guided_logits, _stacked(noise, hidden), filters, error)
+        choice = sample(guided_logits, _stacked(noise, hidden), filters, error)
         chosen, near = choice.chosen.tolist(), choice.near.tolist()
         start = 0
         for slot, wanted in members:
@@ -200,9 +200,9 @@ class Chooser:
         scale = slot.request.sampling.guidance_scale
         guided = logits[0] if len(rows) == 1 else guide(logits[0], logits[1], scale)
         noise = slot.noise(len(slot.codes), len(further) + 1)[-1:] if filters.temperature else []
-        return int(choose(guided, _stacked(noise, guided), filters).chosen)
+        return int(sample(guided, _stacked(noise, guided), filters).chosen)
 
-    def _choose_tokens(self, slots: Sequence[Any], hidden: Tensor, filters: Filters) -> None:
+    def _sample_tokens(self, slots: Sequence[Any], hidden: Tensor, filters: Filters) -> None:
         """Choose the tokens of answers that are filtered alike."""
         rows = torch.tensor([slot.lines[0].row for slot in slots], device=hidden.device)
         logits: Tensor = self.model.decoder.get_output_embeddings()(hidden[rows, 0]).float()
@@ -212,7 +212,7 @@ class Chooser:
                 with failing_alone(slot.ticket):
                     logits[row] = slot.adjust(logits[row])
         noise = [slot.noise(len(slot.ids), 1)[0] for slot in slots] if filters.temperature else []
-        choice: Choice = choose(logits, _stacked(noise, hidden), filters, error)
+        choice: Choice = sample(logits, _stacked(noise, hidden), filters, error)
         chosen, near = choice.chosen.tolist(), choice.near.tolist()
         for slot, token, close in zip(slots, chosen, near, strict=True):
             if not slot.ticket.done:
@@ -226,7 +226,7 @@ class Chooser:
         row = ExactRow(line.ids[: line.prompt_length] + slot.ids, line.images, None, [])
         logits = self.exact.text_logits(self.exact.hidden(row))
         noise = slot.noise(len(slot.ids), 1) if filters.temperature else []
-        return int(choose(slot.adjust(logits)[None], _stacked(noise, logits), filters).chosen)
+        return int(sample(slot.adjust(logits)[None], _stacked(noise, logits), filters).chosen)
 
 
 @contextlib.contextmanager

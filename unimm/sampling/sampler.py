@@ -89,7 +89,7 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: 
     return logits.masked_fill(logits < threshold, -math.inf).softmax(-1)
 
 
-def choose(logits: Tensor, noise: Tensor | None, filters: Filters, error: Tensor | float = 0.0) -> Choice:
+def sample(logits: Tensor, noise: Tensor | None, filters: Filters, error: Tensor | float = 0.0) -> Choice:
     """Choose at each place by the Gumbel-max trick.
 
     Args:
