@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from unimm.files import NEIGHBOUR
 from unimm.training.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -116,7 +117,7 @@ def saved(folder: Path) -> list[Path]:
 
 def is_saving(folder: Path) -> bool:
     """Whether a checkpoint is being written, or was when the process that wrote it died."""
-    return any((folder / "out" / "checkpoints").glob(".tmp-*"))
+    return any((folder / "out" / "checkpoints").glob(f".step-*{NEIGHBOUR}"))
 
 
 def wait_for(kill: Kill, run: subprocess.Popen[bytes], folder: Path) -> None:

@@ -4,7 +4,7 @@
     python benchmarks/scorers.py self-vqa my_module.score --prompts 100
 
 For each kind of scene it draws eight images of training captions and prints, of all pairs of a good and a bad drawing
-of one prompt, the share in which a scorer gives the good one more (ties count half, 0.5 is chance).
+of one prompt, the share in which a scorer gives the good one more (ties count half, 0.5 is chance; nan: no such pair).
 """
 
 from __future__ import annotations

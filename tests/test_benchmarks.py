@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import tests.training.toy  # noqa: F401  (makes the toy task known, which kills.py trains)
+from unimm.folders import write_folder
 from unimm.recipes import find_recipe
 from unimm.training.recipe import load_recipe
 
@@ -97,6 +98,14 @@ def test_recipes_that_they_write_are_read(tmp_path: Path) -> None:
     assert (
         load_recipe(program("kills").write_recipe(tmp_path / "kills", steps=10, zero=0)).stages[1].steps == 5
     )
+
+
+def test_kills_sees_that_a_checkpoint_is_written(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "out" / "checkpoints"
+    seen = []
+    write_folder(checkpoints / "step-00000003", lambda new: seen.append(program("kills").is_saving(tmp_path)))
+    assert seen == [True] and not program("kills").is_saving(tmp_path)
+    assert program("kills").saved(tmp_path) == [checkpoints / "step-00000003"]
 
 
 def test_recipes_that_they_change_have_these_keys() -> None:
