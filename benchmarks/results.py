@@ -126,8 +126,9 @@ def tokenizer_table(figures: dict[str, Any]) -> list[str]:
 
 def curve_table(run: Path) -> list[str]:
     """Naming at each preview of a run, and the losses up to there."""
-    previews = _lines(run / "samples" / "captions.jsonl")
     logged = [line for line in _lines(run / "metrics.jsonl") if "text_loss" in line]
+    previews = _lines(run / "samples" / "captions.jsonl")
+    previews = [preview for preview in previews if preview["step"] >= logged[0]["step"]]
     heads = [f"{preview['step']:,}" for preview in previews]
     lines = [
         [f"naming, {split} (128 images)", *(f"{100 * preview[split]:.0f} %" for preview in previews)]
