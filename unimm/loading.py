@@ -11,12 +11,14 @@ from torch import nn
 
 from unimm.adapters import merge_adapter
 from unimm.devices import choose_device, choose_dtype
+from unimm.errors import UserError
 from unimm.families.model import load_model
+from unimm.families.source import Checkpoint
 from unimm.locate import EMBEDDED, embedded_model, locate
 from unimm.models.image_tokenizers.vq import ImageTokenizer
 from unimm.models.modeling import UniMMModel
 from unimm.models.parts import AreaViewsConfig, ViewsConfig
-from unimm.models.quantization import check_method
+from unimm.models.quantization import check_method, count_weights
 from unimm.pipeline import UniMM
 from unimm.processing.processor import UniMMProcessor
 from unimm.sampling.memory import EngineLimits, bytes_per_token
@@ -39,7 +41,8 @@ def load(
         device: "auto" takes CUDA, then MPS, then the CPU.
         dtype: "auto" is bfloat16 on CUDA and float32 elsewhere.
         quantize: "int8" gives the decoder's linear layers and large heads int8 weights (`unimm.models.quantization`),
-            a quarter of float32's memory; on CPUs small batches are faster too. The model cannot be saved then.
+            a quarter of float32's memory; "int4" gives the layers int4 ones, a seventh. On CPUs small batches are
+            faster too. What was saved quantised is loaded as it is, without this.
         adapter: folder of a peft adapter of that model, which is merged into its weights.
         revision: of a hub id: a branch, a tag or a commit (owner/name@revision says it too).
         image_tokenizer: folder or hub id of Emu3's vision tokenizer, which its original layout has apart; by default
@@ -52,12 +55,45 @@ def load(
     check_method(quantize)
     place = choose_device(device)
     number_format = choose_dtype(dtype, place)
-    model, processor = load_model(locate(source, revision, image_tokenizer), number_format)
+    checkpoint = locate(source, revision, image_tokenizer)
+    _check_quantised(checkpoint, quantize, adapter)
+    model, processor = load_model(checkpoint, number_format)
     if adapter is not None:
         model = merge_adapter(model, Path(adapter))
     if quantize is not None:  # before it moves: the device then never holds the whole weights
-        model.quantise()
+        model.quantise(quantize)
     return UniMM(nn.Module.to(model, place), processor)
+
+
+def _check_quantised(
+    checkpoint: Checkpoint, quantize: str | None, adapter: str | os.PathLike[str] | None
+) -> None:
+    """Refuse what cannot be done to weights that were saved quantised."""
+    held = checkpoint.config.small_weights()
+    if held is None:
+        return
+    if quantize not in (None, held.method):
+        raise UserError(
+            f"quantize: {quantize!r}, but {checkpoint.folder} holds {held.method} weights; load it without"
+        )
+    if adapter is not None:
+        raise UserError(
+            f"adapter: {checkpoint.folder} holds {held.method} weights; merge into the model that they were made of"
+        )
+
+
+def load_whole(source: str | os.PathLike[str] | None) -> UniMM:
+    """Load a model to train: as float32, on the CPU.
+
+    Raises:
+        UserError: as `load`; or its weights are quantised.
+    """
+    um = load(source, device="cpu", dtype="float32")
+    if (held := um.model.config.small_weights()) is not None:
+        raise UserError(
+            f"{source}: holds {held.method} weights, which cannot be trained; use those it is made of"
+        )
+    return um
 
 
 def load_processor(source: str | os.PathLike[str] | None = None) -> UniMMProcessor:
@@ -92,7 +128,7 @@ def describe(
         config = checkpoint.config
     with torch.device("meta"):
         model = UniMMModel(config)
-    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts().items()}
+    parts = {name: count_weights(part) for name, part in model.parts().items()}
     if model.image_tokenizer is not None:
         parts["image_tokenizer"] = sum(p.numel() for p in model.image_tokenizer.parameters())
         if isinstance(model.image_tokenizer, ImageTokenizer):  # its codebook may be a buffer
@@ -104,6 +140,7 @@ def describe(
         "family": checkpoint.family.name,
         "layout": checkpoint.layout,
         "decoder": decoder.model_type,
+        "quantization": config.quantization,
         "parameters": parts,
         "parameters_total": sum(parts.values()),
         "context": decoder.max_position_embeddings,

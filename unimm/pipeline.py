@@ -109,13 +109,15 @@ class UniMM:
             dtype: as `load` takes it.
 
         Raises:
-            UserError: there is no such device or format, or the weights are int8, which have none.
+            UserError: there is no such device or format, or the weights are int8 or int4.
         """
         if isinstance(device, torch.dtype):  # as in torch: to(torch.bfloat16)
             device, dtype = None, device
         place = self.device if device is None else choose_device(str(device))
         if dtype is not None and is_quantised(self.model):
-            raise UserError("dtype: a model with int8 weights keeps its own; load it anew with the other")
+            raise UserError(
+                f"dtype: a model with {self.model.config.quantization['method']} weights keeps its own; load it anew"
+            )
         kind = self.dtype if dtype is None else choose_dtype(dtype, place)
         for part in (self.model, self._tokenizer):
             if part is not None:
@@ -456,12 +458,8 @@ class UniMM:
         The files are written beside the folder first, so that an old one stays whole if the disk fills up.
 
         Raises:
-            UserError: the folder cannot be written, or the weights are int8.
+            UserError: the folder cannot be written.
         """
-        if is_quantised(self.model):
-            raise UserError(
-                "quantize: a model with int8 weights cannot be saved; load it without, and save that"
-            )
 
         def write(target: Path) -> None:
             with no_progress():

@@ -77,6 +77,11 @@ class _Conversion:
         self.back = checkpoint.layout == to or (filed and getattr(self.config, "source_layout", None) == to)
         self.writer: Writer | None = None
         if to != OWN:
+            if self.config.quantization is not None:
+                raise UserError(
+                    f"--to: {checkpoint.folder} holds {self.config.quantization['method']} weights, for which only "
+                    "the layout unimm has a place"
+                )
             _check_parts(self.family, self.config)
             if not self.back:
                 self.writer = _writer(self.family)

@@ -30,6 +30,7 @@ from unimm.models.parts import (
     part_fields,
     read_part,
 )
+from unimm.models.quantization import SmallWeights
 from unimm.models.turns import Turns
 from unimm.sections import FieldError, Section, near, read_dataclass, show, validate
 
@@ -121,6 +122,7 @@ class UniMMConfig(PreTrainedConfig):
         conversation: fields of `unimm.models.turns.Turns`, or None for unimm's own.
         sampling: fields of `SamplingConfig`, how the model draws by itself; None: as those are by default.
         family: the published architecture that the model is of, None for one of unimm's own making.
+        quantization: fields of `unimm.models.quantization.SmallWeights`; None: the weights are as they were trained.
         **parts: `views`, `encoder`, `reducer`, `connector`, `fusion`, `positions` and `generation`, each the fields of
             one of its kinds in `unimm.models.parts`. A model without an encoder cannot look at images, one without
             `generation` cannot draw. What else transformers' configs take.
@@ -139,6 +141,7 @@ class UniMMConfig(PreTrainedConfig):
         conversation: dict[str, Any] | None = None,
         sampling: dict[str, Any] | None = None,
         family: str | None = None,
+        quantization: dict[str, Any] | None = None,
         **parts: Any,
     ) -> None:
         if isinstance(decoder, PreTrainedConfig):
@@ -161,6 +164,7 @@ class UniMMConfig(PreTrainedConfig):
         self.conversation = _mapping(conversation, "conversation")
         self.sampling = _mapping(sampling, "sampling")
         self.family = family
+        self.quantization = _mapping(quantization, "quantization")
         self._check()
         super().__init__(**common_options(given, *SOURCE_KEYS))
 
@@ -169,6 +173,7 @@ class UniMMConfig(PreTrainedConfig):
         validate(_Plain, {"family": self.family}, "")
         read_dataclass(Turns, self.conversation or {}, "", "conversation")
         self.sampling_config()
+        self.small_weights()
         decoder, generation = self.decoder_config(), self.generation_config()
         for name in PART_KINDS:
             self.part(name)
@@ -230,6 +235,14 @@ class UniMMConfig(PreTrainedConfig):
             return read_image_tokenizer(self.image_tokenizer)
         except FieldError as error:
             raise FieldError(f"image_tokenizer.{error}") from None
+
+    def small_weights(self) -> SmallWeights | None:
+        """Return how the weights are quantised; None where they are not."""
+        return (
+            None
+            if self.quantization is None
+            else validate(SmallWeights, self.quantization, "", "quantization")
+        )
 
     def sampling_config(self) -> SamplingConfig:
         """Return how the model draws where nobody says otherwise."""

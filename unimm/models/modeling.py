@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,15 @@ from unimm.models.inputs import Images, Rows
 from unimm.models.layout import IGNORED
 from unimm.models.losses import most_chunks, position_scores, summed_loss
 from unimm.models.parts import CodesEncoderConfig, SquareViewsConfig, TimmEncoderConfig
-from unimm.models.quantization import LARGE, is_quantised, quantise_linears, some_rows
+from unimm.models.quantization import (
+    LARGE,
+    Int4Linear,
+    Int8Linear,
+    MakeSmall,
+    SmallWeights,
+    quantise_linears,
+    some_rows,
+)
 from unimm.models.vision import build_encoder
 from unimm.models.weights import StrictModel
 
@@ -138,6 +147,13 @@ class UniMMModel(StrictModel):
             self.image_tokenizer = AutoModel.from_config(sizes, dtype=torch.get_default_dtype())
         self.layout = config.image_layout()
         self.post_init()
+        if (small := config.small_weights()) is not None:
+            others = (
+                Int8Linear.like
+                if small.group_size is None
+                else partial(Int4Linear.like, group=small.group_size)
+            )
+            self._put_small(Int8Linear.like, others)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise our own layers; the decoder, the encoder and the tokenizer initialise theirs."""
@@ -168,31 +184,35 @@ class UniMMModel(StrictModel):
         }
         return {name: part for name, part in parts.items() if part is not None}
 
-    def quantise(self) -> None:
-        """Give the decoder's linear layers and large heads int8 weights, in place; not to be undone, trained or saved.
+    def quantise(self, method: str = "int8") -> None:
+        """Give the decoder's linear layers small weights, in place; not to be undone or trained.
 
-        Embeddings (and a head that is tied to them), encoder, connectors and image tokenizer stay as they are.
-        """
-        if is_quantised(self):
-            return
-        head = self.decoder.get_output_embeddings()
-        tied = head.weight is self.decoder.get_input_embeddings().weight
-        quantise_linears(self.decoder, keep=[head] if tied or head.weight.numel() < LARGE else [])
-        if self.code_head is not None:
-            small = [layer for layer in self.code_head if sum(p.numel() for p in layer.parameters()) < LARGE]
-            quantise_linears(self.code_head, keep=small)
+        Large heads get int8 ones whatever the method. Embeddings (and a head that is tied to them), encoder, connectors
+        and image tokenizer stay as they are.
 
-    def save_pretrained(self, *args: Any, **options: Any) -> None:
-        """Write the model, as transformers does.
+        Args:
+            method: one of `unimm.models.quantization.METHODS`.
 
         Raises:
-            UserError: its weights are int8, which no layout has a place for.
+            UserError: the weights are small already, by another method.
         """
-        if is_quantised(self):
-            raise UserError(
-                "quantize: a model with int8 weights cannot be saved; load it without, and save that"
-            )
-        super().save_pretrained(*args, **options)
+        held = self.config.quantization
+        if held is not None and held["method"] != method:
+            raise UserError(f"quantize: the weights are {held['method']} already; leave it out")
+        if held is None:
+            self._put_small(Int8Linear.of, Int8Linear.of if method == "int8" else Int4Linear.of)
+            self.config.quantization = SmallWeights.of(method).model_dump(exclude_none=True)
+
+    def _put_small(self, heads: MakeSmall, others: MakeSmall) -> None:
+        """Put quantised layers in the place of the decoder's linear layers and large heads."""
+        head = self.decoder.get_output_embeddings()
+        tied = self.config.decoder_config().tie_word_embeddings  # transformers ties them after loading only
+        if not tied and head.weight.numel() >= LARGE:
+            self.decoder.set_output_embeddings(heads(head))
+        quantise_linears(self.decoder, others, keep=[head])
+        if self.code_head is not None:
+            small = [layer for layer in self.code_head if sum(p.numel() for p in layer.parameters()) < LARGE]
+            quantise_linears(self.code_head, heads, keep=small)
 
     def train(self, mode: bool = True) -> UniMMModel:
         """Switch to training; the image tokenizer stays as it is, since its codes must not move."""

@@ -52,7 +52,7 @@ class StrictModel(PreTrainedModel):
 
 
 def _mistyped(model: nn.Module, source: Any) -> Iterator[str]:
-    """Name the tensors of a folder that hold integers where the model has floating point, which would be cast."""
+    """Name the tensors of a folder that hold integers for floating point or the reverse, which would be cast."""
     if source is None or not Path(source).is_dir():
         return
     wanted = model.state_dict()
@@ -60,8 +60,9 @@ def _mistyped(model: nn.Module, source: Any) -> Iterator[str]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118, no mapping
                 kind = file.get_slice(name).get_dtype()
-                if name in wanted and wanted[name].is_floating_point() and "F" not in kind:
-                    yield f"{name} is {kind}, expected floating point"
+                floats = name in wanted and wanted[name].is_floating_point()
+                if name in wanted and floats != ("F" in kind):
+                    yield f"{name} is {kind}, expected {'floating point' if floats else 'integers'}"
 
 
 def refuse(

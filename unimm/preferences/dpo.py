@@ -20,7 +20,7 @@ from unimm.data.codes import fingerprint
 from unimm.data.sources import Reading
 from unimm.files import append
 from unimm.images import save_image
-from unimm.loading import load
+from unimm.loading import load, load_whole
 from unimm.models.modeling import AnswerScores, UniMMModel
 from unimm.pipeline import UniMM
 from unimm.preferences.data import MODALITIES, read_preferences
@@ -140,7 +140,7 @@ class PreferenceTask(PolicyTask):
 
     def build(self) -> nn.Module:
         """The model to start from, as float32 on the CPU, and its reference."""
-        um = load(self.recipe.model, device="cpu", dtype="float32")
+        um = load_whole(self.recipe.model)
         self.processor, policy = um.processor, um.model
         if self.recipe.preview.prompts and self.processor.drawing_size is None:
             raise self.recipe.error("preview.prompts", NO_DRAWING)
@@ -192,7 +192,7 @@ class PreferenceTask(PolicyTask):
         assert self.pairs is not None
         device = pick_device(self.recipe)
         # Loaded again: on resuming, the policy is no longer what the reference is.
-        model = load(self.recipe.model, device="cpu", dtype="float32").model
+        model = load_whole(self.recipe.model).model
         assert isinstance(model, UniMMModel)
         nn.Module.to(model, device)
         micro = self.recipe.stages[0].micro

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from unimm.data.emojiscenes.scenes import Split
 from unimm.errors import UserError
 from unimm.images import save_image
-from unimm.loading import load
+from unimm.loading import load, load_whole
 from unimm.models.configuration import SamplingConfig
 from unimm.models.layout import IGNORED
 from unimm.models.modeling import AnswerScores, UniMMModel
@@ -185,7 +185,7 @@ class OnlineTask(PolicyTask):
 
     def build(self) -> nn.Module:
         """The model to start from, as float32 on the CPU, with what the recipe keeps beside it."""
-        um = load(self.recipe.model, device="cpu", dtype="float32")
+        um = load_whole(self.recipe.model)
         self.processor, policy = um.processor, um.model
         if policy.config.generation_config() is None or policy.image_tokenizer is None:
             raise self.recipe.error("model", "this model cannot draw")

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unimm.models.modeling import UniMMModel
-from unimm.models.quantization import Int8Linear
+from unimm.models.quantization import Int4Linear, Int8Linear
 from unimm.sampling.cache import RowCache, RowsAt, cache_view
 from unimm.sampling.products import multiply, product
 
 JOINED = 2**26  # weights up to which weights are joined: above, copies cost more than calls save
+JOINABLE = (nn.Linear, Int8Linear, Int4Linear)
 LLAMA_LIKE = ("llama", "mistral", "qwen2")
 ROPES = ("default", "linear", "llama3")  # rotary tables that do not depend on the length
 
@@ -204,13 +205,13 @@ class _Beside:
 
 def _plain(layers: tuple[nn.Module, ...]) -> bool:
     """Whether weight and bias are all there is to each of several linear layers: one with an adapter is more."""
-    return all(type(layer) in (nn.Linear, Int8Linear) for layer in layers)
+    return type(layers[0]) in JOINABLE and all(type(layer) is type(layers[0]) for layer in layers)
 
 
 def _join(layers: tuple[Any, ...]) -> Callable[[Tensor], Tensor]:
     """One linear function in place of several."""
-    if isinstance(layers[0], Int8Linear):
-        return Int8Linear.join(layers)
+    if isinstance(layers[0], Int8Linear | Int4Linear):
+        return type(layers[0]).join(layers)
     weight = torch.cat([layer.weight for layer in layers])
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
     return lambda stream: multiply(weight, bias, stream)

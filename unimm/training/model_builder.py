@@ -23,7 +23,7 @@ from unimm.console import no_progress
 from unimm.errors import UserError, UserNote
 from unimm.families.image_tokenizers import load_image_tokenizer
 from unimm.files import open_regular, read_json, settled
-from unimm.loading import load
+from unimm.loading import load_whole
 from unimm.locate import EMBEDDED, embedded_model, locate
 from unimm.models.configuration import ImageTokenizerSizes, UniMMConfig, read_image_tokenizer
 from unimm.models.decoders import decoder_config, read_decoder
@@ -31,7 +31,6 @@ from unimm.models.lora import is_adapter
 from unimm.models.modeling import UniMMModel
 from unimm.models.parts import VisionConfig
 from unimm.models.weights import check_finite, refuse
-from unimm.pipeline import UniMM
 from unimm.processing.processor import UniMMProcessor, read_tokenizer
 from unimm.sections import FieldError, NotNegative, Positive, Section, read_dataclass
 from unimm.training.sides import check_sides
@@ -151,11 +150,6 @@ def _tower(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"model.{key}": value for key, value in weights.items() if not key.startswith("attn_pool.")}
 
 
-def _load(source: str) -> UniMM:
-    """Load a whole model to start from."""
-    return load(source, device="cpu", dtype="float32")
-
-
 class Assembly:
     """The description, the tokenizers and the weights of the model of a recipe.
 
@@ -177,7 +171,7 @@ class Assembly:
             with locate(self.section.pretrained, weights=False) as checkpoint:
                 self.config, self.processor = checkpoint.config, checkpoint.processor
         elif self.section.pretrained is not None:
-            um = _load(self.section.pretrained)
+            um = load_whole(self.section.pretrained)
             self.config, self.processor, self._whole = um.model.config, um.processor, um.model
             self.image_tokenizer = copy.deepcopy(um.model.image_tokenizer)
         else:
@@ -334,7 +328,7 @@ class Assembly:
     def build(self) -> UniMMModel:
         """The model: parts from nothing, or as they were trained."""
         if self.section.pretrained is not None:
-            model = self._whole or _load(self.section.pretrained).model
+            model = self._whole or load_whole(self.section.pretrained).model
             self._whole = None
         else:
             model = self._join()
