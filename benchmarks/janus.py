@@ -2,10 +2,10 @@
 
     python benchmarks/janus.py                     # about 7M parameters, 64 x 64 pixels, batches 1 and 4
     python benchmarks/janus.py --width 2048 --layers 24 --intermediate 5632 --batches 1 --rounds 1   # Janus-Pro-1B's
-    python benchmarks/janus.py --width 2048 --layers 24 --intermediate 5632 --batches 1 --rounds 1 --int8
+    python benchmarks/janus.py --width 2048 --layers 24 --intermediate 5632 --batches 1 --rounds 1 --quantize int8
 
 Prints the median seconds of each and the ratio unimm / transformers; it first checks that greedy codes are equal. With
-`--int8` it compares unimm with int8 weights to unimm with float32 ones, in time and in logits.
+`--quantize` it compares unimm with int8 or int4 weights to unimm with float32 ones, in time, bytes and logits.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from transformers import (
 import unimm
 from unimm.data.text_tokenizer import train_text_tokenizer
 from unimm.evaluation.logits import code_effect, text_effect
+from unimm.models.quantization import METHODS
 from unimm.pipeline import UniMM
 from unimm.sampling.requests import TextRequest, TextSampling
 
@@ -167,13 +168,18 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def run_int8(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Compare float32 and int8 weights: drawings of each batch size, captions, and the effect on the logits."""
+def run_quantised(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Compare float32 and small weights: drawings of each batch size, captions, and the effect on the logits."""
     results = []
     with tempfile.TemporaryDirectory() as place:
         make_checkpoint(Path(place), options)
-        whole, small = (unimm.load(place, device="cpu", dtype="float32", quantize=q) for q in (None, "int8"))
-    models = {"float32": whole, "int8": small}
+        whole, small = (
+            unimm.load(place, device="cpu", dtype="float32", quantize=q) for q in (None, options.quantize)
+        )
+    models = {"float32": whole, options.quantize: small}
+    for name, um in models.items():
+        tensors = (*um.model.decoder.parameters(), *um.model.decoder.buffers())
+        print(f"{name}: decoder of {sum(tensor.nbytes for tensor in tensors) / 1e6:.1f} MB")
     for batch in options.batches:
         prompts = prompts_of(batch)
         calls = {name: partial(um.draw, prompts, temperature=0) for name, um in models.items()}
@@ -202,10 +208,12 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--int8", action="store_true", help="int8 weights beside float32 ones, both by unimm")
+    parser.add_argument(
+        "--quantize", choices=METHODS, help="small weights beside float32 ones, both by unimm"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows = run_int8(options) if options.int8 else run(options)
+    rows = run_quantised(options) if options.quantize else run(options)
     print("".join(f"{name:>16}" for name in rows[0]))
     for row in rows:
         print("".join(f"{v:>16}" if isinstance(v, str) else f"{v:>16.3f}" for v in row.values()))
