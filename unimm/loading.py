@@ -33,6 +33,7 @@ def load(
     adapter: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     image_tokenizer: str | os.PathLike[str] | None = None,
+    parts: str = "all",
 ) -> UniMM:
     """Load a model.
 
@@ -47,6 +48,8 @@ def load(
         revision: of a hub id: a branch, a tag or a commit (owner/name@revision says it too).
         image_tokenizer: folder or hub id of Emu3's vision tokenizer, which its original layout has apart; by default
             it is looked for in the folder and beside it, and fetched for a hub id.
+        parts: "understand" leaves out the code side and the image tokenizer, "draw" the encoder and its connector;
+            their weights are not read, and the model cannot be saved. "all" is all.
 
     Raises:
         UserError: the source is missing, broken, or not a unimm model; the adapter is, or is of another model; or
@@ -57,7 +60,7 @@ def load(
     number_format = choose_dtype(dtype, place)
     checkpoint = locate(source, revision, image_tokenizer)
     _check_quantised(checkpoint, quantize, adapter)
-    model, processor = load_model(checkpoint, number_format)
+    model, processor = load_model(checkpoint, number_format, parts)
     if adapter is not None:
         model = merge_adapter(model, Path(adapter))
     if quantize is not None:  # before it moves: the device then never holds the whole weights

@@ -44,6 +44,7 @@ def load(options: Options) -> Any:
             device=options.device,
             dtype=options.dtype,
             quantize=options.quantize,
+            parts=options.parts,
             revision=options.revision,
             image_tokenizer=options.image_tokenizer,
         )

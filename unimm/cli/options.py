@@ -146,10 +146,12 @@ def loading_options(function: F) -> F:
 def model_options(function: F) -> F:
     """Options of every command that loads a model in any precision."""
     smaller = "int8 or int4: weights of a quarter or a seventh of the size"
+    part = "leave out what only draws (understand) or only looks (draw)"
     return decorate(
         function,
         loading_options,
         click.option("--quantize", type=Text("int8", "int4"), metavar="HOW", help=smaller),
+        click.option("--parts", type=Choice("all", "understand", "draw"), default="all", help=part),
     )
 
 

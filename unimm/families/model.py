@@ -19,6 +19,13 @@ from unimm.models.modeling import UniMMModel
 from unimm.models.weights import is_finite
 from unimm.processing.processor import UniMMProcessor
 
+LEFT_OUT: dict[str, tuple[str, ...]] = {
+    "all": (),
+    "understand": ("code_embedding.", "code_head.", "image_tokenizer."),
+    "draw": ("vision.", "connector."),
+}
+PARTS = tuple(LEFT_OUT)  # that can be loaded
+
 
 def key_map(family: Family, layout: str, config: UniMMConfig) -> KeyMap:
     """Return the map between our tensors and those of a family's layout, for a model of this configuration."""
@@ -86,24 +93,50 @@ class OurTensors(Mapping[str, Tensor]):
         return len(self._entries)
 
 
-def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[UniMMModel, UniMMProcessor]:
+def check_parts(config: UniMMConfig, parts: str) -> None:
+    """Check that a model has the side that is asked for, and another that can be left out.
+
+    Raises:
+        UserError: it has not, or there is no such side.
+    """
+    if parts not in PARTS:
+        raise UserError(f"parts: {parts!r}; use {', '.join(PARTS)}")
+    views, generation = config.views_config(), config.generation_config()
+    if parts == "understand" and views is None:
+        raise UserError("parts: 'understand', but this model understands no images; use 'all'")
+    if parts == "draw" and generation is None:
+        raise UserError("parts: 'draw', but this model cannot draw; use 'all'")
+    if parts != "all" and generation is not None and generation.shared:
+        raise UserError(
+            f"parts: {parts!r}, but this model sees images as it draws them, by their codes; use 'all'"
+        )
+
+
+def load_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, parts: str = "all"
+) -> tuple[UniMMModel, UniMMProcessor]:
     """Load a checkpoint of any layout, on the CPU.
 
     Args:
         checkpoint: what to load; its tensors are let go of.
         dtype: of the model.
+        parts: one of `PARTS`; weights of what is left out are not read.
 
     Raises:
         UserError: it is broken or not supported.
     """
     with checkpoint:
         ours = OurTensors(checkpoint)  # names what does not fit before anything is read
-        own = checkpoint.layout == OWN  # transformers reads these files itself
+        check_parts(ours.config, parts)
+        own = checkpoint.layout == OWN and parts == "all"  # transformers reads these files itself
+        needed = [name for name in ours if not name.startswith(LEFT_OUT[parts])]
         with no_progress():
             model = UniMMModel.from_pretrained(
                 checkpoint.folder if own else None,
                 config=ours.config,
                 dtype=dtype,
-                **({} if own else {"state_dict": dict(ours)}),
+                parts=parts,
+                **({} if own else {"state_dict": {name: ours[name] for name in needed}}),
             )
+    checkpoint.processor.leave_out(parts)
     return model, checkpoint.processor

@@ -117,8 +117,11 @@ class UniMMModel(StrictModel):
     main_input_name = "input_ids"
     _supports_sdpa = True
 
-    def __init__(self, config: UniMMConfig) -> None:
+    def __init__(self, config: UniMMConfig, parts: str = "all") -> None:
         super().__init__(config)
+        self.loaded_parts = (
+            parts  # "understand": without the code side and the image tokenizer; "draw": the encoder
+        )
         decoder_config = config.decoder_config()
         width = decoder_config.hidden_size
         self.decoder = AutoModelForCausalLM.from_config(
@@ -129,11 +132,12 @@ class UniMMModel(StrictModel):
         self.code_head: nn.Sequential | None = None
         self.image_tokenizer: ImageTokenizer | MoVQTokenizer | None = None
         encoder, depth = config.encoder_config(), config.connector_config().depth
-        self.vision = build_encoder(encoder)
-        if isinstance(encoder, TimmEncoderConfig):
+        self.vision = None if parts == "draw" else build_encoder(encoder)
+        if isinstance(encoder, TimmEncoderConfig) and parts != "draw":
             self.connector = Connector(encoder.width, width, depth, config.reducer_config().side)
         self.sees_codes = isinstance(encoder, CodesEncoderConfig)
-        if (generation := config.generation_config()) is not None and not generation.shared:
+        generation = None if parts == "understand" else config.generation_config()
+        if generation is not None and not generation.shared:
             learned_positions = generation.grid**2 if generation.places else 0
             depth = generation.depth or depth
             inner = generation.head_width or width
@@ -143,7 +147,8 @@ class UniMMModel(StrictModel):
             self.code_head = nn.Sequential(
                 nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, generation.codes)
             )
-        if (sizes := config.image_tokenizer_config()) is not None:
+        sizes = None if parts == "understand" else config.image_tokenizer_config()
+        if sizes is not None:
             self.image_tokenizer = AutoModel.from_config(sizes, dtype=torch.get_default_dtype())
         self.layout = config.image_layout()
         self.post_init()
@@ -213,6 +218,18 @@ class UniMMModel(StrictModel):
         if self.code_head is not None:
             small = [layer for layer in self.code_head if sum(p.numel() for p in layer.parameters()) < LARGE]
             quantise_linears(self.code_head, heads, keep=small)
+
+    def save_pretrained(self, *args: Any, **options: Any) -> None:
+        """Write the model, as transformers does.
+
+        Raises:
+            UserError: it was loaded in part.
+        """
+        if self.loaded_parts != "all":
+            raise UserError(
+                f"parts: a model loaded with {self.loaded_parts!r} cannot be saved; load it with 'all'"
+            )
+        super().save_pretrained(*args, **options)
 
     def train(self, mode: bool = True) -> UniMMModel:
         """Switch to training; the image tokenizer stays as it is, since its codes must not move."""

@@ -69,6 +69,7 @@ class UniMMProcessor:
         self.turns = read_dataclass(Turns, config.conversation or {}, "", "conversation")
         context = config.decoder_config().max_position_embeddings
         self.conversation = Conversation(self.turns, tokenizer, self.layout, context)
+        self.loaded_parts = "all"
         self.views = make_views(config)
         self.sees_codes = isinstance(encoder, CodesEncoderConfig)
         self.drawing_size = generation.image_size if generation else None
@@ -167,12 +168,22 @@ class UniMMProcessor:
         """Rows and columns in the stream of an image to understand of which nothing is known."""
         return self.layout.grid if self.views is None else self.views.grid
 
+    def leave_out(self, parts: str) -> None:
+        """Work for a model that was loaded in part: "understand" cannot draw, "draw" cannot look at images."""
+        self.loaded_parts = parts
+        if parts == "understand":
+            self.drawing_size = None
+        elif parts == "draw":
+            self.views = None
+
     def check_understands(self) -> None:
         """Refuse images to understand where the model understands none.
 
         Raises:
             UserError: it does not.
         """
+        if self.loaded_parts == "draw":
+            raise UserError("images: the model was loaded without its encoder; load it with parts='all'")
         if self.views is None:
             raise UserError("images: this model understands no images")
 
@@ -185,6 +196,8 @@ class UniMMProcessor:
         Raises:
             UserError: it cannot.
         """
+        if self.loaded_parts == "understand":
+            raise UserError(f"{key}: the model was loaded without what draws; load it with parts='all'")
         if self.drawing_size is None:
             raise UserError(f"{key}: this model cannot draw")
 
