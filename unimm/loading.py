@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from unimm.locate import EMBEDDED, embedded_model, locate
 from unimm.models.image_tokenizers.vq import ImageTokenizer
 from unimm.models.modeling import UniMMModel
 from unimm.models.parts import AreaViewsConfig, ViewsConfig
+from unimm.models.placing import Placing, place_modules
 from unimm.models.quantization import check_method, count_weights
 from unimm.pipeline import UniMM
 from unimm.processing.processor import UniMMProcessor
@@ -34,6 +35,7 @@ def load(
     revision: str | None = None,
     image_tokenizer: str | os.PathLike[str] | None = None,
     parts: str = "all",
+    **placing: Unpack[Placing],
 ) -> UniMM:
     """Load a model.
 
@@ -50,12 +52,17 @@ def load(
             it is looked for in the folder and beside it, and fetched for a hub id.
         parts: "understand" leaves out the code side and the image tokenizer, "draw" the encoder and its connector;
             their weights are not read, and the model cannot be saved. "all" is all.
+        **placing: `device_map`, "auto" to spread the decoder's layers over all GPUs, or the device of each module by
+            name, by accelerate (`unimm.models.placing`; not run on several GPUs yet).
 
     Raises:
         UserError: the source is missing, broken, or not a unimm model; the adapter is, or is of another model; or
             an option is unknown.
     """
     check_method(quantize)
+    device_map = placing.get("device_map")
+    if device_map is not None and device != "auto":
+        raise UserError(f"device: {device!r}, though device_map says where; leave one of them out")
     place = choose_device(device)
     number_format = choose_dtype(dtype, place)
     checkpoint = locate(source, revision, image_tokenizer)
@@ -65,6 +72,9 @@ def load(
         model = merge_adapter(model, Path(adapter))
     if quantize is not None:  # before it moves: the device then never holds the whole weights
         model.quantise(quantize)
+    if device_map is not None:
+        place_modules(model, device_map)
+        return UniMM(model, processor)
     return UniMM(nn.Module.to(model, place), processor)
 
 

@@ -70,7 +70,9 @@ class RowCache:
             if at.start is not None:
                 rows[:, :, at.start : at.start + new.shape[2]] = new
             else:
-                index = at.positions[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
+                index = at.positions.to(new.device)[:, None, :, None].expand(
+                    -1, new.shape[1], -1, new.shape[3]
+                )
                 rows.scatter_(2, index, new)
             found.append(rows[:, :, : at.end])
         return found[0], found[1]

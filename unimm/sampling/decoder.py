@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unimm.models.modeling import UniMMModel
+from unimm.models.placing import is_spread
 from unimm.models.quantization import Int4Linear, Int8Linear
 from unimm.sampling.cache import RowCache, RowsAt, cache_view
 from unimm.sampling.products import multiply, product
@@ -30,7 +31,7 @@ ROPES = ("default", "linear", "llama3")  # rotary tables that do not depend on t
 def make_runner(model: UniMMModel) -> Runner:
     """Return the fastest runner that a model's decoder allows."""
     decoder = model.decoder.get_decoder()
-    return (LlamaRunner if LlamaRunner.runs(decoder) else Runner)(decoder)
+    return (LlamaRunner if LlamaRunner.runs(decoder) and not is_spread(model) else Runner)(decoder)
 
 
 class Runner:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from unimm.models.inputs import Images
 from unimm.models.modeling import UniMMModel
+from unimm.models.placing import is_spread
 from unimm.models.quantization import is_quantised
 from unimm.sampling.cache import RowCache, RowsAt
 from unimm.sampling.decoder import Layer, LlamaRunner, Runner
@@ -41,7 +42,13 @@ class Exact:
         decoder = model.decoder.get_decoder()
         small = LlamaRunner.runs(decoder) or sum(p.numel() for p in decoder.parameters()) <= _KEPT
         has_float64 = model.device.type != "mps"
-        return model.dtype == torch.float32 and has_float64 and not is_quantised(model) and small
+        return (
+            model.dtype == torch.float32
+            and has_float64
+            and not is_quantised(model)
+            and not is_spread(model)
+            and small
+        )
 
     def hidden(self, row: ExactRow) -> Tensor:
         """Return the last hidden state float64 [C] of a row.
