@@ -31,6 +31,7 @@ from unimm.sampling.slots import CodeSlot, Slot, SlotRow, TextSlot
 from unimm.sampling.speculative import Window
 
 GROWTH = 128  # positions by which the room of an answer of unknown length grows at least
+SAMPLED = 24  # tensors of a model of which a few values tell whether they have changed
 IMAGES_HELD = 16  # images whose codes are held for the next question about them
 
 
@@ -67,7 +68,7 @@ class Engine:
         self._cancelled: set[Ticket] = set()
         self._image_tokens: OrderedDict[str, list[int]] = OrderedDict()
         self._lock = threading.Lock()
-        self._made_of = _fingerprint(model)
+        self._weights = _Weights(model)
 
     def serves(self, model: UniMMModel, processor: UniMMProcessor, max_rows: int) -> bool:
         """Whether the engine is for this model as it is now: small weights are copied when it is made."""
@@ -75,7 +76,7 @@ class Engine:
             self.model is model
             and self.processor is processor
             and self.limits.max_rows == max_rows
-            and self._made_of == _fingerprint(model)
+            and self._weights.unchanged()
         )
 
     # --- from any thread ------------------------------------------------------------------------------------
@@ -439,14 +440,40 @@ def _by_rows(slots: Iterable[Slot]) -> list[SlotRow]:
     return sorted((line for slot in slots for line in slot.lines), key=lambda line: line.row)
 
 
-def _fingerprint(model: UniMMModel) -> tuple[object, ...]:
-    """Return what changes with a model's weights: where they lie, and a few of each."""
-    weights = [
-        weight
-        for name, weight in itertools.chain(model.named_parameters(), model.named_buffers())
-        if not name.startswith("image_tokenizer.") and weight.numel()
-    ]
-    with torch.no_grad():
-        some = [w.reshape(-1)[:: max(1, w.numel() // 8)].float().sum() for w in weights]
-        sums: list[float] = torch.stack(some).tolist()
-    return (*(weight.data_ptr() for weight in weights), *sums)
+class _Weights:
+    """What a model's weights are now, so that a change is seen: what was copied or held would be stale.
+
+    Args:
+        model: of which all but the image tokenizer is looked at.
+    """
+
+    def __init__(self, model: UniMMModel) -> None:
+        self.model = model
+        self.tensors = [
+            tensor
+            for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())
+            if not name.startswith("image_tokenizer.") and tensor.numel()
+        ]
+        # Writing to `.data` leaves no trace but the values; whatever trains or merges changes many tensors.
+        self.sampled = self.tensors[:: max(1, len(self.tensors) // SAMPLED)]
+        self.before = self._now()
+
+    def unchanged(self) -> bool:
+        """Whether all is as it was."""
+        return self._now() == self.before
+
+    def _now(self) -> tuple[object, ...]:
+        modules = [id(module) for layer in self._layers() for module in layer.modules()]
+        with torch.no_grad():
+            some = [t.reshape(-1)[:: max(1, t.numel() // 8)].float().sum() for t in self.sampled]
+            sums: list[float] = torch.stack(some).tolist()
+        return (*modules, *(t.data_ptr() for t in self.tensors), *(_version(t) for t in self.tensors), *sums)
+
+    def _layers(self) -> Iterable[torch.nn.Module]:
+        layers: Iterable[torch.nn.Module] = getattr(self.model.decoder.get_decoder(), "layers", ())
+        return layers
+
+
+def _version(tensor: Tensor) -> int:
+    """Return how often a tensor was written to; tensors of inference do not count."""
+    return 0 if tensor.is_inference() else tensor._version
