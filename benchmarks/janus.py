@@ -11,7 +11,6 @@ Prints the median seconds of each and the ratio unimm / transformers; it first c
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import statistics
 import tempfile
@@ -35,9 +34,14 @@ from transformers import (
 import unimm
 from unimm.data.text_tokenizer import train_text_tokenizer
 from unimm.evaluation.logits import code_effect, text_effect
+from unimm.models.configuration import SamplingConfig
 from unimm.models.quantization import METHODS
 from unimm.pipeline import UniMM
+from unimm.sampling.drawing import draw_codes, drawing_requests
+from unimm.sampling.engine import Engine
+from unimm.sampling.memory import EngineLimits
 from unimm.sampling.requests import TextRequest, TextSampling
+from unimm.sampling.sampler import NoiseKey
 
 PROMPTS = ("a red apple", "two stars on a blue background", "what a long prompt this is for a panda", "it")
 ANSWER = 32  # tokens of a caption
@@ -118,13 +122,26 @@ def caption_inputs(um: UniMM, batch: int) -> Any:
     return um.processor(["what"] * batch, [[Image.new("RGB", (64, 64), "red")]] * batch)
 
 
-def caption(um: UniMM, batch: int) -> None:
-    """Answer the same questions, each from its first token: no prefix is reused."""
-    um.engine.limits = dataclasses.replace(um.engine.limits, prefix_tokens=0)
-    um.engine.prefixes.max_tokens = 0
+def make_engine(um: UniMM, window: int | None) -> Engine:
+    """Return an engine that holds no prompts, so that each call reads its own."""
+    return Engine(um.model, um.processor, EngineLimits(prefix_tokens=0), window)
+
+
+def draw(um: UniMM, engine: Engine, prompts: list[str]) -> torch.Tensor:
+    """Draw greedily, pixels included; return the codes [B, h, w]."""
+    none: list[tuple[()]] = [()] * len(prompts)
+    rows = (prompts, none, [NoiseKey(0)] * len(prompts))
+    requests = drawing_requests(um.processor, *rows, SamplingConfig(5.0, 0.0), um.model.layout.grid)
+    codes = draw_codes(engine, list(requests))
+    um.decode_codes(codes)
+    return codes
+
+
+def caption(um: UniMM, engine: Engine, batch: int) -> None:
+    """Answer the same question several times."""
     sampling = TextSampling(max_new_tokens=ANSWER, min_new_tokens=ANSWER)
     asked = um.processor.question("what", [Image.new("RGB", (64, 64), "red")])
-    um.engine.run([TextRequest(*asked, sampling=sampling) for _ in range(batch)])
+    engine.run([TextRequest(*asked, sampling=sampling) for _ in range(batch)])
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -133,6 +150,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as place, torch.inference_mode():
         theirs = make_checkpoint(Path(place), options)
         ours = unimm.load(place, device="cpu")
+        engine = make_engine(ours, options.window)
         for batch in options.batches:
             prompts = prompts_of(batch)
             rows = [ours.processor.drawing_ids(prompt) for prompt in prompts]
@@ -148,8 +166,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
                 return codes
 
             def draw_ours(prompts: list[str] = prompts) -> torch.Tensor:
-                codes: torch.Tensor = ours.draw(prompts, temperature=0, return_codes=True)[1]
-                return codes
+                return draw(ours, engine, prompts)
 
             assert torch.equal(draw_ours().flatten(1), draw_theirs()), "the two draw different codes"
             calls: dict[str, Callable[[], Any]] = {"transformers": draw_theirs, "unimm": draw_ours}
@@ -161,7 +178,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
                 theirs.generate(**inputs, max_new_tokens=ANSWER, min_new_tokens=ANSWER, do_sample=False)
 
             def caption_ours(batch: int = batch) -> None:
-                caption(ours, batch)
+                caption(ours, engine, batch)
 
             calls = {"transformers": caption_theirs, "unimm": caption_ours}
             results.append(compare(f"caption, batch {batch}", calls, options.rounds))
@@ -177,16 +194,17 @@ def run_quantised(options: argparse.Namespace) -> list[dict[str, Any]]:
             unimm.load(place, device="cpu", dtype="float32", quantize=q) for q in (None, options.quantize)
         )
     models = {"float32": whole, options.quantize: small}
+    engines = {name: make_engine(um, options.window) for name, um in models.items()}
     for name, um in models.items():
         tensors = (*um.model.decoder.parameters(), *um.model.decoder.buffers())
         print(f"{name}: decoder of {sum(tensor.nbytes for tensor in tensors) / 1e6:.1f} MB")
     for batch in options.batches:
         prompts = prompts_of(batch)
-        calls = {name: partial(um.draw, prompts, temperature=0) for name, um in models.items()}
-        results.append(compare(f"draw, batch {batch}", calls, options.rounds))
+        drawing = {name: partial(draw, um, engines[name], prompts) for name, um in models.items()}
+        results.append(compare(f"draw, batch {batch}", drawing, options.rounds))
     for batch in options.batches:
-        calls = {name: partial(caption, um, batch) for name, um in models.items()}
-        results.append(compare(f"caption, batch {batch}", calls, options.rounds))
+        captioning = {name: partial(caption, um, engines[name], batch) for name, um in models.items()}
+        results.append(compare(f"caption, batch {batch}", captioning, options.rounds))
     codes = code_effect(whole, small, prompts_of(4))
     text = text_effect(whole, small, [Image.new("RGB", (64, 64), "red")], ANSWER)
     for name, effect in (("code logits, guidance 5", codes), ("text logits", text)):
@@ -207,6 +225,7 @@ def main() -> None:
     parser.add_argument("--codes", type=int, default=1024)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--window", type=int, help="codes a pass looks at (default: by the load)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
         "--quantize", choices=METHODS, help="small weights beside float32 ones, both by unimm"
