@@ -162,7 +162,7 @@ def test_question_that_is_a_file_was_forgotten(unimm, image: Path) -> None:
         (["a", "-n", "0"], "expected a whole number of at least 1"),
         (["a", "--device", "abacus"], "device: 'abacus'"),
         (["a", "--dtype", "int3"], "dtype: 'int3'"),
-        (["a", "--quantize", "int4"], "quantize: 'int4'; use int8"),
+        (["a", "--quantize", "int3"], "quantize: 'int3'; use int8 or int4"),
         (["a", "--image", "nothing.png"], "nothing.png: no such file"),
         (["a", "--colour"], "there is no option --colour"),
         ([], "required: PROMPT"),

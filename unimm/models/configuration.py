@@ -132,6 +132,7 @@ class UniMMConfig(PreTrainedConfig):
     """
 
     model_type = "unimm"
+    quantization: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -164,7 +165,8 @@ class UniMMConfig(PreTrainedConfig):
         self.conversation = _mapping(conversation, "conversation")
         self.sampling = _mapping(sampling, "sampling")
         self.family = family
-        self.quantization = _mapping(quantization, "quantization")
+        if quantization is not None:  # else the key is not written
+            self.quantization = _mapping(quantization, "quantization")
         self._check()
         super().__init__(**common_options(given, *SOURCE_KEYS))
 
