@@ -126,6 +126,7 @@ def describe(
     source: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     image_tokenizer: str | os.PathLike[str] | None = None,
+    speed: bool = False,
 ) -> dict[str, Any]:
     """Say what a model is, from its configuration alone; no weights are read, nor fetched from the hub.
 
@@ -133,6 +134,8 @@ def describe(
         source: as `load` takes it.
         revision: as `load` takes it.
         image_tokenizer: as `load` takes it.
+        speed: whether the products of its decoder are measured on this machine, with weights of its shapes
+            (`unimm.sampling.speed.measure_products`).
 
     Returns:
         Family, parts with their parameters, context, image sizes and what the model can do.
@@ -161,31 +164,17 @@ def describe(
         "draws": f"{generation.image_size}x{generation.image_size}" if generation else None,
         "can": [*(["caption", "ask", "chat"] if views else []), *(["draw"] if generation else [])],
         "engine": _engine_limits(decoder),
+        **({"speed": _speed(decoder)} if speed else {}),
     }
 
 
-def describe_speed(
-    source: str | os.PathLike[str] | None = None,
-    revision: str | None = None,
-    image_tokenizer: str | os.PathLike[str] | None = None,
-) -> dict[str, Any]:
-    """Measure the products of a model's decoder on this machine, with weights of its shapes.
-
-    Args:
-        source: as `load` takes it.
-        revision: as `load` takes it.
-        image_tokenizer: as `load` takes it.
-
-    Returns:
-        The machine, and a row for each product (`unimm.sampling.speed.measure_products`).
-    """
-    with locate(source, revision, image_tokenizer, weights=False) as checkpoint:
-        config = checkpoint.config
+def _speed(decoder: Any) -> dict[str, Any]:
+    """The machine, and what it multiplies in what time with weights of a decoder's shapes."""
     device = choose_device("auto")
     machine = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
-    return {"machine": machine, "products": measure_products(config.decoder_config(), device)}
+    return {"machine": machine, "products": measure_products(decoder, device)}
 
 
 def _engine_limits(decoder: Any) -> dict[str, int]:

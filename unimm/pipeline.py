@@ -159,7 +159,8 @@ class UniMM:
                 (`unimm.images.read_image`), or several of them in a list or any iterable.
             max_new_tokens: most tokens of a caption; by default what the context has room for.
             **options: `temperature` (0, the default, takes the likeliest token), `top_k`, `top_p`,
-                `repetition_penalty`, `stop` (words that end an answer) and `seed`.
+                `repetition_penalty`, `stop` (words that end an answer), `seed`, and `json_schema` or `regex`, which
+                an answer follows.
 
         Returns:
             A text for one image, else a list of texts.
@@ -202,7 +203,8 @@ class UniMM:
             questions: one question, or several.
             max_new_tokens: most tokens of an answer; by default what the context has room for.
             **options: `temperature` (0, the default, takes the likeliest token), `top_k`, `top_p`,
-                `repetition_penalty`, `stop` (words that end an answer) and `seed`.
+                `repetition_penalty`, `stop` (words that end an answer), `seed`, and `json_schema` or `regex`, which
+                an answer follows.
 
         Returns:
             A text for one question about one image or none, else a list of texts. One question goes to every

@@ -250,12 +250,9 @@ def show_info(found: dict[str, Any]) -> None:
 @hub_options
 def info(options: Options) -> Any:
     """Say what a model is made of."""
-    from unimm.loading import describe, describe_speed
+    from unimm.loading import describe
 
-    found = describe(options.source, options.revision, options.image_tokenizer)
-    if options.speed:
-        found["speed"] = describe_speed(options.source, options.revision, options.image_tokenizer)
-    return found
+    return describe(options.source, options.revision, options.image_tokenizer, options.speed)
 
 
 @command(

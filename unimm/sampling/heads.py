@@ -18,7 +18,7 @@ from torch import Tensor
 from unimm.models.modeling import UniMMModel
 from unimm.sampling.exact import Exact, ExactRow
 from unimm.sampling.requests import Ticket, filters_of
-from unimm.sampling.sampler import Choice, Filters, guide, logits_error, sample
+from unimm.sampling.sampler import Filters, Sampled, guide, logits_error, sample
 from unimm.sampling.slots import CodeSlot, Slot, TextSlot
 
 SMALL_TABLE = 2**19  # numbers of an embedded code vocabulary up to which it is made once
@@ -212,7 +212,7 @@ class Heads:
                 with failing_alone(slot.ticket):
                     logits[row] = slot.adjust(logits[row])
         noise = [slot.noise(len(slot.ids), 1)[0] for slot in slots] if filters.temperature else []
-        choice: Choice = sample(logits, _stacked(noise, hidden), filters, error)
+        choice: Sampled = sample(logits, _stacked(noise, hidden), filters, error)
         chosen, near = choice.chosen.tolist(), choice.near.tolist()
         for slot, token, close in zip(slots, chosen, near, strict=True):
             if not slot.ticket.done:

@@ -47,14 +47,6 @@ def multiply(weight: Tensor, bias: Tensor | None, stream: Tensor) -> Tensor:
     return result if bias is None else result + bias
 
 
-def choices() -> dict[str, str]:
-    """Return what was measured in this process: in which way each shape is multiplied."""
-    return {
-        f"{rows} x {inputs} x {outputs}": WAYS[way]
-        for (outputs, inputs, rows), way in sorted(_fastest.items())
-    }
-
-
 def _plain(rows: Tensor, weight: Tensor) -> Tensor:
     return F.linear(rows, weight)
 

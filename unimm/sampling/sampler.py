@@ -65,7 +65,7 @@ class Filters:
     top_p: float | None = None
 
 
-class Choice(NamedTuple):
+class Sampled(NamedTuple):
     """What was chosen at P places.
 
     Attributes:
@@ -89,7 +89,7 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: 
     return logits.masked_fill(logits < threshold, -math.inf).softmax(-1)
 
 
-def sample(logits: Tensor, noise: Tensor | None, filters: Filters, error: Tensor | float = 0.0) -> Choice:
+def sample(logits: Tensor, noise: Tensor | None, filters: Filters, error: Tensor | float = 0.0) -> Sampled:
     """Choose at each place by the Gumbel-max trick.
 
     Args:
@@ -119,17 +119,17 @@ def sample(logits: Tensor, noise: Tensor | None, filters: Filters, error: Tensor
     narrowest = perturbed.masked_fill(~strict, -math.inf).argmax(-1)
     alone = generous.sum(-1) == 1
     sure = alone | (strict.any(-1) & (narrowest == widest.chosen) & ~widest.near)
-    return Choice(kept.chosen, ~sure)
+    return Sampled(kept.chosen, ~sure)
 
 
-def _largest(scores: Tensor, margin: Tensor | float) -> Choice:
+def _largest(scores: Tensor, margin: Tensor | float) -> Sampled:
     """Return the largest of each row, and whether the next is within the margin."""
     if (isinstance(margin, float) and margin == 0) or scores.shape[-1] < 2:
         index = scores.argmax(-1)
-        return Choice(index, torch.zeros_like(index, dtype=torch.bool))
+        return Sampled(index, torch.zeros_like(index, dtype=torch.bool))
     values, indices = scores.topk(2, dim=-1)
     gap = (values[:, :1] - values[:, 1:]) <= margin
-    return Choice(indices[:, 0], gap[:, 0])
+    return Sampled(indices[:, 0], gap[:, 0])
 
 
 def _thresholds(
