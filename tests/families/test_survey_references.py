@@ -1,0 +1,155 @@
+"""The references themselves: what a comparison with them takes for granted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from tests.families.pixtral_checkpoints import PIXTRAL
+from tests.families.qwen2_vl_checkpoints import QWEN2_VL
+from tests.families.survey import Oracle, Reference, picture
+
+REFERENCES = (PIXTRAL, QWEN2_VL)
+QUESTIONS = ["what is in this image?", "a", "how many red apples are there?\nand these"]
+SIZES = [(37, 91), (300, 133), (61, 60), (13, 200)]
+Written = tuple[Reference, Oracle, Path]
+
+
+@pytest.fixture(scope="module", params=REFERENCES, ids=lambda reference: reference.name)
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Written:
+    folder = tmp_path_factory.mktemp(request.param.name)
+    return request.param, request.param.write_all(folder), folder
+
+
+def images(reference: Reference) -> list[list[Image.Image]]:
+    """For the questions: none, one and three of odd sizes (or as many as a sample may have)."""
+    shown = [picture(*size) for size in SIZES]
+    return [[], shown[:1], shown[1:][: reference.most_images]]
+
+
+@pytest.fixture(scope="module")
+def inputs(written: Written) -> dict[str, torch.Tensor]:
+    reference, oracle, _ = written
+    return oracle.inputs(QUESTIONS, images(reference))
+
+
+def test_a_padded_batch_equals_its_rows_alone(written: Written, inputs: dict[str, torch.Tensor]) -> None:
+    reference, oracle, _ = written
+    together = oracle.logits(inputs)
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    assert len(set(lengths)) == 3 and max(lengths) == inputs["input_ids"].shape[1]
+    assert bool((inputs["attention_mask"].diff(dim=1) >= 0).all())  # all padding stands on the left
+    for row, (question, own) in enumerate(zip(QUESTIONS, images(reference), strict=True)):
+        alone = oracle.logits(oracle.inputs([question], [own]))[0]
+        assert alone.std() > 0.1
+        assert len(alone) == lengths[row]
+        assert (together[row, -len(alone) :] - alone).abs().max() < 1e-4
+
+
+def test_images_are_seen(written: Written) -> None:
+    """Another image of the same size moves the logits of the answer, and so does the order of two."""
+    reference, oracle, _ = written
+    one, other = picture(64, 52), picture(64, 52, seed=1)
+    first = oracle.logits(oracle.inputs(QUESTIONS[:1], [[one]]))[0, -1]
+    assert (oracle.logits(oracle.inputs(QUESTIONS[:1], [[other]]))[0, -1] - first).abs().max() > 1e-2
+    if reference.most_images > 1:
+        ways = [oracle.logits(oracle.inputs(["a"], [way]))[0, -1] for way in ([one, other], [other, one])]
+        assert (ways[0] - ways[1]).abs().max() > 1e-2
+
+
+def test_a_cache_changes_no_greedy_token(written: Written, inputs: dict[str, torch.Tensor]) -> None:
+    _, oracle, _ = written
+    made = oracle.greedy(inputs, 5)
+    assert made.shape == (3, 5)
+    assert torch.equal(made, oracle.greedy(inputs, 5, cache=False))
+    assert torch.equal(made[:, 0], oracle.logits(inputs)[:, -1].argmax(-1))
+
+
+def test_saved_and_loaded_it_gives_the_same(written: Written, inputs: dict[str, torch.Tensor]) -> None:
+    reference, oracle, folder = written
+    again = oracle.reloaded(folder / "transformers")
+    same = again.inputs(QUESTIONS, images(reference))
+    assert same.keys() == inputs.keys()
+    assert all(torch.equal(same[name], inputs[name]) for name in inputs)
+    assert torch.equal(again.logits(same), oracle.logits(inputs))
+
+
+def test_the_same_weights_at_every_call(written: Written) -> None:
+    reference, oracle, _ = written
+    again = reference.make().model.state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in oracle.model.state_dict().items())
+
+
+def test_loss_and_gradients(written: Written, inputs: dict[str, torch.Tensor]) -> None:
+    """The loss is the model's own, and every part named moves it."""
+    reference, oracle, _ = written
+    loss, gradients = oracle.loss_and_gradients(inputs, reference.trained)
+    labels = oracle.labels(inputs)
+    oracle.reset()
+    assert (oracle.model(**inputs, labels=labels).loss - loss).abs() < 1e-5
+    assert tuple(gradients) == reference.trained
+    assert all(gradient.abs().max() > 1e-4 for gradient in gradients.values())
+    assert bool((labels == -100).any()) and not set(labels.unique().tolist()) & set(oracle.placeholders)
+
+
+def test_tokens_and_pixels(written: Written, inputs: dict[str, torch.Tensor]) -> None:
+    reference, oracle, _ = written
+    shown = images(reference)
+    rows = oracle.tokens(QUESTIONS, shown)
+    assert [len(row) for row in rows] == inputs["attention_mask"].sum(1).tolist()
+    assert all(row == inputs["input_ids"][n, -len(row) :].tolist() for n, row in enumerate(rows))
+    marks = [sum(row.count(mark) for mark in oracle.placeholders) for row in rows]
+    assert marks[0] == 0 and marks[1] > 0 and marks[2] > 0
+    got = oracle.pixels([image for own in shown for image in own])
+    assert torch.equal(torch.as_tensor(got["pixel_values"]), inputs["pixel_values"])
+
+
+def test_every_vocabulary_is_odd_and_larger_than_the_tokenizer(written: Written) -> None:
+    _, oracle, _ = written
+    rows = oracle.model.get_output_embeddings().weight.shape[0]
+    assert rows % 2 == 1 and rows > len(oracle.tokenizer)
+
+
+def test_pixtral_turns_neighbouring_pairs_in_the_original_layout(tmp_path: Path) -> None:
+    """Queries and keys of the original weights, turned as complex numbers, meet as transformers' halves do."""
+    oracle = PIXTRAL.write(tmp_path, "original")
+    ours, theirs = load_file(tmp_path / "consolidated.safetensors"), oracle.model.state_dict()
+    places = torch.arange(7.0)
+    for name, layer, heads, kv_heads, theta in (
+        ("layers.1.attention.", "model.language_model.layers.1.self_attn.", 6, 2, 2e5),
+        ("vision_encoder.transformer.layers.1.attention.", "model.vision_tower.transformer.layers.1.attention.",
+         3, 3, 5e3),
+    ):  # fmt: skip
+        states = torch.randn(7, ours[f"{name}wq.weight"].shape[1])
+        width = ours[f"{name}wq.weight"].shape[0] // heads
+        angles = torch.outer(places, theta ** (-torch.arange(0, width, 2) / width))  # [T, width / 2]
+        met = []
+        for weights, keys in ((ours, (f"{name}wq.weight", f"{name}wk.weight")),
+                              (theirs, (f"{layer}q_proj.weight", f"{layer}k_proj.weight"))):  # fmt: skip
+            turned = []
+            for key, count in zip(keys, (heads, kv_heads), strict=True):
+                split = F.linear(states, weights[key]).unflatten(-1, (count, width)).transpose(0, 1)
+                if weights is ours:
+                    pairs = torch.view_as_complex(split.unflatten(-1, (-1, 2)).contiguous())
+                else:
+                    pairs = torch.complex(*split.chunk(2, dim=-1))
+                turned.append(pairs * torch.polar(torch.ones_like(angles), angles))
+            queries, keys_ = turned[0], turned[1].repeat_interleave(heads // kv_heads, dim=0)
+            met.append((queries @ keys_.conj().transpose(1, 2)).real)
+        assert (met[0] - met[1]).abs().max() < 1e-4 * met[0].abs().max()
+        assert not torch.equal(ours[f"{name}wq.weight"], theirs[f"{layer}q_proj.weight"])
+
+
+def test_transformers_reads_the_published_config_of_qwen2_vl(tmp_path: Path) -> None:
+    oracle = QWEN2_VL.write_all(tmp_path)
+    again = oracle.reloaded(tmp_path / "hub")
+    shown = [[picture(37, 91)]]
+    expected = oracle.inputs(["a"], shown)
+    got = again.inputs(["a"], shown)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert torch.equal(again.logits(got), oracle.logits(expected))
