@@ -68,7 +68,7 @@ def test_again_and_into_our_layout(saved: Path, tmp_path: Path) -> None:
 def test_published_models_too(
     family: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unimm.models.modeling.LARGE", 0)
+    monkeypatch.setattr("unimm.models.quantization.LARGE", 0)
     {"janus": janus_checkpoints.janus, "emu3": emu3_checkpoints.emu3}[family](tmp_path / "whole")
     um = unimm.load(tmp_path / "whole", device="cpu", quantize=method)
     um.save(tmp_path / "small")

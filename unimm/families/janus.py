@@ -32,7 +32,7 @@ from unimm.families.keymap import LEAD, STACK, KeyMap, Rule, under
 from unimm.families.source import HALF, Checkpoint, normalisation
 from unimm.families.templates import follow, processor_template, tokenizer_template
 from unimm.models.configuration import UniMMConfig
-from unimm.models.parts import VisionConfig
+from unimm.models.former import VisionConfig
 from unimm.models.turns import Turns
 from unimm.processing.processor import PROCESSOR_FILE
 from unimm.processing.views import MIN_SIDE
@@ -100,7 +100,7 @@ class Janus(Family):
             return ORIGINAL
         generation = config.generation_config()
         code_depth = generation.depth if generation is not None else None
-        return _transformers(max(config.connector_config().depth, code_depth or 0))
+        return _transformers(max(config.connector_depth(), code_depth or 0))
 
     def holds(self, config: UniMMConfig) -> bool:
         """Whether a model's codes, if it has any, have a vocabulary of their own."""

@@ -15,7 +15,13 @@ from unimm.families.source import PREPROCESSOR_FILE
 from unimm.families.written_template import chat_template
 from unimm.files import read_json, write_json
 from unimm.models.configuration import UniMMConfig
-from unimm.models.parts import ImageGenerationConfig, SquareViewsConfig, TimmEncoderConfig
+from unimm.models.parts import (
+    ImageGenerationConfig,
+    JoinReducerConfig,
+    MlpConnectorConfig,
+    SquareViewsConfig,
+    TimmEncoderConfig,
+)
 from unimm.models.turns import ASK, START, USER_IMAGE, USER_TEXT, Turns
 from unimm.processing.processor import (
     GENERATION_FILE,
@@ -49,7 +55,8 @@ class JanusWriter(Writer):
         assert generation is not None  # which the family needs
         options = config.image_tokenizer or {}
         foreign = {
-            "reducer.side": config.reducer_config().side != 1,
+            "reducer.side": config.reducer_config() != JoinReducerConfig(),
+            "connector": config.connector_config() != MlpConnectorConfig(config.connector_depth()),
             "generation.places": generation.places,
             "image_tokenizer.linear_shortcut": options.get("linear_shortcut", False),
             "image_tokenizer.latent_norm": options.get("latent_norm", False),
@@ -98,7 +105,7 @@ def _parts(config: UniMMConfig) -> tuple[SquareViewsConfig, TimmEncoderConfig, I
 
 def _write_original(config: UniMMConfig, processor: UniMMProcessor, folder: Path) -> None:
     views, encoder, generation = _parts(config)
-    width, depth = config.decoder_config().hidden_size, config.connector_config().depth
+    width, depth = config.decoder_config().hidden_size, config.connector_depth()
     sizes = encoder.kwargs
     found = {"patch": sizes["patch_size"], "width": encoder.width, "depth": sizes["depth"]}
     named = [name for name, tower in TOWERS.items() if found.items() <= tower.items()]
@@ -149,7 +156,7 @@ def _write_original(config: UniMMConfig, processor: UniMMProcessor, folder: Path
 
 def _write_transformers(config: UniMMConfig, processor: UniMMProcessor, folder: Path) -> None:
     views, encoder, generation = _parts(config)
-    sizes, codes, depth = encoder.kwargs, config.image_tokenizer or {}, config.connector_config().depth
+    sizes, codes, depth = encoder.kwargs, config.image_tokenizer or {}, config.connector_depth()
     width, first = config.decoder_config().hidden_size, codes["block_out_channels"][0]
     written = JanusConfig(
         text_config=config.decoder,

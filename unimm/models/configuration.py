@@ -12,25 +12,32 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from unimm.errors import UserError
 from unimm.models.configs import DTYPE_KEYS, common_options, own_keys
+from unimm.models.consistency import (
+    check_generation,
+    check_layout,
+    check_positions,
+    check_rasters,
+    check_seeing,
+)
 from unimm.models.decoders import decoder_config, read_decoder
+from unimm.models.former import former_parts
 from unimm.models.image_tokenizers.movq import MoVQConfig
 from unimm.models.image_tokenizers.vq import ImageTokenizerConfig
 from unimm.models.layout import ImageLayout
 from unimm.models.parts import (
     PART_KINDS,
-    AreaViewsConfig,
+    ConnectorConfig,
     EncoderConfig,
     ImageGenerationConfig,
-    JoinReducerConfig,
     MlpConnectorConfig,
-    SquareViewsConfig,
-    TimmEncoderConfig,
+    PositionsConfig,
+    ReducerConfig,
     ViewsConfig,
-    former_parts,
     part_fields,
     read_part,
 )
 from unimm.models.quantization import SmallWeights
+from unimm.models.seeing import Seeing
 from unimm.models.turns import Turns
 from unimm.sections import FieldError, Section, near, read_dataclass, show, validate
 
@@ -125,7 +132,8 @@ class UniMMConfig(PreTrainedConfig):
         quantization: fields of `unimm.models.quantization.SmallWeights`; None: the weights are as they were trained.
         **parts: `views`, `encoder`, `reducer`, `connector`, `fusion`, `positions` and `generation`, each the fields of
             one of its kinds in `unimm.models.parts`. A model without an encoder cannot look at images, one without
-            `generation` cannot draw. What else transformers' configs take.
+            `generation` cannot draw. `extra_tokens`: how many tokens behind the decoder's vocabulary are read but never
+            written, so that the head has no row for them (Molmo). What else transformers' configs take.
 
     Raises:
         UserError: a key is unknown, a value is of the wrong type or out of range, or parts do not go together.
@@ -133,6 +141,7 @@ class UniMMConfig(PreTrainedConfig):
 
     model_type = "unimm"
     quantization: dict[str, Any] | None = None
+    extra_tokens: int = 0
 
     def __init__(
         self,
@@ -153,6 +162,8 @@ class UniMMConfig(PreTrainedConfig):
                 "decoder.num_attention_heads: missing; weights of any number of heads have the same shapes"
             )
         given = {"layout": _mapping(layout, "layout") or {}, **parts}
+        if extra := given.pop("extra_tokens", 0):  # else the key is not written
+            self.extra_tokens = extra
         for name in (*PART_KINDS, "vision"):
             given[name] = _without_dtype(_mapping(given.pop(name, None), name))
         given = former_parts(given)
@@ -172,7 +183,7 @@ class UniMMConfig(PreTrainedConfig):
 
     def _check(self) -> None:
         """Check each part, and that they go together."""
-        validate(_Plain, {"family": self.family}, "")
+        validate(_Plain, {"family": self.family, "extra_tokens": self.extra_tokens}, "")
         read_dataclass(Turns, self.conversation or {}, "", "conversation")
         self.sampling_config()
         self.small_weights()
@@ -184,12 +195,14 @@ class UniMMConfig(PreTrainedConfig):
                 "image_tokenizer: missing, though `generation` is given; add the tokenizer's config"
             )
         tokenizer = self.image_tokenizer_config()
-        context = decoder.max_position_embeddings
-        check_seeing(self.views_config(), self.encoder_config(), self.reducer_config(), generation, context)
+        seeing = self.seeing()
+        check_seeing(seeing, generation, decoder.max_position_embeddings)
+        check_positions(self.positions_config(), decoder)
         if generation is not None and tokenizer is not None:
             check_generation(generation, tokenizer)
         if self.layout:
-            check_layout(self.image_layout(), decoder.vocab_size, generation)
+            check_layout(self.image_layout(), self.vocabulary, generation)
+            check_rasters(self.image_layout(), seeing)
 
     def decoder_config(self) -> PreTrainedConfig:
         """Return the decoder's own config object."""
@@ -210,15 +223,34 @@ class UniMMConfig(PreTrainedConfig):
         encoder: EncoderConfig | None = self.part("encoder")
         return encoder
 
-    def reducer_config(self) -> JoinReducerConfig:
+    def reducer_config(self) -> ReducerConfig:
         """Return what makes fewer features of many."""
-        reducer: JoinReducerConfig = self.part("reducer")
+        reducer: ReducerConfig = self.part("reducer")
         return reducer
 
-    def connector_config(self) -> MlpConnectorConfig:
+    def connector_config(self) -> ConnectorConfig:
         """Return what brings features to the decoder's width."""
-        connector: MlpConnectorConfig = self.part("connector")
+        connector: ConnectorConfig = self.part("connector")
         return connector
+
+    def connector_depth(self) -> int:
+        """Return the connector's linear layers; 0 where there is none."""
+        connector = self.connector_config()
+        return connector.depth if isinstance(connector, MlpConnectorConfig) else 0
+
+    def positions_config(self) -> PositionsConfig:
+        """Return how positions of the stream are counted."""
+        positions: PositionsConfig = self.part("positions")
+        return positions
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that have a row of their own in the embedding."""
+        return int(self.decoder_config().vocab_size) + self.extra_tokens
+
+    def seeing(self) -> Seeing:
+        """Return the parts that an image to understand goes through."""
+        return Seeing(self.views_config(), self.encoder_config(), self.reducer_config())
 
     def generation_config(self) -> ImageGenerationConfig | None:
         """Return the typed description of the code side."""
@@ -271,6 +303,7 @@ class _Plain(Section):
     """What stands beside the parts."""
 
     family: Annotated[str, Field(max_length=64)] | None
+    extra_tokens: Annotated[int, Field(ge=0, le=2**16)]
 
 
 def _mapping(section: Any, key: str) -> dict[str, Any] | None:
@@ -300,122 +333,6 @@ def _image_tokenizer(section: Any) -> dict[str, Any] | None:
         return {"model_type": fields.get("model_type"), **own_keys(fields)}
     except FieldError as error:
         raise FieldError(f"image_tokenizer.{error}") from None
-
-
-# --- whether parts go together ------------------------------------------------------------------------------
-
-
-def check_seeing(
-    views: ViewsConfig | None,
-    encoder: EncoderConfig | None,
-    reducer: JoinReducerConfig,
-    generation: ImageGenerationConfig | None,
-    context: int,
-) -> None:
-    """Check that views, encoder and reducer go together, and with the rest of the model.
-
-    Raises:
-        FieldError: they do not.
-    """
-    if (views is None) != (encoder is None):
-        given, lacking = ("encoder", "views") if views is None else ("views", "encoder")
-        raise FieldError(f"{lacking}: missing, though `{given}` is given; add it, or leave out both")
-    if isinstance(encoder, TimmEncoderConfig):
-        if not isinstance(views, SquareViewsConfig):
-            raise FieldError("views.kind: expected square, which is what an encoder of timm takes")
-        _check_timm(views, encoder, reducer)
-    elif encoder is not None:
-        if not isinstance(views, AreaViewsConfig) or generation is None or not generation.shared:
-            raise FieldError("encoder.kind: codes need views of the kind area, and `generation.shared`")
-        _check_area(views, generation, context)
-
-
-def _check_timm(views: SquareViewsConfig, encoder: TimmEncoderConfig, reducer: JoinReducerConfig) -> None:
-    options = encoder.kwargs
-    side, patch = options.get("img_size", views.image_size), options.get("patch_size")
-    _expect("encoder.kwargs.img_size", side, views.image_size, "image_size of views")
-    _expect("encoder.kwargs.embed_dim", options.get("embed_dim", encoder.width), encoder.width, "width")
-    if patch is not None:
-        _expect("encoder.tokens", encoder.tokens, (side // patch) ** 2, "(img_size / patch_size)²")
-    if encoder.width % options.get("num_heads", 1):
-        raise FieldError(
-            f"encoder.kwargs.num_heads: expected a divisor of width ({encoder.width}), got {options['num_heads']}"
-        )
-    if encoder.side**2 != encoder.tokens or encoder.side % reducer.side:
-        raise FieldError(
-            f"reducer.side: {reducer.side} x {reducer.side} features do not divide a square of {encoder.tokens}"
-        )
-
-
-def _check_area(views: AreaViewsConfig, generation: ImageGenerationConfig, context: int) -> None:
-    _expect("views.stride", views.stride, generation.stride, "stride of generation")
-    if views.least > views.most:
-        raise FieldError(f"views.least: expected at most `most` ({views.most}), got {views.least}")
-    if views.least // views.stride**2 > context:
-        raise FieldError(
-            f"views.least: {views.least} pixels take {views.least // views.stride**2} codes, "
-            f"the decoder's context holds {context}"
-        )
-
-
-def check_generation(generation: ImageGenerationConfig, tokenizer: ImageTokenizerSizes) -> None:
-    """Check that the code side goes with its image tokenizer.
-
-    Raises:
-        FieldError: it does not.
-    """
-    _expect("generation.codes", generation.codes, tokenizer.codebook_size, "the image tokenizer's")
-    _expect("generation.stride", generation.stride, tokenizer.stride, "the image tokenizer's")
-    if generation.image_size % generation.stride:
-        raise FieldError(
-            f"generation.image_size: expected a multiple of stride ({generation.stride}), "
-            f"got {generation.image_size}"
-        )
-    if not generation.shared and not generation.dim:
-        raise FieldError("generation.dim: expected more than 0, got 0")
-
-
-def check_layout(layout: ImageLayout, vocabulary: int, generation: ImageGenerationConfig | None) -> None:
-    """Check that the tokens of images go with the parts that they stand for.
-
-    Args:
-        layout: the tokens.
-        vocabulary: the decoder's number of tokens.
-        generation: the code side, if there is one.
-
-    Raises:
-        FieldError: they do not.
-    """
-    shared = generation is not None and generation.shared
-    if generation is not None:
-        _expect("layout.codes", layout.codes, generation.codes if shared else 0, "those that are tokens")
-        for side in layout.grid:
-            _expect("layout.grid", side, generation.grid, "image_size / stride of generation, twice")
-    tokens = {name: getattr(layout, name) for name in _TOKENS}
-    if shared:
-        tokens |= {"code": layout.code + layout.codes - 1}
-        tokens["feature"] = min(
-            layout.feature, vocabulary - 1
-        )  # it need not be a token: it is never embedded
-    for name in _SHARED_TOKENS:
-        if generation is not None and (tokens[name] is None) == shared:
-            raise FieldError(f"layout.{name}: expected a token where codes are tokens, and there alone")
-    apart = {name: tokens[name] for name in ("begin", "end", "feature")}
-    apart["code"] = layout.code
-    if len(set(apart.values())) < len(apart):
-        raise FieldError(f"layout: expected tokens that differ, got {show(apart)}")
-    for name, token in tokens.items():
-        if token is not None and token >= vocabulary:
-            raise FieldError(f"layout.{name}: token {token} is beyond the vocabulary of {vocabulary}")
-
-
-_SHARED_TOKENS = ("wrapper", "end_of_line", "end_of_frame")
-_TOKENS = ("begin", "end", "feature", *_SHARED_TOKENS)
-
-
-def _expect(key: str, value: int, wanted: int, why: str) -> None:
-    if value != wanted:
-        raise FieldError(f"{key}: expected {wanted} ({why}), got {value}")
 
 
 AutoConfig.register(UniMMConfig.model_type, UniMMConfig)

@@ -1,4 +1,4 @@
-"""Understanding encoders: the vision transformers of timm that fit, by name, and what a config may change of one."""
+"""Understanding encoders of timm and transformers: those that fit, by name, and what a config may change of one."""
 
 from __future__ import annotations
 
@@ -6,8 +6,15 @@ from typing import Annotated, Any, Literal
 
 import timm
 from pydantic import Field
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from unimm.sections import Section, near, show, validate
+from unimm.models.configs import own_keys, section_for
+from unimm.sections import FieldError, Section, near, show, validate
+
+FOREIGN_ENCODERS = ("pixtral", "idefics3_vision", "internvl_vision")
+"""Encoders of transformers that fit, by the `model_type` of their configs."""
+FAMILIES_OF_TIMM = ("siglip", "_clip_")
 
 EncoderSize = Annotated[int, Field(gt=0, le=2**12)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -38,10 +45,15 @@ def check_architecture(name: str) -> str:
     Raises:
         ValueError: it has not, or it does not.
     """
-    known = [other for other in timm.list_models(module="vision_transformer") if "siglip" in other]
+    known = [
+        other
+        for other in timm.list_models(module="vision_transformer")
+        if any(part in other for part in FAMILIES_OF_TIMM)
+    ]
     if name not in known:
+        siglip = next(other for other in known if "siglip" in other)
         raise ValueError(
-            f"no SigLIP encoder of timm is named {show(name)}{near(name, known)} (such as {known[0]})"
+            f"no SigLIP or CLIP encoder of timm is named {show(name)}{near(name, known)} (such as {siglip})"
         )
     return name
 
@@ -54,3 +66,34 @@ def check_encoder_options(options: dict[str, Any]) -> dict[str, Any]:
     """
     validate(EncoderOptions, options, "")
     return options
+
+
+def check_foreign_encoder(name: str, kwargs: dict[str, Any]) -> None:
+    """Check that an encoder of transformers fits, and that its config has these fields.
+
+    Raises:
+        FieldError: it does not, or a field is unknown, of the wrong type or out of range.
+    """
+    if name not in FOREIGN_ENCODERS:
+        raise FieldError(
+            f"name: expected one of {', '.join(FOREIGN_ENCODERS)}, got {show(name)}{near(name, FOREIGN_ENCODERS)}"
+        )
+    described: Any = CONFIG_MAPPING[name]
+    section = section_for(described)
+    for key in own_keys(kwargs):
+        if key not in section.model_fields:
+            raise FieldError(f"kwargs.{key}: unknown key{near(key, section.model_fields)}")
+    validate(section, kwargs, "", "kwargs")
+
+
+def foreign_config(name: str, kwargs: dict[str, Any]) -> PreTrainedConfig:
+    """Return the config of transformers of an encoder that was checked.
+
+    Raises:
+        FieldError: its fields do not go together.
+    """
+    try:
+        config: PreTrainedConfig = AutoConfig.for_model(name, **kwargs)
+    except Exception as error:  # each config has checks of its own, of all kinds
+        raise FieldError(f"encoder.kwargs: {' '.join(str(error).split())[:200]}") from None
+    return config

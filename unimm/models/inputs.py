@@ -1,6 +1,7 @@
 """The images that go into a model with its tokens: one bundle, from the processor through training to the decoder.
 
-Shape suffixes: N images to understand, of which F come as features; M images to generate; h x w grid of codes.
+Shape suffixes: N images to understand, of which F come as features; V views of the others, one of each unless said
+otherwise; M images to generate; h x w grid of codes.
 """
 
 from __future__ import annotations
@@ -28,11 +29,15 @@ class Images:
     """Images in the order in which they stand in the stream; each field is None where there is nothing of its kind.
 
     Attributes:
-        pixels: float [N - F, 3, H, W], images to understand, normalised, filled up on the right and below.
-        sizes: int64 [N - F, 2], height and width of each without that filling; None: all are of one size.
-        features: float [F, tokens, width], images to understand as their encoder's features.
+        pixels: float [V, 3, H, W], views of images to understand, normalised, filled up on the right and below.
+        sizes: int64 [V, 2], height and width of each view without that filling; None: all are of one size.
+        features: float [F, tokens, width], images to understand as their encoder's features; where images have
+            unlike many, [P, width] of all, one after the other.
+        lengths: int64 [F], features of each image, where they are [P, width].
         featured: bool [N], which images come as features, where others come as pixels.
-        grids: int64 [N, 2], rows and columns that each image to understand has in the stream.
+        views: int64 [N - F], views of each image; None: each has one.
+        grids: int64 [N, 2], rows and columns that each image to understand has in the stream: of tokens, or of tiles
+            on a canvas.
         codes: int64 [M, h, w], images to generate.
         owners: int64 [N], the row of the batch that each image to understand stands in.
     """
@@ -44,6 +49,8 @@ class Images:
     grids: Tensor | None = None
     codes: Tensor | None = None
     owners: Tensor | None = None
+    views: Tensor | None = None
+    lengths: Tensor | None = None
 
     @classmethod
     def from_inputs(cls, inputs: dict[str, Any]) -> Images | None:
@@ -58,11 +65,29 @@ class Images:
 
     def __len__(self) -> int:
         """Images to understand."""
-        return sum(len(stack) for stack in (self.pixels, self.features) if stack is not None)
+        seen = 0 if self.pixels is None else len(self.pixels if self.views is None else self.views)
+        given = 0 if self.features is None else len(self.features if self.lengths is None else self.lengths)
+        return seen + given
 
     def __bool__(self) -> bool:
         """Whether there is any image, to understand or to generate."""
         return len(self) > 0 or (self.codes is not None and len(self.codes) > 0)
+
+    def view_sizes(self) -> list[tuple[int, int]]:
+        """Return height and width of each view."""
+        assert self.pixels is not None
+        if self.sizes is None:
+            height, width = self.pixels.shape[-2:]
+            return [(height, width)] * len(self.pixels)
+        return [(height, width) for height, width in self.sizes.tolist()]
+
+    def each_length(self) -> list[int]:
+        """Return the features of each image that comes as features."""
+        assert self.features is not None
+        if self.lengths is None:
+            return [self.features.shape[1]] * len(self.features)
+        lengths: list[int] = self.lengths.tolist()
+        return lengths
 
     def to(self, *where: Any, **how: Any) -> Images:
         """Return them on another device, as `torch.Tensor.to` takes it; number formats stay."""
@@ -70,19 +95,27 @@ class Images:
         return dataclasses.replace(self, **moved)
 
     def first(self, count: int) -> Images:
-        """Return the first so many images to understand, of a bundle without any other."""
-        assert self.codes is None
-        return dataclasses.replace(self, **{name: value[:count] for name, value in self._fields().items()})
+        """Return the first so many images to understand, of a bundle without images to generate."""
+        return self.part(0, count)
 
     def part(self, start: int, end: int) -> Images:
         """Return some of the images to understand, of a bundle without images to generate."""
         assert self.codes is None
-        featured = torch.full((len(self),), self.pixels is None) if self.featured is None else self.featured
+        if not len(self):
+            return self
+        featured = self.which()
         given = [int(featured[:place].sum()) for place in (start, end)]
         seen = [start - given[0], end - given[1]]
-        own = {"features": slice(*given), "pixels": slice(*seen), "sizes": slice(*seen)}
-        fields = {name: value[own.get(name, slice(start, end))] for name, value in self._fields().items()}
-        return dataclasses.replace(self, **fields)
+        views, rows = _starts(self.views, seen), _starts(self.lengths, given)
+        own = {"features": rows, "lengths": given, "pixels": views, "sizes": views, "views": seen}
+        fields = {
+            name: value[slice(*own.get(name, (start, end)))]
+            for name, value in self._fields().items()
+            if not (own.get(name) and own[name][0] == own[name][1])  # nothing of it is left
+        }
+        if self.featured is not None and (seen[0] == seen[1] or given[0] == given[1]):
+            fields.pop("featured")
+        return Images(**fields)
 
     def owned_by(self, row: int) -> Images:
         """Return them as standing in a row of the batch."""
@@ -103,18 +136,46 @@ class Images:
         if not seen:
             return cls(codes=codes)
         pixels, sizes = _pad([part for part in seen if part.pixels is not None])
-        features = _cat([part.features for part in seen])
-        featured = None
+        features, lengths = _flat([part for part in seen if part.features is not None])
+        featured = views = None
         if pixels is not None and features is not None:
-            featured = torch.cat([part._which() for part in seen])
+            featured = torch.cat([part.which() for part in seen])
+        if any(part.views is not None for part in seen):
+            views = _cat([part._views() for part in seen if part.pixels is not None])
         grids, owners = (_cat([getattr(part, name) for part in seen]) for name in ("grids", "owners"))
-        return cls(pixels, sizes, features, featured, grids, codes, owners)
+        return cls(pixels, sizes, features, featured, grids, codes, owners, views, lengths)
 
-    def _which(self) -> Tensor:
+    def which(self) -> Tensor:
         """Which images to understand come as features: bool [N]."""
         if self.featured is not None:
             return self.featured
         return torch.full((len(self),), self.features is not None)
+
+    def _views(self) -> Tensor | None:
+        """Views of each image that comes as pixels."""
+        if self.views is not None or self.pixels is None:
+            return self.views
+        return torch.ones(len(self.pixels), dtype=torch.int64)
+
+
+def _starts(lengths: Tensor | None, places: list[int]) -> list[int]:
+    """Where images begin among what they have several of, each so many; where each has one, places stay."""
+    return places if lengths is None else [int(lengths[:place].sum()) for place in places]
+
+
+def _flat(parts: Sequence[Images]) -> tuple[Tensor | None, Tensor | None]:
+    """Features of bundles, and how many each image has, where that differs."""
+    stacks = [part.features for part in parts if part.features is not None]
+    if not stacks:
+        return None, None
+    if all(part.lengths is None for part in parts) and len({stack.shape[1] for stack in stacks}) == 1:
+        return torch.cat(stacks), None
+    lengths = [
+        torch.full((len(stack),), stack.shape[1]) if part.lengths is None else part.lengths
+        for part, stack in zip(parts, stacks, strict=True)
+    ]
+    flat = [stack.flatten(0, 1) if stack.ndim == 3 else stack for stack in stacks]
+    return torch.cat(flat), torch.cat(lengths)
 
 
 def _cat(tensors: Sequence[Tensor | None]) -> Tensor | None:
@@ -159,17 +220,24 @@ class Rows:
 
 
 def digests(images: Images) -> list[str]:
-    """Return what tells each image to understand from others: a hash of its pixels or features."""
-    pixels, features = (
-        iter(() if images.pixels is None else images.pixels),
-        iter(() if images.features is None else images.features),
-    )
-    sizes = iter(() if images.sizes is None else images.sizes.tolist())
-    featured = [images.pixels is None] * len(images) if images.featured is None else images.featured.tolist()
+    """Return what tells each image to understand from others: a hash of its views or features."""
     found = []
-    for given in featured:
-        tensor = next(features) if given else next(pixels)
-        shape = (given, tuple(tensor.shape), None if given else next(sizes, None))
-        content = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
-        found.append(hashlib.blake2b(content, digest_size=16, key=repr(shape).encode()[:64]).hexdigest())
+    for place in range(len(images)):
+        one = dataclasses.replace(images, codes=None).part(place, place + 1)
+        tensors = [one.features] if one.pixels is None else _cut(one)
+        told = hashlib.blake2b(b"features" if one.pixels is None else b"pixels", digest_size=16)
+        for tensor in tensors:
+            assert tensor is not None
+            told.update(repr(tuple(tensor.shape)).encode())
+            told.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        found.append(told.hexdigest())
     return found
+
+
+def _cut(images: Images) -> list[Tensor]:
+    """Views without what fills them up to the largest."""
+    assert images.pixels is not None
+    return [
+        view[:, :height, :width]
+        for view, (height, width) in zip(images.pixels, images.view_sizes(), strict=True)
+    ]

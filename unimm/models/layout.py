@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -17,8 +17,78 @@ from torch import Tensor
 IGNORED = -100  # a label that no loss counts, as everywhere in transformers
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 GridSide = Annotated[int, Field(gt=0, le=2**10)]
+Raster = Annotated[tuple[GridSide, GridSide], Field(strict=False)]
+Tag = Annotated[str, Field(max_length=256)]
 LayoutPart = str | Sequence[int]
 """A piece of a prompt: words that are still to be tokenised, or tokens as they are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureLayout:
+    """What stands around and between the features of an image to understand, where that is more than two tokens.
+
+    An image of one view has one raster of features. One on a canvas (see `CanvasViewsConfig`) has a raster for each
+    tile, or one for all of them, and one for the whole.
+
+    Attributes:
+        opening: words before the first raster.
+        closing: words after the last.
+        begin: token id before each raster.
+        end: token id after each raster.
+        row_end: token id after each row of features.
+        last_row_end: token id after the last row, where that has another.
+        tile: rows and columns of features of a tile; None: there is no canvas.
+        whole: of the whole image; None: as of a tile.
+        whole_at: where the whole stands.
+        alone: whether an image of one tile is the whole alone.
+        joint: whether the tiles make one raster.
+        overlap: rows and columns of a tile, at each side, that do not count in it where there is a neighbour.
+        tile_tag: words before each tile, in which `{}` is its number from 1.
+        whole_tag: words before the whole.
+        add: whether features are added to the embedding of their placeholders, not put in its place (Molmo).
+    """
+
+    opening: Tag = ""
+    closing: Tag = ""
+    begin: TokenId | None = None
+    end: TokenId | None = None
+    row_end: TokenId | None = None
+    last_row_end: TokenId | None = None
+    tile: Raster | None = None
+    whole: Raster | None = None
+    whole_at: Literal["first", "last", "none"] = "none"
+    alone: bool = False
+    joint: bool = False
+    overlap: Annotated[int, Field(ge=0, lt=2**10)] = 0
+    tile_tag: Tag = ""
+    whole_tag: Tag = ""
+    add: bool = False
+
+    def rasters(self, rows: int, columns: int) -> list[tuple[str, int, int]]:
+        """Return each raster of an image: the words before it, its rows and columns.
+
+        Args:
+            rows: of the image's features, or of its tiles where there is a canvas.
+            columns: likewise.
+        """
+        if self.tile is None:
+            return [("", rows, columns)]
+        whole = [] if self.whole_at == "none" else [(self.whole_tag, *(self.whole or self.tile))]
+        if self.alone and rows == columns == 1:
+            return whole
+        if self.joint:
+            down, across = (
+                side * count - 2 * self.overlap * (count - 1)
+                for side, count in zip(self.tile, (rows, columns), strict=True)
+            )
+            tiles = [(self.tile_tag, down, across)]
+        else:
+            tiles = [(self.tile_tag.format(i), *self.tile) for i in range(1, rows * columns + 1)]
+        return whole + tiles if self.whole_at == "first" else tiles + whole
+
+    def tokens(self) -> dict[str, int | None]:
+        """Return its token ids, by their names."""
+        return {name: getattr(self, name) for name in ("begin", "end", "row_end", "last_row_end")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +100,8 @@ class ImageLayout:
     rows and columns in words, `wrapper`, each row followed by `end_of_line`, `end_of_frame`, `end`.
 
     Attributes:
-        begin: token id that opens an image; after it a drawing starts.
-        end: token id that closes an image.
+        begin: token id that opens an image; after it a drawing starts. None: none does, and nothing is drawn.
+        end: token id that closes an image, if one does.
         feature: token id that stands where an encoder feature goes (an image to understand).
         code: token id that stands where an image code goes (an image to generate); if `shared`, that of code 0.
         grid: (rows, columns) of codes of a drawing, unless asked otherwise.
@@ -39,10 +109,11 @@ class ImageLayout:
         wrapper: token id between the size and the first code; None: no size is written.
         end_of_line: token id after each row of codes.
         end_of_frame: token id after the last row.
+        picture: what more stands in an image to understand.
     """
 
-    begin: TokenId
-    end: TokenId
+    begin: TokenId | None
+    end: TokenId | None
     feature: TokenId
     code: TokenId
     grid: Annotated[tuple[GridSide, GridSide], Field(strict=False)]
@@ -50,6 +121,7 @@ class ImageLayout:
     wrapper: TokenId | None = None
     end_of_line: TokenId | None = None
     end_of_frame: TokenId | None = None
+    picture: PictureLayout | None = None
 
     @property
     def shared(self) -> bool:
@@ -68,18 +140,49 @@ class ImageLayout:
 
     def opening(self, rows: int, columns: int) -> list[LayoutPart]:
         """Return what comes before an image of this grid."""
+        begin = [] if self.begin is None else [self.begin]
         if self.wrapper is None:
-            return [[self.begin]]
-        return [[self.begin], f"{rows}*{columns}", [self.wrapper]]
+            return [begin]
+        return [begin, f"{rows}*{columns}", [self.wrapper]]
 
     def closing(self) -> list[int]:
         """Return what comes after an image."""
-        return [self.end] if self.end_of_frame is None else [self.end_of_frame, self.end]
+        return [token for token in (self.end_of_frame, self.end) if token is not None]
 
     def understanding(self, rows: int, columns: int) -> list[LayoutPart]:
-        """Return an image to understand, with a placeholder for each feature (Emu3: code and line end)."""
+        """Return an image to understand, with a placeholder for each feature (Emu3: code and line end).
+
+        Args:
+            rows: of its features, or of its tiles where there is a canvas.
+            columns: likewise.
+        """
+        if self.picture is not None:
+            return [*self.opening(rows, columns), *self._picture(self.picture, rows, columns), self.closing()]
         ends = 0 if self.end_of_line is None else 1
         return [*self.opening(rows, columns), [self.feature] * (rows * (columns + ends)), self.closing()]
+
+    def _picture(self, picture: PictureLayout, rows: int, columns: int) -> list[LayoutPart]:
+        """The rasters of an image, and what stands around them."""
+        parts: list[LayoutPart] = [picture.opening]
+        for tag, down, across in picture.rasters(rows, columns):
+            parts += [tag, [] if picture.begin is None else [picture.begin]]
+            for row in range(down):
+                end = picture.row_end
+                if row == down - 1 and picture.last_row_end is not None:
+                    end = picture.last_row_end
+                parts.append([self.feature] * across + ([] if end is None else [end]))
+            parts.append([] if picture.end is None else [picture.end])
+        return [part for part in [*parts, picture.closing] if part]
+
+    def rasters(self, rows: int, columns: int) -> list[tuple[int, int]]:
+        """Return rows and columns of the placeholders of an image to understand, raster by raster."""
+        if self.picture is None:
+            return [(rows, columns + (self.end_of_line is not None))]
+        return [(down, across) for _, down, across in self.picture.rasters(rows, columns)]
+
+    def features(self, rows: int, columns: int) -> int:
+        """Return how many placeholders an image to understand has; arguments as those of `understanding`."""
+        return sum(down * across for down, across in self.rasters(rows, columns))
 
     def drawing_steps(self, rows: int | None = None, columns: int | None = None) -> list[int]:
         """Return what a drawing consists of after its opening, step by step.

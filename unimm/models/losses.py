@@ -18,11 +18,20 @@ def _chunk_loss(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tenso
 
 def most_chunks(*counts: int) -> list[int]:
     """Return the chunks that the process with the most of so many positions computes a loss in; a collective."""
-    chunks = torch.tensor([-(-count // LOSS_CHUNK) for count in counts])
+    return _most([-(-count // LOSS_CHUNK) for count in counts])
+
+
+def most_calls(count: int) -> int:
+    """Return how often the process that calls a part most often calls it; a collective."""
+    return _most([count])[0]
+
+
+def _most(counts: list[int]) -> list[int]:
+    everywhere = torch.tensor(counts)
     if torch.distributed.get_backend() == "nccl":
-        chunks = chunks.cuda()
-    torch.distributed.all_reduce(chunks, op=torch.distributed.ReduceOp.MAX)
-    most: list[int] = chunks.tolist()
+        everywhere = everywhere.cuda()
+    torch.distributed.all_reduce(everywhere, op=torch.distributed.ReduceOp.MAX)
+    most: list[int] = everywhere.tolist()
     return most
 
 

@@ -6,102 +6,52 @@ N images to understand, M images as codes, h x w grid of codes.
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
-from transformers.utils.generic import ModelOutput
 
 from unimm.errors import UserError
-from unimm.models.attention import FLEX, block_mask, dense_mask, positions
+from unimm.models.attention import (
+    FLEX,
+    Mrope,
+    block_mask,
+    dense_mask,
+    find_blocks,
+    positions,
+    raster_positions,
+)
 from unimm.models.configuration import UniMMConfig
-from unimm.models.connectors import Connector, mlp
+from unimm.models.connectors import CodeEmbedding, Connector
 from unimm.models.fusion import Embedded, scatter_rows
 from unimm.models.image_tokenizers.movq import MoVQTokenizer
 from unimm.models.image_tokenizers.vq import ImageTokenizer
 from unimm.models.inputs import Images, Rows
 from unimm.models.layout import IGNORED
 from unimm.models.losses import most_chunks, position_scores, summed_loss
-from unimm.models.parts import CodesEncoderConfig, SquareViewsConfig, TimmEncoderConfig
+from unimm.models.model_outputs import AnswerScores, UniMMOutput
+from unimm.models.parts import (
+    CodesEncoderConfig,
+    ImageGenerationConfig,
+    MropePositionsConfig,
+)
 from unimm.models.quantization import (
-    LARGE,
     Int4Linear,
     Int8Linear,
     MakeSmall,
     SmallWeights,
-    quantise_linears,
+    quantise_decoder,
+    quantise_large,
     some_rows,
 )
+from unimm.models.reducers import build_reducer
+from unimm.models.seeing import check_room, in_order, seen_of
 from unimm.models.vision import build_encoder
 from unimm.models.weights import StrictModel
-
-
-@dataclasses.dataclass
-class UniMMOutput(ModelOutput):
-    """What a forward pass gives.
-
-    Attributes:
-        loss: scalar mean over all counted positions, with labels.
-        logits: text logits [B, T, V], without labels.
-        text_loss: scalar sum over the `text_count` text positions.
-        code_loss: scalar sum over the `code_count` code positions.
-        cache: keys and values of what was read, if they were kept.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    text_loss: Tensor | None = None
-    code_loss: Tensor | None = None
-    text_count: int | None = None
-    code_count: int | None = None
-    cache: Any = None
-
-
-class AnswerScores(NamedTuple):
-    """How likely a model finds answers, each a float64 tensor [S] over S answers.
-
-    Attributes:
-        log_probs: log-probability of the answer's labels, summed.
-        entropy: entropy of the predictions at the same positions, summed; without gradient.
-        length: how many positions were counted.
-    """
-
-    log_probs: Tensor
-    entropy: Tensor
-    length: Tensor
-
-
-class CodeEmbedding(nn.Module):
-    """Embeds image codes: a small table, a learned position in the grid, and a connector to the decoder's width.
-
-    Args:
-        codes: size of the code vocabulary K.
-        dim: dimension of the table.
-        width: the decoder's width C.
-        depth: linear layers of the connector.
-        learned_positions: length of the table of positions, 0 for none (Janus leaves positions to the decoder).
-    """
-
-    def __init__(self, codes: int, dim: int, width: int, depth: int, learned_positions: int) -> None:
-        super().__init__()
-        self.table = nn.Embedding(codes, dim)
-        self.connector = mlp(dim, width, depth)
-        # called `places` in the files of models, and so in their state
-        self.places = nn.Embedding(learned_positions, width) if learned_positions else None
-
-    def forward(self, codes: Tensor, start: int | Tensor = 0) -> Tensor:
-        """Return [B, L, C] for codes [B, L] that begin at position `start` of their image, one for all or [B]."""
-        embedded: Tensor = self.connector(self.table(codes))
-        if self.places is None:
-            return embedded
-        if isinstance(start, int):
-            return embedded + self.places.weight[start : start + codes.shape[1]]
-        where = start[:, None] + torch.arange(codes.shape[1], device=codes.device)
-        return embedded + self.places.weight[where]
 
 
 class UniMMModel(StrictModel):
@@ -131,22 +81,25 @@ class UniMMModel(StrictModel):
         self.code_embedding: CodeEmbedding | None = None
         self.code_head: nn.Sequential | None = None
         self.image_tokenizer: ImageTokenizer | MoVQTokenizer | None = None
-        encoder, depth = config.encoder_config(), config.connector_config().depth
-        self.vision = None if parts == "draw" else build_encoder(encoder)
-        if isinstance(encoder, TimmEncoderConfig) and parts != "draw":
-            self.connector = Connector(encoder.width, width, depth, config.reducer_config().side)
+        self.extra_embedding: nn.Embedding | None = None
+        if config.extra_tokens:
+            self.extra_embedding = nn.Embedding(config.extra_tokens, width)
+        encoder = config.encoder_config()
+        self.seeing = config.seeing()
         self.sees_codes = isinstance(encoder, CodesEncoderConfig)
+        self.vision = None if parts == "draw" else build_encoder(encoder)
+        if self.vision is not None:
+            assert encoder is not None and not isinstance(encoder, CodesEncoderConfig)
+            reducer = build_reducer(self.seeing, encoder.width)
+            self.connector = Connector(config.connector_config(), reducer, encoder.width, width)
+        places = config.positions_config()
+        self.rotary = isinstance(places, MropePositionsConfig)
+        if isinstance(places, MropePositionsConfig):
+            body: Any = self.decoder.get_decoder()
+            body.rotary_emb = Mrope(body.rotary_emb, places.sections)
         generation = None if parts == "understand" else config.generation_config()
         if generation is not None and not generation.shared:
-            learned_positions = generation.grid**2 if generation.places else 0
-            depth = generation.depth or depth
-            inner = generation.head_width or width
-            self.code_embedding = CodeEmbedding(
-                generation.codes, generation.dim, width, depth, learned_positions
-            )
-            self.code_head = nn.Sequential(
-                nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, generation.codes)
-            )
+            self._add_codes(generation, width)
         sizes = None if parts == "understand" else config.image_tokenizer_config()
         if sizes is not None:
             self.image_tokenizer = AutoModel.from_config(sizes, dtype=torch.get_default_dtype())
@@ -160,16 +113,25 @@ class UniMMModel(StrictModel):
             )
             self._put_small(Int8Linear.like, others)
 
+    def _add_codes(self, generation: ImageGenerationConfig, width: int) -> None:
+        """Add the layers of a code vocabulary of its own."""
+        depth = generation.depth or max(self.config.connector_depth(), 1)
+        inner = generation.head_width or width
+        learned_positions = generation.grid**2 if generation.places else 0
+        self.code_embedding = CodeEmbedding(generation.codes, generation.dim, width, depth, learned_positions)
+        self.code_head = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, generation.codes))
+
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise our own layers; the decoder, the encoder and the tokenizer initialise theirs."""
-        ours = (self.connector, self.code_embedding, self.code_head)
+        ours = (self.connector, self.code_embedding, self.code_head, self.extra_embedding)
         if module not in ours:
             return
         for layer in module.modules():
             if isinstance(layer, nn.Linear):
                 # By width (Glorot): a fixed 0.02 starves narrow models.
                 nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
             elif isinstance(layer, nn.Embedding):
                 nn.init.normal_(layer.weight, std=0.02)
 
@@ -186,6 +148,7 @@ class UniMMModel(StrictModel):
             "connector": self.connector,
             "code_embedding": self.code_embedding,
             "code_head": self.code_head,
+            "extra_embedding": self.extra_embedding,
         }
         return {name: part for name, part in parts.items() if part is not None}
 
@@ -210,14 +173,10 @@ class UniMMModel(StrictModel):
 
     def _put_small(self, heads: MakeSmall, others: MakeSmall) -> None:
         """Put quantised layers in the place of the decoder's linear layers and large heads."""
-        head = self.decoder.get_output_embeddings()
         tied = self.config.decoder_config().tie_word_embeddings  # transformers ties them after loading only
-        if not tied and head.weight.numel() >= LARGE:
-            self.decoder.set_output_embeddings(heads(head))
-        quantise_linears(self.decoder, others, keep=[head])
+        quantise_decoder(self.decoder, heads, others, tied)
         if self.code_head is not None:
-            small = [layer for layer in self.code_head if sum(p.numel() for p in layer.parameters()) < LARGE]
-            quantise_linears(self.code_head, heads, keep=small)
+            quantise_large(self.code_head, heads)
 
     def save_pretrained(self, *args: Any, **options: Any) -> None:
         """Write the model, as transformers does.
@@ -238,13 +197,22 @@ class UniMMModel(StrictModel):
             nn.Module.eval(self.image_tokenizer)
         return self
 
-    def embed(self, input_ids: Tensor, images: Images | None = None, lockstep: bool = False) -> Embedded:
+    def embed(
+        self,
+        input_ids: Tensor,
+        images: Images | None = None,
+        lockstep: bool = False,
+        counted: Tensor | None = None,
+        visible: Tensor | None = None,
+    ) -> Embedded:
         """Return what the decoder reads: the stream [B, T, C], and what goes with it.
 
         Args:
             input_ids: [B, T], with the layout's placeholders where images stand.
             images: in the order of the stream.
             lockstep: run parts that these inputs have no use for as well, on a blank that adds nothing.
+            counted: [B, T], positions as they count the tokens of each sample; None: all of a row count.
+            visible: who may look where, bool [B, 1, T, T]; None: everything that came before.
 
         Raises:
             ValueError: the images do not fill the placeholders or their sizes do not fit, or the model lacks the
@@ -255,31 +223,61 @@ class UniMMModel(StrictModel):
             raise ValueError("images: this model has no understanding encoder")
         if self.sees_codes and images.pixels is not None:
             input_ids = self.put_tokens(input_ids, images)
-        # A code's placeholder need not be in the text vocabulary.
-        own = not self.layout.shared
-        known = input_ids.masked_fill(self.layout.code_positions(input_ids), 0) if own else input_ids
-        stream: Tensor = self.get_input_embeddings()(known)
+        stream = self._tokens(input_ids)
         if self.vision is not None:
             stream = self._put_features(stream, input_ids, images, lockstep)
-        if own:
-            return Embedded(self._put_codes(stream, input_ids, images.codes, lockstep))
-        if images.codes is not None:
+        if not self.layout.shared:
+            stream = self._put_codes(stream, input_ids, images.codes, lockstep)
+        elif images.codes is not None:
             raise ValueError("images: codes are tokens of this model's vocabulary; put them into input_ids")
-        return Embedded(stream)
+        if not self.rotary:
+            return Embedded(stream)
+        if counted is None:
+            counted = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
+        return Embedded(stream, positions=self.place(input_ids, images, counted, visible))
+
+    def _tokens(self, input_ids: Tensor) -> Tensor:
+        """Embed tokens; a code's placeholder need not be in the text vocabulary."""
+        own = not self.layout.shared
+        known = input_ids.masked_fill(self.layout.code_positions(input_ids), 0) if own else input_ids
+        table = self.get_input_embeddings()
+        if self.extra_embedding is None:
+            stream: Tensor = table(known)
+            return stream
+        first = table.num_embeddings
+        assert isinstance(first, int)
+        extra = known >= first
+        stream = table(known.masked_fill(extra, 0))
+        return torch.where(extra[..., None], self.extra_embedding((known - first).clamp(min=0)), stream)
+
+    def place(
+        self, input_ids: Tensor, images: Images, counted: Tensor, visible: Tensor | None = None
+    ) -> Tensor:
+        """Return positions of time, row and column [3, B, T], for `embed`'s arguments."""
+        grids = [] if not len(images) else seen_of(self.seeing, images, self.layout).grids
+        rasters = [raster for grid in grids for raster in self.layout.rasters(*grid)]
+        blocks = find_blocks(self.layout.feature_positions(input_ids), rasters)
+        if images.codes is not None:
+            drawn = [(images.codes.shape[1], images.codes.shape[2])] * len(images.codes)
+            blocks += find_blocks(self.layout.code_positions(input_ids), drawn)
+        return raster_positions(counted, blocks, visible)
 
     def _put_features(self, stream: Tensor, input_ids: Tensor, images: Images, lockstep: bool) -> Tensor:
         """Fill the placeholders of images to understand."""
         assert self.vision is not None and self.connector is not None
         if len(images):
-            features = self.connector(self._seen(images))
+            seen = seen_of(self.seeing, images, self.layout)
             mask = self.layout.feature_positions(input_ids)
-            stream = scatter_rows(stream, mask, features.flatten(0, 1), "images: features")
+            check_room(self.layout, seen, int(mask.sum()))
+            tokens = self.connector(self._features(images, lockstep), seen)
+            tokens = tokens.flatten(0, 1) if tokens.ndim == 3 else tokens
+            add = self.layout.picture is not None and self.layout.picture.add
+            stream = scatter_rows(stream, mask, tokens, "images: features", add)
         if lockstep and images.pixels is None:
-            views = self.config.views_config()
-            assert isinstance(views, SquareViewsConfig)
-            blank = torch.zeros(1, 3, *[views.image_size] * 2, dtype=self.dtype, device=input_ids.device)
-            nothing = self.vision(blank)
-            nothing = self.connector(nothing) if images.features is None else nothing
+            blank = torch.zeros(1, 3, *self.seeing.blank, dtype=self.dtype, device=input_ids.device)
+            nothing = self.vision(blank, lockstep=True)
+            if images.features is None:
+                nothing = self.connector(nothing, self.seeing.blank_seen)
             stream = stream + 0 * nothing.mean()
         return stream
 
@@ -294,28 +292,45 @@ class UniMMModel(StrictModel):
             stream = stream + 0 * self.embed_codes(blank.to(input_ids.device)).mean()
         return stream
 
-    def _seen(self, images: Images) -> Tensor:
-        """Return the encoder's features [N, tokens, width], computed or given, in the order of the stream."""
+    def _features(self, images: Images, lockstep: bool = False) -> Tensor:
+        """Return the encoder's features, computed or given, in the order of the stream."""
         assert self.vision is not None
         dtype: torch.dtype = self.dtype
         given = images.features
-        seen: Tensor | None = None if images.pixels is None else self.vision(images.pixels.to(dtype))
-        if given is None:
-            assert seen is not None
-            return seen
-        if seen is None:
+        if images.pixels is None:
+            assert given is not None
             return given.to(dtype)
-        if images.featured is None:
-            raise ValueError("featured: missing; it says which images are features where others are pixels")
-        together = seen.new_empty(len(images.featured), *seen.shape[1:])
-        together[images.featured], together[~images.featured] = given.to(seen.dtype), seen
-        return together
+        seen: Tensor = self.vision(images.pixels.to(dtype), images.sizes, lockstep)
+        if given is None:
+            return seen
+        return in_order(self.seeing, images, seen, given.to(seen.dtype))
 
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        """Return the encoder's features [N, tokens, width] of images [N, 3, H, W], as `Images.features` has them."""
+    def encode_images(self, pixels: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """Return the encoder's features of views, as `Images.features` has them.
+
+        Args:
+            pixels: [V, 3, H, W].
+            sizes: [V, 2], where views keep their own sizes.
+
+        Returns:
+            [V, tokens, width], or [P, width] where views have unlike many.
+        """
         assert self.vision is not None
-        features: Tensor = self.vision(pixels.to(self.dtype))
+        features: Tensor = self.vision(pixels.to(self.dtype), sizes)
         return features
+
+    def as_features(self, images: Images) -> Images:
+        """Return images to understand with their encoder's features in the place of pixels."""
+        grids = torch.tensor(seen_of(self.seeing, images, self.layout).grids)
+        features = self._features(images)
+        lengths = None
+        if features.ndim == 2:
+            counts = [math.prod(shape) for shape in seen_of(self.seeing, images, self.layout).shapes]
+            lengths = torch.tensor(counts)
+        elif images.views is not None:
+            lengths = images.views * features.shape[1]
+            features = features.flatten(0, 1)
+        return Images(features=features, lengths=lengths, grids=grids, owners=images.owners)
 
     def put_tokens(self, input_ids: Tensor, images: Images) -> Tensor:
         """Fill the placeholders of images that are understood by their codes with the tokens of these.
@@ -399,12 +414,8 @@ class UniMMModel(StrictModel):
             With labels the losses and no logits (they are never held whole); without, text logits [B, T, V].
         """
         given = Images.from_inputs(options)
-        embedded = self.embed(input_ids, given if images is None else images, lockstep)
-        if rows is not None:
-            flexible = self.decoder.config._attn_implementation == FLEX
-            attention_mask = (block_mask if flexible else dense_mask)(rows.samples, rows.branches)
-            options["position_ids"] = rows.positions
-        output = self._run(embedded, attention_mask, options.pop("position_ids", None), **options)
+        images = given if images is None else images
+        output = self._run(input_ids, images, attention_mask, lockstep, rows, **options)
         hidden_BTC = output.last_hidden_state
         if labels is None:
             logits = self.decoder.get_output_embeddings()(hidden_BTC)
@@ -412,13 +423,27 @@ class UniMMModel(StrictModel):
         return self.losses(hidden_BTC, input_ids, labels, lockstep)
 
     def _run(
-        self, embedded: Embedded, attention_mask: Tensor | None, position_ids: Tensor | None, **options: Any
+        self,
+        input_ids: Tensor,
+        images: Images | None,
+        attention_mask: Tensor | None,
+        lockstep: bool,
+        rows: Rows | None = None,
+        position_ids: Tensor | None = None,
+        **options: Any,
     ) -> Any:
-        """Decode a stream, with positions counted from a mask [B, T] where none are given."""
-        if position_ids is None:
-            position_ids = embedded.positions
-        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+        """Embed and decode, with positions counted from a mask [B, T] where none are given."""
+        visible = None if attention_mask is None or attention_mask.ndim == 2 else attention_mask
+        if rows is not None:
+            flexible = self.decoder.config._attn_implementation == FLEX
+            attention_mask = (block_mask if flexible else dense_mask)(rows.samples, rows.branches)
+            position_ids = rows.positions
+            visible = dense_mask(rows.samples, rows.branches) if self.rotary else None
+        elif position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             position_ids = positions(attention_mask)
+        embedded = self.embed(input_ids, images, lockstep, position_ids, visible)
+        if embedded.positions is not None:
+            position_ids = embedded.positions
         return self.decode(
             embedded.stream, attention_mask=attention_mask, position_ids=position_ids, **options
         )
@@ -438,9 +463,9 @@ class UniMMModel(StrictModel):
             lockstep: see `forward`.
         """
         input_ids, labels, answers = inputs["input_ids"], inputs["labels"], inputs["answers"]
-        embedded = self.embed(input_ids, inputs.get("images"), lockstep)
         mask, position_ids = inputs.get("attention_mask"), inputs.get("position_ids")
-        hidden = self._run(embedded, mask, position_ids).last_hidden_state[:, :-1]
+        output = self._run(input_ids, inputs.get("images"), mask, lockstep, position_ids=position_ids)
+        hidden = output.last_hidden_state[:, :-1]
         targets, text, code = self._counted(input_ids, labels)
         # In float64: what matters are small differences of long sums.
         sums = torch.zeros(count, 3, dtype=torch.float64, device=hidden.device)

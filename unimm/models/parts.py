@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field
 
-from unimm.models.encoders import check_architecture, check_encoder_options
+from unimm.models.configs import Activation
+from unimm.models.encoders import check_architecture, check_encoder_options, check_foreign_encoder
 from unimm.models.image_tokenizers.sizes import Side
 from unimm.sections import FieldError, Positive, near, read_dataclass, show
 
@@ -31,7 +32,11 @@ FeatureCount = Annotated[int, Field(gt=0, le=2**20)]
 EncoderKwargs = Annotated[dict[str, Any], AfterValidator(check_encoder_options)]
 EncoderName = Annotated[str, AfterValidator(check_architecture)]
 PadValue = Grey | Annotated[tuple[Grey, Grey, Grey], Field(strict=False)]
-_HALF = (0.5, 0.5, 0.5)
+Count = Annotated[int, Field(ge=0, le=2**20)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+HeadCount = Annotated[int, Field(gt=0, le=2**10)]
+Resample = Literal["bilinear", "bicubic"]
+HALF = (0.5, 0.5, 0.5)
 
 
 # --- images to understand -----------------------------------------------------------------------------------
@@ -50,8 +55,8 @@ class SquareViewsConfig:
 
     image_size: Side
     pad_value: PadValue = 127
-    mean: Mean = _HALF
-    std: Deviation = _HALF
+    mean: Mean = HALF
+    std: Deviation = HALF
     kind: Literal["square"] = "square"
 
 
@@ -70,9 +75,80 @@ class AreaViewsConfig:
     least: Positive
     most: Positive
     stride: Stride
-    mean: Mean = _HALF
-    std: Deviation = _HALF
+    mean: Mean = HALF
+    std: Deviation = HALF
     kind: Literal["area"] = "area"
+
+
+@dataclasses.dataclass(frozen=True)
+class FitViewsConfig:
+    """An image at its own ratio, within a rectangle, its sides brought to multiples of a unit (Pixtral, Fuyu, Aria).
+
+    Attributes:
+        bounds: most pixels of height and width.
+        unit: pixels that both sides are multiples of.
+        fill: how they become so: "stretch" the image to the next multiple (Pixtral), "pad" it to the next multiple
+            (Fuyu), or pad it to all of `bounds` (Aria: "bounds").
+        enlarge: whether smaller images are brought to the bounds too.
+        least: pixels that the short side has at least.
+        pad_value: grey level (0..255), or one for each channel, of the padding.
+        resample: how pixels are interpolated.
+        mean: what is taken from each colour channel in [0, 1], and
+        std: what it is then divided by; the defaults give [-1, 1].
+    """
+
+    bounds: Annotated[tuple[Side, Side], Field(strict=False)]
+    unit: Stride
+    fill: Literal["stretch", "pad", "bounds"] = "stretch"
+    enlarge: bool = False
+    least: Count = 0
+    pad_value: PadValue = 0
+    resample: Resample = "bicubic"
+    mean: Mean = HALF
+    std: Deviation = HALF
+    kind: Literal["fit"] = "fit"
+
+
+@dataclasses.dataclass(frozen=True)
+class CanvasViewsConfig:
+    """An image cut into square tiles, and the whole of it beside them (NVLM, Molmo, MM1.5, Baichuan-Omni).
+
+    Attributes:
+        tile: pixels a side of a tile.
+        most: tiles of an image, the whole not counted.
+        least: of these the fewest.
+        choose: which arrangement of tiles is taken: the one whose "ratio" of width to height is nearest (NVLM), the
+            one that enlarges least (Molmo, Baichuan-Omni: "scale"), or that pads and shrinks least (MM1.5: "pad").
+        place: how the image fills the arrangement: "stretch" to all of it, or in the "centre" with padding around.
+        whole: where the whole image stands: "first", "last", or nowhere.
+        whole_place: as `place`, of the whole.
+        alone: whether an image of one tile is shown as the whole alone.
+        overlap: pixels at each side of a tile that its neighbours show too (Molmo).
+        pad_value: grey level (0..255), or one for each channel, of the padding.
+        resample: how pixels are interpolated.
+        mean: what is taken from each colour channel in [0, 1], and
+        std: what it is then divided by; the defaults give [-1, 1].
+    """
+
+    tile: Side
+    most: Annotated[int, Field(gt=0, le=64)]
+    least: Annotated[int, Field(gt=0, le=64)] = 1
+    choose: Literal["ratio", "scale", "pad"] = "ratio"
+    place: Literal["stretch", "centre"] = "stretch"
+    whole: Literal["first", "last", "none"] = "last"
+    whole_place: Literal["stretch", "centre"] = "stretch"
+    alone: bool = False
+    overlap: Count = 0
+    pad_value: PadValue = 0
+    resample: Resample = "bicubic"
+    mean: Mean = HALF
+    std: Deviation = HALF
+    kind: Literal["canvas"] = "canvas"
+
+    def views(self, rows: int, columns: int) -> int:
+        """Views of an image of so many rows and columns of tiles, the whole among them."""
+        tiles = rows * columns
+        return 1 if tiles == 1 and self.alone else tiles + (self.whole != "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,18 +160,81 @@ class TimmEncoderConfig:
         tokens: features of a view (the square of the patches a side).
         width: channels of a feature.
         kwargs: what `unimm.models.vision.create_encoder` takes besides the name (image size, width, depth, ...).
+        layers: blocks whose states are joined to a feature, counted from 0; empty: the last, after the final norm.
     """
 
     name: EncoderName
     tokens: FeatureCount
     width: Width
     kwargs: EncoderKwargs = dataclasses.field(default_factory=dict)
+    layers: Annotated[tuple[Count, ...], Field(strict=False)] = ()
     kind: Literal["timm"] = "timm"
 
     @property
     def side(self) -> int:
         """Features a side."""
         return math.isqrt(self.tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class NaflexEncoderConfig:
+    """A vision transformer of timm for images of any size, with rotary positions of rows and columns (Qwen2-VL).
+
+    Attributes:
+        width: channels of a feature.
+        depth: blocks.
+        heads: attention heads.
+        patch: pixels a side of a feature.
+        frames: frames of a video that a patch spans; an image is repeated so often.
+        mlp_ratio: width of a block's MLP, in widths.
+        act: its activation.
+    """
+
+    width: Width
+    depth: Annotated[int, Field(gt=0, le=2**10)]
+    heads: HeadCount
+    patch: Stride
+    frames: Annotated[int, Field(gt=0, le=16)] = 1
+    mlp_ratio: Annotated[float, Field(gt=0, le=2**8)] = 4.0
+    act: Literal["gelu", "quick_gelu"] = "quick_gelu"
+    kind: Literal["naflex"] = "naflex"
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformersEncoderConfig:
+    """An encoder of transformers.
+
+    Attributes:
+        name: its `model_type`, one of `unimm.models.encoders.FOREIGN_ENCODERS`.
+        width: channels of a feature.
+        patch: pixels a side of a feature.
+        side: features a side of every view; 0: views keep their own sizes.
+        kwargs: fields of its config.
+    """
+
+    name: str
+    width: Width
+    patch: Stride
+    side: Count = 0
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    kind: Literal["transformers"] = "transformers"
+
+    def __post_init__(self) -> None:
+        check_foreign_encoder(self.name, self.kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearEncoderConfig:
+    """No encoder but a projection of the pixels of each patch (Fuyu).
+
+    Attributes:
+        width: channels of a feature.
+        patch: pixels a side of a feature.
+    """
+
+    width: Width
+    patch: Stride
+    kind: Literal["linear"] = "linear"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,15 +257,96 @@ class JoinReducerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeanReducerConfig:
+    """The mean of neighbouring features; an odd row at the end is left out, an odd column is a token (Baichuan-Omni).
+
+    Attributes:
+        side: features a side.
+    """
+
+    side: Merge = 2
+    kind: Literal["mean"] = "mean"
+
+
+@dataclasses.dataclass(frozen=True)
+class AttendReducerConfig:
+    """Attention from the mean of neighbouring features to each of them (Molmo).
+
+    Attributes:
+        side: features a side.
+        width: of what comes out.
+        heads: attention heads.
+        padding: whether features of padding get a learned vector, one where all is padding, one where some is.
+    """
+
+    width: Width
+    heads: HeadCount
+    side: Merge = 2
+    padding: bool = False
+    kind: Literal["attend"] = "attend"
+
+
+@dataclasses.dataclass(frozen=True)
+class ResampleReducerConfig:
+    """Learned queries that look at all features of a view (Aria).
+
+    Attributes:
+        heads: attention heads.
+        queries: features of a padded view: how many of the queries, the first ones, look at one of so many.
+    """
+
+    heads: HeadCount
+    queries: Annotated[tuple[tuple[FeatureCount, FeatureCount], ...], Field(strict=False, min_length=1)]
+    kind: Literal["resample"] = "resample"
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractReducerConfig:
+    """Convolutions, an adaptive mean and convolutions again (the C-Abstractor of MM1.5).
+
+    Attributes:
+        side: features a side of every view afterwards.
+        width: of the convolutions.
+        depth: blocks before, and after, the mean.
+    """
+
+    side: Annotated[int, Field(gt=0, le=2**8)]
+    width: Width
+    depth: Depth = 3
+    kind: Literal["abstract"] = "abstract"
+
+
+@dataclasses.dataclass(frozen=True)
 class MlpConnectorConfig:
-    """Linear layers with a GELU between.
+    """Linear layers with an activation between.
 
     Attributes:
         depth: how many.
+        width: of what is between them; None: the decoder's.
+        bias: whether they have biases.
+        act: the activation.
+        norm: what comes before them.
+        norm_at: whether that is of each "feature", or of each "token" that several were joined to.
+        eps: of the norm.
+        gated: whether there are three, as in Llama's MLP; `depth` does not count then.
     """
 
     depth: Depth = 2
+    width: Width | None = None
+    bias: bool = True
+    act: Activation = "gelu"
+    norm: Literal["none", "layer", "rms"] = "none"
+    norm_at: Literal["feature", "token"] = "token"
+    eps: Share = 1e-6
+    gated: bool = False
     kind: Literal["mlp"] = "mlp"
+
+
+@dataclasses.dataclass(frozen=True)
+class NoConnectorConfig:
+    """Nothing: features have the decoder's width (Fuyu)."""
+
+    kind: Literal["none"] = "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +361,18 @@ class CountedPositionsConfig:
     """Positions count the tokens of the stream that are attended to."""
 
     kind: Literal["counted"] = "counted"
+
+
+@dataclasses.dataclass(frozen=True)
+class MropePositionsConfig:
+    """Rotary positions of time, row and column: an image's features and codes lie where they are (Qwen2-VL's M-RoPE).
+
+    Attributes:
+        sections: how many of the decoder's rotary frequencies turn with each.
+    """
+
+    sections: Annotated[tuple[Count, Count, Count], Field(strict=False)]
+    kind: Literal["mrope"] = "mrope"
 
 
 # --- images to generate -------------------------------------------------------------------------------------
@@ -177,15 +409,37 @@ class ImageGenerationConfig:
         return self.image_size // self.stride
 
 
-ViewsConfig: TypeAlias = SquareViewsConfig | AreaViewsConfig
-EncoderConfig: TypeAlias = TimmEncoderConfig | CodesEncoderConfig
+ViewsConfig: TypeAlias = SquareViewsConfig | AreaViewsConfig | FitViewsConfig | CanvasViewsConfig
+NativeEncoderConfig: TypeAlias = NaflexEncoderConfig | TransformersEncoderConfig | LinearEncoderConfig
+EncoderConfig: TypeAlias = TimmEncoderConfig | CodesEncoderConfig | NativeEncoderConfig
+ReducerConfig: TypeAlias = (
+    JoinReducerConfig
+    | MeanReducerConfig
+    | AttendReducerConfig
+    | ResampleReducerConfig
+    | AbstractReducerConfig
+)
+ConnectorConfig: TypeAlias = MlpConnectorConfig | NoConnectorConfig
+PositionsConfig: TypeAlias = CountedPositionsConfig | MropePositionsConfig
 PART_KINDS: dict[str, tuple[type, ...]] = {
-    "views": (SquareViewsConfig, AreaViewsConfig),
-    "encoder": (TimmEncoderConfig, CodesEncoderConfig),
-    "reducer": (JoinReducerConfig,),
-    "connector": (MlpConnectorConfig,),
+    "views": (SquareViewsConfig, AreaViewsConfig, FitViewsConfig, CanvasViewsConfig),
+    "encoder": (
+        TimmEncoderConfig,
+        CodesEncoderConfig,
+        NaflexEncoderConfig,
+        TransformersEncoderConfig,
+        LinearEncoderConfig,
+    ),
+    "reducer": (
+        JoinReducerConfig,
+        MeanReducerConfig,
+        AttendReducerConfig,
+        ResampleReducerConfig,
+        AbstractReducerConfig,
+    ),
+    "connector": (MlpConnectorConfig, NoConnectorConfig),
     "fusion": (StreamFusionConfig,),
-    "positions": (CountedPositionsConfig,),
+    "positions": (CountedPositionsConfig, MropePositionsConfig),
     "generation": (ImageGenerationConfig,),
 }
 """Part -> the kinds that there are; the first is what a description without a kind means."""
@@ -218,75 +472,3 @@ def part_fields(described: Any) -> dict[str, Any]:
 
 def _default(field: Any) -> Any:
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-
-
-# --- a square view through a timm encoder -------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class VisionConfig:
-    """An encoder of timm with its square view and the features that are joined: what a SigLIP run exports.
-
-    Attributes:
-        name: see `TimmEncoderConfig`.
-        image_size: see `SquareViewsConfig`.
-        tokens: see `TimmEncoderConfig`.
-        width: see `TimmEncoderConfig`.
-        kwargs: see `TimmEncoderConfig`.
-        merge: `side` of `JoinReducerConfig`.
-        pad_value: see `SquareViewsConfig`.
-        mean: see `SquareViewsConfig`.
-        std: see `SquareViewsConfig`.
-    """
-
-    name: EncoderName
-    image_size: Side
-    tokens: FeatureCount
-    width: Width
-    kwargs: EncoderKwargs = dataclasses.field(default_factory=dict)
-    merge: Merge = 1
-    pad_value: PadValue = 127
-    mean: Mean = _HALF
-    std: Deviation = _HALF
-
-    def parts(self) -> dict[str, dict[str, Any]]:
-        """Return the views, encoder and reducer of a `UniMMConfig`."""
-        views = SquareViewsConfig(self.image_size, self.pad_value, self.mean, self.std)
-        encoder = TimmEncoderConfig(self.name, self.tokens, self.width, self.kwargs)
-        described = {"views": views, "encoder": encoder, "reducer": JoinReducerConfig(self.merge)}
-        return {name: part_fields(part) for name, part in described.items()}
-
-
-def former_parts(sections: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration's sections with those that they had before each part had a kind in today's terms.
-
-    These are `vision` and `connector_depth`, `area`, `mean` and `std` of `generation`, and `features` of `layout`.
-
-    Raises:
-        FieldError: one of them is wrong.
-    """
-    found = dict(sections)
-    if (vision := found.pop("vision", None)) is not None:
-        found |= read_dataclass(VisionConfig, vision, "", "vision").parts()
-    if (depth := found.pop("connector_depth", None)) is not None:
-        found["connector"] = part_fields(
-            read_dataclass(MlpConnectorConfig, {"depth": depth}, "", "connector")
-        )
-    generation = found.get("generation")
-    if isinstance(generation, dict) and {"area", "mean", "std"} & generation.keys():
-        own = {name: value for name, value in generation.items() if name not in ("area", "mean", "std")}
-        found["generation"] = own
-        area = generation.get("area")
-        if area is not None and "encoder" not in found:
-            found |= _area_parts(generation, area)
-    if isinstance(layout := found.get("layout"), dict):
-        found["layout"] = {name: value for name, value in layout.items() if name != "features"}
-    return found
-
-
-def _area_parts(generation: Mapping[str, Any], area: Any) -> dict[str, Any]:
-    if not isinstance(area, list | tuple) or len(area) != 2:
-        raise FieldError(f"generation.area: expected the least and the most pixels, got {show(area)}")
-    own = {name: generation[name] for name in ("stride", "mean", "std") if name in generation}
-    views = read_dataclass(AreaViewsConfig, {"least": area[0], "most": area[1], **own}, "", "views")
-    return {"views": part_fields(views), "encoder": part_fields(CodesEncoderConfig())}

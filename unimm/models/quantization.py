@@ -405,6 +405,27 @@ def quantise_linears(module: nn.Module, make: MakeSmall, keep: Sequence[nn.Modul
         setattr(parent, name, make(getattr(parent, name)))
 
 
+def quantise_decoder(decoder: Any, head: MakeSmall, others: MakeSmall, tied: bool) -> None:
+    """Put quantised layers in the place of a decoder's linear layers, and of a large head.
+
+    Args:
+        decoder: a causal language model of transformers, changed in place.
+        head: makes that of its head.
+        others: makes those of its other layers.
+        tied: whether the head shares its weights with the embedding, and so stays.
+    """
+    own = decoder.get_output_embeddings()
+    if not tied and own.weight.numel() >= LARGE:
+        decoder.set_output_embeddings(head(own))
+    quantise_linears(decoder, others, keep=[own])
+
+
+def quantise_large(layers: nn.Sequential, make: MakeSmall) -> None:
+    """Put quantised layers in the place of the large ones of a few."""
+    small = [layer for layer in layers if sum(p.numel() for p in layer.parameters()) < LARGE]
+    quantise_linears(layers, make, keep=small)
+
+
 def some_rows(head: nn.Module, hidden: Tensor, start: int, end: int) -> Tensor:
     """Return outputs `start` to `end` of a linear layer, [..., end - start], without computing the others."""
     if isinstance(head, QuantisedLinear):

@@ -21,7 +21,8 @@ from unimm.data.sources import Reading
 from unimm.files import append
 from unimm.images import save_image
 from unimm.loading import load, load_whole
-from unimm.models.modeling import AnswerScores, UniMMModel
+from unimm.models.model_outputs import AnswerScores
+from unimm.models.modeling import UniMMModel
 from unimm.pipeline import UniMM
 from unimm.preferences.data import MODALITIES, read_preferences
 from unimm.preferences.losses import ModalityObjective, Pairs, k3, objective

@@ -26,7 +26,8 @@ from unimm.images import save_image
 from unimm.loading import load, load_whole
 from unimm.models.configuration import SamplingConfig
 from unimm.models.layout import IGNORED
-from unimm.models.modeling import AnswerScores, UniMMModel
+from unimm.models.model_outputs import AnswerScores
+from unimm.models.modeling import UniMMModel
 from unimm.pipeline import UniMM
 from unimm.preferences.candidates import DrawingPrompt, Emphasis, read_prompts, scene_prompts
 from unimm.preferences.policy import PolicyModel, PolicyRecipe, PolicyTask, frozen_copy

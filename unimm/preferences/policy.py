@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from unimm.locate import EMBEDDED
 from unimm.models.lora import LoraSection, adapters_off, add_adapters, save_model
-from unimm.models.modeling import AnswerScores, UniMMModel
+from unimm.models.model_outputs import AnswerScores
+from unimm.models.modeling import UniMMModel
 from unimm.preferences.losses import REFERENCE_FREE, Objective
 from unimm.processing.processor import UniMMProcessor
 from unimm.sections import NotNegative, Positive, Section

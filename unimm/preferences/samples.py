@@ -14,7 +14,8 @@ from transformers import BatchFeature
 from unimm.errors import UserError, UserNote
 from unimm.models.inputs import Images
 from unimm.models.layout import IGNORED
-from unimm.models.modeling import AnswerScores, UniMMModel
+from unimm.models.model_outputs import AnswerScores
+from unimm.models.modeling import UniMMModel
 from unimm.preferences.data import MODALITIES, Preference, Response, check_response_codes
 from unimm.preferences.forms import SIDES
 from unimm.processing.messages import DRAWN, Message

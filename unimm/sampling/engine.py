@@ -11,8 +11,8 @@ import contextlib
 import dataclasses
 import itertools
 import threading
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from unimm.errors import UserError
 from unimm.models.inputs import Images, digests
 from unimm.models.modeling import UniMMModel
+from unimm.models.seeing import seen_of
 from unimm.processing.processor import UniMMProcessor
 from unimm.sampling.cache import PrefixCache, RowCache, RowsAt
 from unimm.sampling.decoder import make_runner
@@ -254,27 +255,31 @@ class Engine:
             with failing_alone(slot.ticket):
                 for line in slot.lines:
                     self._start(line, features.get(id(line)))
+                    if isinstance(slot, CodeSlot):
+                        line.draw_at(slot.request.grid)
                 slot.ticket.cached_tokens = slot.lines[0].filled
         self._drop_done()
 
     def _encode(self, lines: Sequence[SlotRow]) -> dict[int, Images]:
-        """Return the images of new rows as features, where those of several are encoded together."""
-        groups: dict[tuple[int, ...], list[tuple[SlotRow, Images, Tensor]]] = defaultdict(list)
-        for line in lines:
-            images = line.images
-            if images is None or images.pixels is None or images.features is not None:
-                continue
-            if images.sizes is None and self.prefixes.find(line.tokens)[1] is None:
-                groups[tuple(images.pixels.shape[1:])].append((line, images, images.pixels))
+        """Return the images of new rows as features, where those of several rows are encoded together."""
+        members = [
+            (line, line.images)
+            for line in lines
+            if line.images is not None
+            and line.images.features is None
+            and self.prefixes.find(line.tokens)[1] is None
+        ]
         found: dict[int, Images] = {}
-        for group in groups.values():
-            if len(group) < 2:
-                continue
-            with contextlib.suppress(Exception):  # whose it is shows where each is encoded alone
-                features = self.model.encode_images(torch.cat([pixels for _, _, pixels in group]))
-                parts = features.split([len(images) for _, images, _ in group])
-                for (line, images, _), part in zip(group, parts, strict=True):
-                    found[id(line)] = dataclasses.replace(images, pixels=None, features=part)
+        if len(members) < 2:
+            return found
+        with contextlib.suppress(Exception):  # whose it is shows where each is encoded alone
+            together = Images.cat(images for _, images in members)
+            assert together is not None
+            given = self.model.as_features(together)
+            start = 0
+            for line, images in members:
+                found[id(line)] = given.part(start, start + len(images))
+                start += len(images)
         return found
 
     def _may_join(self, ticket: Ticket) -> bool:
@@ -332,12 +337,16 @@ class Engine:
         if prefix is not None and bool(placeholders[0, length:].any()):
             length, prefix = 0, None  # an image has to be encoded in any case
         if prefix is None and line.images is not None:
-            stream = model.embed(input_ids, images or line.images).stream[0]
+            embedded = model.embed(input_ids, images or line.images)
+            line.places = None if embedded.positions is None else embedded.positions[:, 0]
         else:
-            stream = model.embed(input_ids.masked_fill(placeholders, self.processor.pad)).stream[0]
+            embedded = model.embed(input_ids.masked_fill(placeholders, self.processor.pad))
+            if embedded.positions is not None:
+                seen = Images() if line.images is None else line.images
+                line.places = model.place(input_ids, seen, embedded.positions[0])[:, 0]
         if prefix is not None:
             self.cache.put(line.row, prefix, length)
-        line.filled, line.prompt, line.started = length, stream[length:], True
+        line.filled, line.prompt, line.started = length, embedded.stream[0, length:], True
 
     def _resolved(self, request: Request) -> tuple[list[int], Images | None]:
         """Return a prompt's tokens and images as the decoder takes them: images seen by their codes are tokens."""
@@ -359,16 +368,25 @@ class Engine:
 
     def _known_by(self, request: Request) -> tuple[Hashable, ...]:
         """Return the tokens of a prompt, with what images hold in the place of their placeholders."""
-        seen = digests(request.images) if request.images else []
+        images = request.images or Images()
+        seen = iter(self._placeholders(images))
         tokens: list[Hashable] = []
-        run = 0  # of placeholders, one for each image
-        for place, token in enumerate(request.ids):
+        for token in request.ids:
             holds = token == self.model.layout.feature
-            run += holds and (place == 0 or request.ids[place - 1] != token)
-            if run > len(seen):
-                raise UserError(f"images: {len(seen)} given, but the prompt has room for more")
-            tokens.append(seen[run - 1] if holds else token)
+            found: Hashable = next(seen, None) if holds else token
+            if found is None:
+                raise UserError(f"images: {len(images)} given, but the prompt has room for more")
+            tokens.append(found)
+        if next(seen, None) is not None:
+            raise UserError(f"images: {len(images)} given, but the prompt has no room for all of them")
         return tuple(tokens)
+
+    def _placeholders(self, images: Images) -> Iterator[str]:
+        """Return what each placeholder of images holds."""
+        model = self.model
+        grids = seen_of(model.seeing, images, model.layout).grids if len(images) else ()
+        for told, (rows, columns) in zip(digests(images) if len(images) else (), grids, strict=True):
+            yield from itertools.repeat(told, model.layout.features(rows, columns))
 
     # --- one step -------------------------------------------------------------------------------------------
 
@@ -384,7 +402,7 @@ class Engine:
         width = min(piece, room, max(line.unread - 1 for line in lines))
         stream = torch.stack([line.next(width) for line in lines])
         at = RowsAt(lines[0].row, [line.filled for line in lines], width, self.device)
-        self.runner(self.cache, at, stream)
+        self.runner(self.cache, at, stream, _positions(lines, width))
         for line in lines:
             if line.read(width):
                 self.prefixes.keep(line.tokens[: line.filled], self.cache.read(line.row, line.filled))
@@ -402,9 +420,9 @@ class Engine:
         window = self.window.choose(slots)
         with self.window.timed():
             feeds = self._heads.feeds(slots, window)
-            filled = [line.filled for line in _by_rows(slots)]
-            at = RowsAt(0, filled, feeds.stream.shape[1], self.device)
-            hidden = self.runner(self.cache, at, feeds.stream)
+            lines, width = _by_rows(slots), feeds.stream.shape[1]
+            at = RowsAt(0, [line.filled for line in lines], width, self.device)
+            hidden = self.runner(self.cache, at, feeds.stream, _positions(lines, width))
             self._heads.sample(slots, feeds, hidden)
 
     def _has_room(self, slot: Slot) -> bool:
@@ -438,6 +456,13 @@ class Engine:
 def _by_rows(slots: Iterable[Slot]) -> list[SlotRow]:
     """Return the rows of slots in the order of the cache."""
     return sorted((line for slot in slots for line in slot.lines), key=lambda line: line.row)
+
+
+def _positions(lines: Sequence[SlotRow], width: int) -> Tensor | None:
+    """Return the positions [3, A, width] of what rows read next; None where they are counted."""
+    if all(line.places is None for line in lines):
+        return None
+    return torch.stack([line.positions(line.filled, width) for line in lines], dim=1)
 
 
 class _Weights:

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unimm.models.inputs import Images
 from unimm.models.modeling import UniMMModel
 from unimm.models.placing import is_spread
 from unimm.models.quantization import is_quantised
 from unimm.sampling.cache import RowCache, RowsAt
 from unimm.sampling.decoder import Layer, LlamaRunner, Runner
+from unimm.sampling.slots import SlotRow
 
 _KEPT = 2**26  # weights up to which the layers' copies in float64 are kept
 
@@ -63,7 +63,8 @@ class Exact:
         cache = RowCache(runner.layers_count)
         cache.reserve(1, len(stream))
         at = RowsAt(0, [0], len(stream), device)
-        return runner(cache, at, stream[None])[0, -1]
+        places = None if row.places is None else row.places[:, None]
+        return runner(cache, at, stream[None], places)[0, -1]
 
     def code_logits(self, hidden: Tensor) -> Tensor:
         """Return the code logits float64 [K]."""
@@ -105,15 +106,17 @@ class ExactRow:
 
     Args:
         ids: its tokens up to the drawing's first code, or up to now.
-        images: what it sees.
         steps: the steps of the drawing up to now, see `ImageLayout.drawing_steps`; None in an answer.
         codes: the codes among them.
+        line: the row that it is, which knows its positions.
     """
 
     def __init__(
-        self, ids: list[int], images: Images | None, steps: list[int] | None, codes: list[int]
+        self, line: SlotRow, ids: list[int], steps: list[int] | None = None, codes: list[int] | None = None
     ) -> None:
-        self.ids, self.images, self.steps, self.codes = ids, images, steps, codes
+        self.ids, self.images, self.steps, self.codes = ids, line.images, steps, codes or []
+        length = len(ids) + len(steps or ())
+        self.places = None if line.places is None else line.positions(0, length)
 
 
 class _DoubleLayers:

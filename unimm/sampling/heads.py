@@ -195,7 +195,7 @@ class Heads:
         assert self.exact is not None
         codes = slot.codes + further
         steps = slot.steps[: slot.places[len(codes)]]
-        rows = [ExactRow(line.ids, line.images, steps, codes) for line in slot.lines]
+        rows = [ExactRow(line, line.ids, steps, codes) for line in slot.lines]
         logits = [self.exact.code_logits(self.exact.hidden(row))[None] for row in rows]
         scale = slot.request.sampling.guidance_scale
         guided = logits[0] if len(rows) == 1 else guide(logits[0], logits[1], scale)
@@ -223,7 +223,7 @@ class Heads:
         """Return the next token of an answer."""
         assert self.exact is not None
         line = slot.lines[0]
-        row = ExactRow(line.ids[: line.prompt_length] + slot.ids, line.images, None, [])
+        row = ExactRow(line, line.ids[: line.prompt_length] + slot.ids)
         logits = self.exact.text_logits(self.exact.hidden(row))
         noise = slot.noise(len(slot.ids), 1) if filters.temperature else []
         return int(sample(slot.adjust(logits)[None], _stacked(noise, logits), filters).chosen)

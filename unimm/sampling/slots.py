@@ -38,6 +38,8 @@ class SlotRow:
         filled: positions that are certain and in the cache.
         started: whether it has been given its beginning.
         prompt: the stream of the prompt [t, C] behind `filled`, until it has been read.
+        places: positions of time, row and column [3, t] of what the row reads, from its first token on, where images
+            have these; what lies behind counts on.
     """
 
     def __init__(
@@ -48,6 +50,23 @@ class SlotRow:
         self.started = False
         self.reserved = self.filled = 0
         self.prompt: Tensor | None = None
+        self.places: Tensor | None = None
+
+    def positions(self, first: int, count: int) -> Tensor:
+        """Return the positions [3, count] from one of the row's on, where images have positions of their own."""
+        assert self.places is not None
+        known = self.places[:, first : first + count]
+        behind = torch.arange(max(first, self.places.shape[1]), first + count, device=known.device)
+        counted = self.places.max() + 1 + behind - self.places.shape[1]
+        return torch.cat([known, counted.expand(3, -1)], dim=1)
+
+    def draw_at(self, grid: tuple[int, int]) -> None:
+        """Give the codes of a drawing, which follow the prompt, their rows and columns."""
+        if self.places is not None:
+            rows, columns = grid
+            order = torch.arange(rows * columns, device=self.places.device)
+            codes = torch.stack([torch.zeros_like(order), order // columns, order % columns])
+            self.places = torch.cat([self.places, self.places.max() + 1 + codes], dim=1)
 
     @property
     def unread(self) -> int:

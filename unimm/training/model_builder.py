@@ -27,9 +27,9 @@ from unimm.loading import load_whole
 from unimm.locate import EMBEDDED, embedded_model, locate
 from unimm.models.configuration import ImageTokenizerSizes, UniMMConfig, read_image_tokenizer
 from unimm.models.decoders import decoder_config, read_decoder
+from unimm.models.former import VisionConfig
 from unimm.models.lora import is_adapter
 from unimm.models.modeling import UniMMModel
-from unimm.models.parts import VisionConfig
 from unimm.models.weights import check_finite, refuse
 from unimm.processing.processor import UniMMProcessor, read_tokenizer
 from unimm.sections import FieldError, NotNegative, Positive, Section, read_dataclass

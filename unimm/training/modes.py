@@ -26,4 +26,4 @@ def set_gradient_checkpointing(model: UniMMModel, wanted: bool) -> None:
     else:
         model.decoder.activation_checkpointing_disable()
     if model.vision is not None:
-        model.vision.model.set_grad_checkpointing(wanted)
+        model.vision.checkpoint(wanted)

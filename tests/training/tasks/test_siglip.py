@@ -16,7 +16,8 @@ from unimm.data.emojiscenes.augment import DRAWS, Augmentation, augment, draw_nu
 from unimm.data.emojiscenes.scenes import BACKGROUNDS, CONCEPTS, Placed, Scene
 from unimm.errors import UserError
 from unimm.images import to_tensor
-from unimm.models.parts import VisionConfig, read_part
+from unimm.models.former import VisionConfig
+from unimm.models.parts import read_part
 from unimm.models.vision import VisionTower
 from unimm.training.recipe import load_recipe
 from unimm.training.tasks.siglip import SceneSource, SiglipTask, content, sigmoid_loss, truth_table

@@ -1,0 +1,208 @@
+"""The way of an image to understand in numbers: from pixels to features to tokens, without building any part."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from unimm.models.inputs import Images
+from unimm.models.layout import ImageLayout
+from unimm.models.parts import (
+    AbstractReducerConfig,
+    CanvasViewsConfig,
+    EncoderConfig,
+    FitViewsConfig,
+    LinearEncoderConfig,
+    MeanReducerConfig,
+    NaflexEncoderConfig,
+    ReducerConfig,
+    ResampleReducerConfig,
+    SquareViewsConfig,
+    TimmEncoderConfig,
+    TransformersEncoderConfig,
+    ViewsConfig,
+)
+
+Grid = tuple[int, int]
+
+
+class Seen(NamedTuple):
+    """How the features of a batch of images lie.
+
+    Attributes:
+        shapes: rows and columns of features of each view.
+        grids: of each image, rows and columns as the grammar has them: of tokens, or of tiles on a canvas.
+    """
+
+    shapes: Sequence[Grid]
+    grids: Sequence[Grid]
+
+
+class Seeing(NamedTuple):
+    """The parts that an image to understand goes through; None where a model looks at none.
+
+    Attributes:
+        views: what it is brought to.
+        encoder: what makes features of them.
+        reducer: what makes tokens of these.
+    """
+
+    views: ViewsConfig | None
+    encoder: EncoderConfig | None
+    reducer: ReducerConfig
+
+    @property
+    def patch(self) -> int | None:
+        """Pixels a side of a feature; None for an encoder that does not say, or none."""
+        encoder = self.encoder
+        if isinstance(encoder, NaflexEncoderConfig | TransformersEncoderConfig | LinearEncoderConfig):
+            return encoder.patch
+        return encoder.kwargs.get("patch_size") if isinstance(encoder, TimmEncoderConfig) else None
+
+    @property
+    def side(self) -> int | None:
+        """Features a side of every view; None where views differ."""
+        encoder = self.encoder
+        if isinstance(encoder, TimmEncoderConfig):
+            return encoder.side
+        return (encoder.side or None) if isinstance(encoder, TransformersEncoderConfig) else None
+
+    @property
+    def unit(self) -> int:
+        """Pixels a side of a token, where views keep their own sizes."""
+        return (self.patch or 1) * getattr(self.reducer, "side", 1)
+
+    def features(self, height: int, width: int) -> Grid:
+        """Return rows and columns of features of a view."""
+        if self.side is not None:
+            return self.side, self.side
+        assert self.patch is not None
+        return -(-height // self.patch), -(-width // self.patch)
+
+    def tokens(self, height: int, width: int) -> Grid:
+        """Return rows and columns of tokens of a view of so many pixels."""
+        rows, columns = self.features(height, width)
+        reducer = self.reducer
+        if isinstance(reducer, AbstractReducerConfig):
+            return reducer.side, reducer.side
+        if isinstance(reducer, ResampleReducerConfig):
+            padded = (
+                self.features(*self.views.bounds)
+                if isinstance(self.views, FitViewsConfig)
+                else (rows, columns)
+            )
+            return 1, dict(reducer.queries).get(padded[0] * padded[1], 0)
+        columns += reducer.side - 1 if isinstance(reducer, MeanReducerConfig) else 0
+        return rows // reducer.side, columns // reducer.side
+
+    @property
+    def tile(self) -> Grid | None:
+        """Rows and columns of tokens of every view; None where views differ."""
+        if isinstance(self.views, CanvasViewsConfig):
+            return self.tokens(self.views.tile, self.views.tile)
+        if isinstance(self.views, SquareViewsConfig):
+            return self.tokens(self.views.image_size, self.views.image_size)
+        return None
+
+    @property
+    def blank(self) -> Grid:
+        """Height and width of the smallest view, for an image that stands for none."""
+        if isinstance(self.views, SquareViewsConfig):
+            return self.views.image_size, self.views.image_size
+        if isinstance(self.views, CanvasViewsConfig):
+            return self.views.tile, self.views.tile
+        return self.unit, self.unit
+
+    @property
+    def blank_seen(self) -> Seen:
+        """How the features of that view lie."""
+        height, width = self.blank
+        grid = (1, 1) if isinstance(self.views, CanvasViewsConfig) else self.tokens(height, width)
+        return Seen([self.features(height, width)], [grid])
+
+    @property
+    def overlap(self) -> int:
+        """Features at each side of a tile that its neighbours show too."""
+        return self.views.overlap // (self.patch or 1) if isinstance(self.views, CanvasViewsConfig) else 0
+
+
+def seen_of(seeing: Seeing, images: Images, layout: ImageLayout) -> Seen:
+    """Return how the features of images lie; where grids are not given, views are of one size or say theirs."""
+    if images.grids is not None:
+        grids = [(rows, columns) for rows, columns in images.grids.tolist()]
+    elif images.pixels is not None and seeing.side is None and seeing.patch is not None:
+        grids = [seeing.tokens(*size) for size in images.view_sizes()]
+    else:
+        grids = [seeing.tile or layout.grid] * len(images)
+    return Seen(_shapes(seeing, images, grids), grids)
+
+
+def _shapes(seeing: Seeing, images: Images, grids: Sequence[Grid]) -> list[Grid]:
+    """Return rows and columns of the features of each view."""
+    if seeing.side is not None:
+        views = seeing.views
+        each = [views.views(*grid) if isinstance(views, CanvasViewsConfig) else 1 for grid in grids]
+        return [(seeing.side, seeing.side)] * sum(each)
+    if isinstance(seeing.reducer, ResampleReducerConfig):  # which does not ask how they lie, only how many
+        return [(1, count) for count in _counts(seeing, images)]
+    side = getattr(seeing.reducer, "side", 1)
+    return [(rows * side, columns * side) for rows, columns in grids]
+
+
+def _counts(seeing: Seeing, images: Images) -> list[int]:
+    """Return the features of each image of one view."""
+    computed = iter([] if images.pixels is None else images.view_sizes())
+    given = iter([] if images.features is None else images.each_length())
+    return [
+        next(given) if featured else math.prod(seeing.features(*next(computed)))
+        for featured in images.which().tolist()
+    ]
+
+
+def check_room(layout: ImageLayout, seen: Seen, room: int) -> None:
+    """Refuse images that do not fit their placeholders, before anything is computed.
+
+    Raises:
+        ValueError: they do not.
+    """
+    wanted = sum(layout.features(rows, columns) for rows, columns in seen.grids)
+    if wanted != room:
+        raise ValueError(
+            f"images: features: {wanted} given, but the tokens have room for {room}; a prompt may have been cut inside "
+            "an image"
+        )
+
+
+def in_order(seeing: Seeing, images: Images, computed: Tensor, given: Tensor) -> Tensor:
+    """Return features of images of which some are given, in the order of the stream.
+
+    Args:
+        seeing: the parts that they come from.
+        images: the images.
+        computed: [V, tokens, width] or [P, width], of those that come as pixels.
+        given: of the others.
+
+    Returns:
+        [N, tokens, width], or [P, width] where images have unlike many.
+
+    Raises:
+        ValueError: the images do not say which are which.
+    """
+    if images.featured is None:
+        raise ValueError("featured: missing; it says which images are features where others are pixels")
+    if computed.ndim == 3 and given.ndim == 3 and images.views is None:
+        together = computed.new_empty(len(images.featured), *computed.shape[1:])
+        together[images.featured], together[~images.featured] = given, computed
+        return together
+    if computed.ndim == 3:
+        views = [1] * len(computed) if images.views is None else images.views.tolist()
+        own = [part.flatten(0, 1) for part in computed.split(views)]
+    else:
+        own = list(computed.split([math.prod(seeing.features(*size)) for size in images.view_sizes()]))
+    flat = given.flatten(0, 1) if given.ndim == 3 else given
+    parts = {True: iter(flat.split(images.each_length())), False: iter(own)}
+    return torch.cat([next(parts[featured]) for featured in images.featured.tolist()])
