@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +11,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from tests.families import nvlm_checkpoints
+from tests.families.nvlm_checkpoints import NVLM
 from tests.families.pixtral_checkpoints import PIXTRAL
 from tests.families.qwen2_vl_checkpoints import QWEN2_VL
 from tests.families.survey import Oracle, Reference, picture
 
-REFERENCES = (PIXTRAL, QWEN2_VL)
+REFERENCES = (PIXTRAL, QWEN2_VL, NVLM)
+READABLE = tuple(reference for reference in REFERENCES if "transformers" in reference.layouts)
 QUESTIONS = ["what is in this image?", "a", "how many red apples are there?\nand these"]
 SIZES = [(37, 91), (300, 133), (61, 60), (13, 200)]
 Written = tuple[Reference, Oracle, Path]
@@ -70,6 +74,7 @@ def test_a_cache_changes_no_greedy_token(written: Written, inputs: dict[str, tor
     assert torch.equal(made[:, 0], oracle.logits(inputs)[:, -1].argmax(-1))
 
 
+@pytest.mark.parametrize("written", READABLE, indirect=True, ids=lambda reference: reference.name)
 def test_saved_and_loaded_it_gives_the_same(written: Written, inputs: dict[str, torch.Tensor]) -> None:
     reference, oracle, folder = written
     again = oracle.reloaded(folder / "transformers")
@@ -153,3 +158,68 @@ def test_transformers_reads_the_published_config_of_qwen2_vl(tmp_path: Path) -> 
     got = again.inputs(["a"], shown)
     assert all(torch.equal(got[name], expected[name]) for name in expected)
     assert torch.equal(again.logits(got), oracle.logits(expected))
+
+
+@torch.no_grad()
+def test_the_published_weights_of_nvlm_give_the_same_features(tmp_path: Path) -> None:
+    """The published arithmetic, with its dummy heads, over what the folder holds."""
+    oracle = NVLM.write(tmp_path)
+    weights = load_file(tmp_path / "model-00001-of-00002.safetensors")
+    weights |= load_file(tmp_path / "model-00002-of-00002.safetensors")
+    pixels = oracle.pixels([picture(37, 91), picture(64, 52)])["pixel_values"]
+    rows = weights["vision_model.embeddings.patch_embedding.weight"]
+    states = F.conv2d(pixels, rows, weights["vision_model.embeddings.patch_embedding.bias"], stride=5)
+    states = states.flatten(2).transpose(1, 2)
+    first = weights["vision_model.embeddings.class_embedding"].expand(len(states), -1, -1)
+    states = torch.cat([first, states], dim=1) + weights["vision_model.embeddings.position_embedding"]
+    for number in range(3):
+        prefix = f"vision_model.encoder.layers.{number}."
+        layer = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+        states = states + layer["ls1"] * _published_attention(_normed(states, layer["norm1.weight"]), layer)
+        hidden = F.gelu(
+            F.linear(_normed(states, layer["norm2.weight"]), layer["mlp.fc1.weight"], layer["mlp.fc1.bias"])
+        )
+        states = states + layer["ls2"] * F.linear(hidden, layer["mlp.fc2.weight"], layer["mlp.fc2.bias"])
+    grid = states[:, 1:].unflatten(1, (3, 2, 3, 2))  # [views, rows, 2, columns, 2, width]
+    joined = grid.transpose(2, 3).flatten(3).flatten(1, 2)  # [views, 9, 4 * width]
+    joined = F.layer_norm(joined, joined.shape[-1:], weights["mlp1.0.weight"], weights["mlp1.0.bias"])
+    got = F.linear(F.gelu(F.linear(joined, weights["mlp1.1.weight"])), weights["mlp1.3.weight"])
+    model: Any = oracle.model
+    expected = model.get_image_features(pixel_values=pixels).pooler_output
+    assert (got - expected).abs().max() < 1e-4 and expected.std() > 0.1
+
+
+def _normed(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + 1e-6) * weight
+
+
+def _published_attention(states: torch.Tensor, layer: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Ten heads of 16, of which three are real; the norms divide by the width of those."""
+    parts = F.linear(states, layer["attn.qkv.weight"]).chunk(3, dim=-1)
+    queries, keys = (
+        part
+        * torch.rsqrt(part[..., :48].pow(2).mean(-1, keepdim=True) + 1e-6)
+        * layer[f"attn.{name}_norm.weight"]
+        for part, name in zip(parts[:2], "qk", strict=True)
+    )
+    split = [
+        part.unflatten(-1, (3 + nvlm_checkpoints.DUMMY, 16)).transpose(1, 2)
+        for part in (queries, keys, parts[2])
+    ]
+    met = F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
+    return F.linear(met, layer["attn.proj.weight"], layer["attn.proj.bias"])
+
+
+def test_the_words_of_an_image_of_nvlm() -> None:
+    """Tags before each tile, the whole image last, and alone where one tile is all."""
+    oracle = NVLM.make()
+    for size, views in (((32, 30), 1), ((64, 60), 5), ((90, 30), 4), ((61, 91), 7)):
+        (row,) = oracle.tokens(["a"], [[picture(*size)]])
+        tags = [f"<tile_{number}>" for number in range(1, views)] + ["<tile_global_thumbnail>"]
+        words = "".join(tag + "<|vision_pad|>" * 9 for tag in tags)
+        expected = (
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+            f"<Image>{words}</Image>\na<|im_end|>\n<|im_start|>assistant\n"
+        )
+        assert oracle.tokenizer.decode(row) == expected
+        assert len(oracle.pixels([picture(*size)])["pixel_values"]) == views
