@@ -6,13 +6,22 @@ the system's checkpoints does about it can go.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import InternVLForConditionalGeneration, PixtralVisionConfig, Qwen2VLProcessor
+from transformers import (
+    FuyuImageProcessor,
+    FuyuProcessor,
+    InternVLForConditionalGeneration,
+    PixtralVisionConfig,
+    Qwen2VLProcessor,
+)
+from transformers.models.fuyu import processing_fuyu as fuyu
 
+from tests.families.fuyu_checkpoints import FUYU
 from tests.families.nvlm_checkpoints import NVLM
 from tests.families.qwen2_vl_checkpoints import QWEN2_VL
 from tests.families.survey import picture
@@ -64,3 +73,47 @@ def test_internvl_has_another_connector_than_nvlm() -> None:
     ours = oracle.model.model.multi_modal_projector
     assert theirs.linear_1.weight.shape == (72, 192) and theirs.linear_1.bias is not None
     assert ours.linear_1.weight.shape == (88, 192) and ours.linear_1.bias is None
+
+
+def test_fuyu_cuts_no_patches_with_the_pil_backend() -> None:
+    oracle = FUYU.make()
+    with pytest.raises(TypeError):
+        oracle.processor(text=["what\n"], images=[picture(37, 91)], return_legacy_image_output=False)
+
+
+def test_fuyu_drops_coordinates() -> None:
+    """They are worked out, and the text without them is what gets written."""
+    processor = fuyu_processor()
+    ids = processor.tokenizer.get_vocab()
+    texts, shown = ["a <box>10, 20, 80, 36</box>\n"], [picture(37, 91)]
+    (row,) = processor(text=texts, images=shown, return_legacy_image_output=False)["input_ids"].tolist()
+    assert ids["<0x00>"] not in row and ids["<0x01>"] not in row
+
+
+def test_fuyu_would_write_numbers_with_nothing_between() -> None:
+    assert fuyu.transform_coordinates(["a <box>10, 20, 80, 36</box>"], [torch.tensor([1.0])]) == [
+        "a <0x00>5104018<0x01>"
+    ]
+
+
+def test_fuyu_opens_no_answer_to_a_question_without_image() -> None:
+    processor = fuyu_processor()
+    ids = processor.tokenizer.get_vocab()
+    assert ids["<0x04>"] not in processor(text=["what\n"])["input_ids"][0]
+    shown = {"images": [picture(37, 91)], "return_legacy_image_output": False}
+    assert processor(text=["what\n"], **shown)["input_ids"][0, -1] == ids["<0x04>"]
+
+
+def test_fuyu_takes_one_image_a_sample() -> None:
+    """Two of one sample are taken for those of two."""
+    processor = fuyu_processor()
+    shown = [[picture(37, 91), picture(64, 31)]]
+    with pytest.raises(ValueError):
+        processor(text=["what\n"], images=shown, return_legacy_image_output=False)
+
+
+def fuyu_processor() -> FuyuProcessor:
+    """The processor with its other backend, which cuts patches."""
+    oracle = FUYU.make()
+    images = json.loads(oracle.processor.image_processor.to_json_string())
+    return FuyuProcessor(FuyuImageProcessor(**images), oracle.tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
+from transformers import FuyuImageProcessor, FuyuProcessor
 
 from tests.families import nvlm_checkpoints
+from tests.families.fuyu_checkpoints import FUYU
 from tests.families.nvlm_checkpoints import NVLM
 from tests.families.pixtral_checkpoints import PIXTRAL
 from tests.families.qwen2_vl_checkpoints import QWEN2_VL
 from tests.families.survey import Oracle, Reference, picture
 
-REFERENCES = (PIXTRAL, QWEN2_VL, NVLM)
+REFERENCES = (PIXTRAL, QWEN2_VL, NVLM, FUYU)
 READABLE = tuple(reference for reference in REFERENCES if "transformers" in reference.layouts)
 QUESTIONS = ["what is in this image?", "a", "how many red apples are there?\nand these"]
 SIZES = [(37, 91), (300, 133), (61, 60), (13, 200)]
@@ -150,8 +153,9 @@ def test_pixtral_turns_neighbouring_pairs_in_the_original_layout(tmp_path: Path)
         assert not torch.equal(ours[f"{name}wq.weight"], theirs[f"{layer}q_proj.weight"])
 
 
-def test_transformers_reads_the_published_config_of_qwen2_vl(tmp_path: Path) -> None:
-    oracle = QWEN2_VL.write_all(tmp_path)
+@pytest.mark.parametrize("reference", [QWEN2_VL, FUYU], ids=lambda reference: reference.name)
+def test_transformers_reads_the_published_config(reference: Reference, tmp_path: Path) -> None:
+    oracle = reference.write_all(tmp_path)
     again = oracle.reloaded(tmp_path / "hub")
     shown = [[picture(37, 91)]]
     expected = oracle.inputs(["a"], shown)
@@ -223,3 +227,31 @@ def test_the_words_of_an_image_of_nvlm() -> None:
         )
         assert oracle.tokenizer.decode(row) == expected
         assert len(oracle.pixels([picture(*size)])["pixel_values"]) == views
+
+
+def test_the_words_of_fuyu_are_its_processors() -> None:
+    """Ids as transformers' processor gives them with its other backend, pixels but for the resizing."""
+    oracle = FUYU.make()
+    questions, shown = ["what is in this image?", "a"], [[picture(37, 91)], [picture(64, 31)]]
+    ours = oracle.inputs(questions, shown)
+    images = json.loads(oracle.processor.image_processor.to_json_string())
+    processor = FuyuProcessor(FuyuImageProcessor(**images), oracle.tokenizer)
+    texts = oracle.texts(questions, shown)
+    flat = [image for own in shown for image in own]
+    theirs = processor(text=texts, images=flat, return_legacy_image_output=False)
+    assert torch.equal(ours["input_ids"], theirs["input_ids"])
+    assert torch.equal(ours["attention_mask"], theirs["attention_mask"])
+    assert ours["pixel_values"].shape == theirs["pixel_values"].shape
+    assert (ours["pixel_values"] - theirs["pixel_values"]).abs().max() < 0.02
+
+
+def test_fuyu_writes_coordinates_as_tokens() -> None:
+    """Halved, scaled to the resized image, each a token; the tall image is shrunk from 91 rows to 42."""
+    oracle = FUYU.make()
+    (row,) = oracle.tokens(["a <box>10, 20, 81.5, 36</box> and <point>8, 90</point>"], [[picture(37, 91)]])
+    words = oracle.tokenizer.convert_ids_to_tokens(row)
+    begin = words.index("<0x00>")
+    assert words[begin : begin + 6] == ["<0x00>", "2", "5", "19", "8", "<0x01>"]
+    begin = words.index("<0x02>")
+    assert words[begin : begin + 4] == ["<0x02>", "2", "21", "<0x03>"]
+    assert words[-2:] == ["\n", "<0x04>"]
