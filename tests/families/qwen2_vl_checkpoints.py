@@ -7,6 +7,7 @@ has a size; their weights have the names that transformers still writes.
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,16 +155,13 @@ def _weights(oracle: Oracle, file: Path) -> None:
     save_file(weights, file, metadata={"format": "pt"})
 
 
-QWEN2_VL = Reference(
-    "qwen2_vl",
-    make,
-    {"transformers": Oracle.save, "hub": hub},
-    trained=(
-        "model.visual.patch_embed.proj.weight",
-        "model.visual.blocks.1.attn.qkv.weight",
-        "model.visual.merger.ln_q.weight",
-        "model.language_model.layers.2.self_attn.k_proj.bias",
-        "model.language_model.embed_tokens.weight",
-        "lm_head.weight",
-    ),
+TRAINED = (
+    "model.visual.patch_embed.proj.weight",
+    "model.visual.blocks.1.attn.qkv.weight",
+    "model.visual.merger.ln_q.weight",
+    "model.language_model.layers.2.self_attn.k_proj.bias",
+    "model.language_model.embed_tokens.weight",
 )
+LAYOUTS = {"transformers": Oracle.save, "hub": hub}
+QWEN2_VL = Reference("qwen2_vl", make, LAYOUTS, (*TRAINED, "lm_head.weight"))
+QWEN2_VL_TIED = Reference("qwen2_vl_tied", partial(make, tied=True), LAYOUTS, TRAINED)

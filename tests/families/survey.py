@@ -69,6 +69,13 @@ class Oracle:
         chats = [turn_of(len(own), question) for question, own in zip(questions, images, strict=True)]
         return [self.processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
 
+    def conversations(
+        self, chats: Sequence[list[dict[str, Any]]], images: Sequence[Pictures], answered: bool = False
+    ) -> Inputs:
+        """Like `inputs`, for messages as chat templates take them; `answered` chats are not opened for more."""
+        write = self.processor.apply_chat_template
+        return self.inputs_of([write(chat, add_generation_prompt=not answered) for chat in chats], images)
+
     def inputs(self, questions: Sequence[str], images: Sequence[Pictures]) -> Inputs:
         """What the model takes for these chats, left-padded: input_ids int64 [B, T] and what goes with them."""
         return self.inputs_of(self.texts(questions, images), images)

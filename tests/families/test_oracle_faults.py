@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AriaProcessor,
     FuyuImageProcessor,
     FuyuProcessor,
     InternVLForConditionalGeneration,
@@ -21,6 +22,7 @@ from transformers import (
 )
 from transformers.models.fuyu import processing_fuyu as fuyu
 
+from tests.families.aria_checkpoints import ARIA
 from tests.families.fuyu_checkpoints import FUYU
 from tests.families.nvlm_checkpoints import NVLM
 from tests.families.qwen2_vl_checkpoints import QWEN2_VL
@@ -110,6 +112,28 @@ def test_fuyu_takes_one_image_a_sample() -> None:
     shown = [[picture(37, 91), picture(64, 31)]]
     with pytest.raises(ValueError):
         processor(text=["what\n"], images=shown, return_legacy_image_output=False)
+
+
+def test_aria_counts_the_most_crops_for_every_image() -> None:
+    """Split into two and into four crops, both images get the tokens of four."""
+    oracle = ARIA.make()
+    options = {"max_image_size": 490, "split_image": True}
+    shown = [picture(200, 100), picture(1600, 200)]
+    crops = [len(oracle.processor.image_processor([image], **options)["pixel_values"]) for image in shown]
+    assert crops == [2, 4]
+    made = oracle.processor(text=["<|img|>a<|img|>"], images=shown, images_kwargs=options)
+    assert made["input_ids"][0].count(oracle.placeholders[0]) == 2 * 4 * 5 != sum(crops) * 5
+
+
+def test_aria_ignores_the_side_in_its_folder(tmp_path: Path) -> None:
+    """The processor's own default is laid over what `preprocessor_config.json` says."""
+    oracle = ARIA.make()
+    oracle.processor.image_processor.max_image_size = 490
+    oracle.save(tmp_path)
+    processor = AriaProcessor.from_pretrained(tmp_path)
+    assert processor.image_processor.max_image_size == 490
+    made = processor(text=["<|img|>a"], images=[picture(64, 52)], return_tensors="pt")
+    assert made["pixel_values"].shape[-1] == 980
 
 
 def fuyu_processor() -> FuyuProcessor:

@@ -14,14 +14,16 @@ from torch.nn import functional as F
 from transformers import FuyuImageProcessor, FuyuProcessor
 
 from tests.families import nvlm_checkpoints
+from tests.families.aria_checkpoints import ARIA, sized
 from tests.families.fuyu_checkpoints import FUYU
 from tests.families.nvlm_checkpoints import NVLM
 from tests.families.pixtral_checkpoints import PIXTRAL
-from tests.families.qwen2_vl_checkpoints import QWEN2_VL
-from tests.families.survey import Oracle, Reference, picture
+from tests.families.qwen2_vl_checkpoints import QWEN2_VL, QWEN2_VL_TIED
+from tests.families.survey import Oracle, Reference, picture, turn_of
 
-REFERENCES = (PIXTRAL, QWEN2_VL, NVLM, FUYU)
+REFERENCES = (PIXTRAL, QWEN2_VL, QWEN2_VL_TIED, NVLM, FUYU, ARIA)
 READABLE = tuple(reference for reference in REFERENCES if "transformers" in reference.layouts)
+TEMPLATED = tuple(reference for reference in REFERENCES if reference is not FUYU)  # which has none published
 QUESTIONS = ["what is in this image?", "a", "how many red apples are there?\nand these"]
 SIZES = [(37, 91), (300, 133), (61, 60), (13, 200)]
 Written = tuple[Reference, Oracle, Path]
@@ -117,6 +119,24 @@ def test_tokens_and_pixels(written: Written, inputs: dict[str, torch.Tensor]) ->
     assert torch.equal(torch.as_tensor(got["pixel_values"]), inputs["pixel_values"])
 
 
+@pytest.mark.parametrize("written", TEMPLATED, indirect=True, ids=lambda reference: reference.name)
+def test_a_conversation_of_several_turns(written: Written) -> None:
+    """A question's tokens stand at the head of those of its conversation: what was open is answered and goes on."""
+    _, oracle, _ = written
+    asked = turn_of(1, "a")
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "red apples"}]}
+    first, second = picture(37, 91), picture(61, 60)
+    (whole,) = oracle.conversations([[*asked, answer, *turn_of(1, "what?")]], [[first, second]])[
+        "input_ids"
+    ].tolist()
+    (begun,) = oracle.tokens(["a"], [[first]])
+    assert whole[: len(begun)] == begun
+    said = str(oracle.tokenizer.decode(whole[len(begun) :]))
+    assert said.startswith("red apples") and "what?" in said
+    (closed,) = oracle.conversations([[*asked, answer]], [[first]], answered=True)["input_ids"].tolist()
+    assert oracle.eos_token_id in closed[len(begun) :] and whole[: len(closed)] == closed
+
+
 def test_every_vocabulary_is_odd_and_larger_than_the_tokenizer(written: Written) -> None:
     _, oracle, _ = written
     rows = oracle.model.get_output_embeddings().weight.shape[0]
@@ -147,13 +167,13 @@ def test_pixtral_turns_neighbouring_pairs_in_the_original_layout(tmp_path: Path)
                 else:
                     pairs = torch.complex(*split.chunk(2, dim=-1))
                 turned.append(pairs * torch.polar(torch.ones_like(angles), angles))
-            queries, keys_ = turned[0], turned[1].repeat_interleave(heads // kv_heads, dim=0)
-            met.append((queries @ keys_.conj().transpose(1, 2)).real)
+            queries, seen = turned[0], turned[1].repeat_interleave(heads // kv_heads, dim=0)
+            met.append((queries @ seen.conj().transpose(1, 2)).real)
         assert (met[0] - met[1]).abs().max() < 1e-4 * met[0].abs().max()
         assert not torch.equal(ours[f"{name}wq.weight"], theirs[f"{layer}q_proj.weight"])
 
 
-@pytest.mark.parametrize("reference", [QWEN2_VL, FUYU], ids=lambda reference: reference.name)
+@pytest.mark.parametrize("reference", [QWEN2_VL, QWEN2_VL_TIED, FUYU], ids=lambda reference: reference.name)
 def test_transformers_reads_the_published_config(reference: Reference, tmp_path: Path) -> None:
     oracle = reference.write_all(tmp_path)
     again = oracle.reloaded(tmp_path / "hub")
@@ -255,3 +275,41 @@ def test_fuyu_writes_coordinates_as_tokens() -> None:
     begin = words.index("<0x02>")
     assert words[begin : begin + 4] == ["<0x02>", "2", "21", "<0x03>"]
     assert words[-2:] == ["\n", "<0x04>"]
+
+
+def test_aria_at_both_sides() -> None:
+    """A smaller side has fewer tokens and the first of the queries; padding of the image is masked."""
+    oracle = ARIA.make()
+    shown = [[picture(37, 91)], [picture(300, 133)]]
+    for side, tokens, patches in ((490, 5, 7), (980, 11, 14)):
+        ours = sized(oracle, side)
+        inputs = ours.inputs(["a", "what is this?"], shown)
+        assert inputs["pixel_values"].shape == (2, 3, side, side)
+        assert (inputs["input_ids"] == ours.placeholders[0]).sum(1).tolist() == [tokens, tokens]
+        before = ours.logits(inputs)
+        seen = inputs["pixel_mask"].unfold(1, 70, 70).unfold(2, 70, 70).any(-1).any(-1)
+        assert seen.shape == (2, patches, patches) and not bool(seen.all())
+        padding = ~seen.repeat_interleave(70, 1).repeat_interleave(70, 2)
+        inputs["pixel_values"] = inputs["pixel_values"].masked_fill(padding[:, None], 3.0)
+        assert (ours.logits(inputs) - before).abs().max() < 1e-4
+
+
+def test_the_original_names_of_aria(tmp_path: Path) -> None:
+    """Those that transformers writes, but for the tower's prefix, its last norm, and the projector's norms."""
+    ARIA.write_all(tmp_path)
+    theirs = load_file(tmp_path / "transformers" / "model.safetensors")
+    original = load_file(tmp_path / "original" / "model.safetensors")
+    expected = {}
+    for name, tensor in theirs.items():
+        if "post_layernorm" in name:
+            continue
+        for new, old in (
+            ("vision_tower.", "vision_tower.vision_model."),
+            ("cross_attn.layer_norm_kv.", "cross_attn.ln_kv."),
+            ("multi_modal_projector.layer_norm.", "multi_modal_projector.ln_ffn."),
+            ("multi_modal_projector.feed_forward.", "multi_modal_projector.ffn."),
+        ):
+            name = name.replace(new, old)
+        expected[name] = tensor
+    assert original.keys() == expected.keys()
+    assert all(torch.equal(original[name], tensor) for name, tensor in expected.items())
