@@ -21,6 +21,7 @@ from unimm.errors import UserError
 from unimm.images import read_image, to_tensor
 from unimm.models.inputs import Images
 from unimm.models.parts import AreaViewsConfig, SquareViewsConfig, TimmEncoderConfig
+from unimm.processing.sizes import area_size, check_ratio
 
 if TYPE_CHECKING:
     from unimm.images import ImageInput
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # mean and deviation that bring [0, 1] to [-1, 1]
 MIN_SIDE = 14  # pixels that the short side of a very long image keeps, as Janus has it
-MAX_RATIO = 200  # of an image's long side to its short one, as Emu3 has it
 
 
 @dataclass(frozen=True)
@@ -195,35 +195,3 @@ class TargetSize:
     def __str__(self) -> str:
         """What stored codes are marked by."""
         return f"{self.side} of any ratio" if self.keep_ratio else str(self.side)
-
-
-def check_ratio(height: int, width: int) -> None:
-    """Refuse an image that is all but a line.
-
-    Raises:
-        UserError: one side is more than 200 times the other.
-    """
-    if max(height, width) > MAX_RATIO * min(height, width):
-        raise UserError(
-            f"image: {width} x {height} pixels, more than {MAX_RATIO} times longer than wide; crop it first"
-        )
-
-
-def area_size(height: int, width: int, factor: int, min_area: int, max_area: int) -> tuple[int, int]:
-    """Return the height and width, multiples of `factor`, that keep an image's ratio within an area.
-
-    Source: Emu3 `image_processing_emu3visionvq.py` (`smart_resize`, from Qwen2-VL).
-
-    Raises:
-        UserError: one side is more than 200 times the other.
-    """
-    check_ratio(height, width)
-    rounded = [round(side / factor) * factor for side in (height, width)]
-    scale = 1.0
-    if rounded[0] * rounded[1] > max_area:
-        scale = math.sqrt(height * width / max_area)
-        rounded = [max(factor, math.floor(side / scale / factor) * factor) for side in (height, width)]
-    elif rounded[0] * rounded[1] < min_area:
-        scale = math.sqrt(min_area / (height * width))
-        rounded = [math.ceil(side * scale / factor) * factor for side in (height, width)]
-    return rounded[0], rounded[1]
