@@ -21,7 +21,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from unimm.errors import UserError
 from unimm.processing import sizes
-from unimm.processing.sizes import Grid, Size
+from unimm.processing.sizes import Size, Tiling
 
 LONGEST = 9000
 
@@ -242,7 +242,7 @@ def test_orders_of_grids() -> None:
 
 @pytest.mark.parametrize(("tile", "most"), [(448, 4), (560, 4), (384, 12)])
 def test_least_scale_is_llamas(tile: int, most: int) -> None:
-    def theirs(height: int, width: int) -> Grid:
+    def theirs(height: int, width: int) -> Tiling:
         canvas = mllama.get_optimal_tiled_canvas(height, width, most, tile)
         return int(canvas[0]) // tile, int(canvas[1]) // tile
 
@@ -257,7 +257,7 @@ def test_the_first_of_equal_grids_is_taken() -> None:
     assert sizes.choose_shrink(300, 300, 448, [(2, 1), (1, 2)]) == (2, 1)
 
 
-def molmo_grid(height: int, width: int, tile: int, most: int) -> Grid:
+def molmo_grid(height: int, width: int, tile: int, most: int) -> Tiling:
     """What the description says, in exact numbers: the least enlargement, else the least shrinking, else the first."""
     found: list[tuple[int, Fraction, int, int]] = []
     for rows in range(1, most + 1):
@@ -282,7 +282,7 @@ def test_least_scale_is_molmos(tile: int, most: int) -> None:
 
 @pytest.mark.parametrize(("tile", "least", "most"), [(448, 1, 6), (384, 1, 12), (448, 2, 5)])
 def test_nearest_ratio_is_that_of_transformers(tile: int, least: int, most: int) -> None:
-    def theirs(height: int, width: int) -> Grid:
+    def theirs(height: int, width: int) -> Tiling:
         columns, rows = got_ocr2.get_optimal_tiled_canvas((height, width), (tile, tile), least, most)
         return rows, columns
 
@@ -332,7 +332,9 @@ def test_least_padding_or_shrinking(most: int) -> None:
         (100, 100, (1, 1), (1, 1), (1, 1), (2, 2)),
     ],
 )
-def test_four_images(height: int, width: int, llama: Grid, molmo: Grid, nvlm: Grid, mm1: Grid) -> None:
+def test_four_images(
+    height: int, width: int, llama: Tiling, molmo: Tiling, nvlm: Tiling, mm1: Tiling
+) -> None:
     assert sizes.choose_scale(height, width, 560, sizes.tile_grids(4, order="rows")) == llama
     assert sizes.choose_scale(height - 112, width - 112, 224, sizes.tile_grids(12)) == molmo
     assert sizes.choose_ratio(height, width, 448, sizes.tile_grids(6, order="area_columns")) == nvlm

@@ -17,11 +17,11 @@ import numpy as np
 from unimm.errors import UserError
 
 Size = tuple[int, int]
-Grid = tuple[int, int]
+Tiling = tuple[int, int]
 GridOrder = Literal["rows", "area_rows", "area_columns"]
 
 MAX_RATIO = 200  # of an image's long side to its short one, as Emu3 has it
-_KEYS: dict[str, Callable[[Grid], Grid]] = {
+_KEYS: dict[str, Callable[[Tiling], Tiling]] = {
     "rows": lambda grid: grid,
     "area_rows": lambda grid: (grid[0] * grid[1], grid[0]),
     "area_columns": lambda grid: (grid[0] * grid[1], grid[1]),
@@ -159,7 +159,7 @@ def size_in_canvas(height: int, width: int, canvas: Size, tile: int) -> Size:
 # --- grids of tiles -----------------------------------------------------------------------------------------
 
 
-def tile_grids(max_tiles: int, min_tiles: int = 1, order: GridOrder = "area_rows") -> tuple[Grid, ...]:
+def tile_grids(max_tiles: int, min_tiles: int = 1, order: GridOrder = "area_rows") -> tuple[Tiling, ...]:
     """Return every grid of `min_tiles` to `max_tiles` tiles.
 
     Args:
@@ -176,7 +176,7 @@ def tile_grids(max_tiles: int, min_tiles: int = 1, order: GridOrder = "area_rows
     return tuple(sorted(grids, key=_KEYS[order]))
 
 
-def choose_scale(height: int, width: int, tile: int, grids: Sequence[Grid]) -> Grid:
+def choose_scale(height: int, width: int, tile: int, grids: Sequence[Tiling]) -> Tiling:
     """Return the grid into which an image fits with the least enlargement, else with the least shrinking.
 
     Of equally good ones it is the one of fewest tiles, and of those the first. Molmo asks for the image without the
@@ -201,7 +201,7 @@ def choose_scale(height: int, width: int, tile: int, grids: Sequence[Grid]) -> G
     return min(tied, key=_tiles)
 
 
-def choose_ratio(height: int, width: int, tile: int, grids: Sequence[Grid]) -> Grid:
+def choose_ratio(height: int, width: int, tile: int, grids: Sequence[Tiling]) -> Tiling:
     """Return the grid whose ratio of width to height is nearest to an image's, which is then stretched to it.
 
     Of equally near ones it is the last whose tiles have less than twice the image's area, else the first.
@@ -223,7 +223,7 @@ def choose_ratio(height: int, width: int, tile: int, grids: Sequence[Grid]) -> G
     return best
 
 
-def choose_shrink(height: int, width: int, tile: int, grids: Sequence[Grid]) -> Grid:
+def choose_shrink(height: int, width: int, tile: int, grids: Sequence[Tiling]) -> Tiling:
     """Return the grid that holds an image with the least padding, or where none does, that shrinks it least.
 
     Padding is what is left of the canvas once the image, its ratio kept, has been enlarged to it. Of equally good
@@ -238,10 +238,10 @@ def choose_shrink(height: int, width: int, tile: int, grids: Sequence[Grid]) -> 
     Source: MM1.5 (arXiv 2409.20566), equation 1. The paper leaves ties open.
     """
 
-    def scale(grid: Grid) -> Fraction:
+    def scale(grid: Tiling) -> Fraction:
         return min(Fraction(grid[0] * tile, height), Fraction(grid[1] * tile, width))
 
-    def padding(grid: Grid) -> Fraction:
+    def padding(grid: Tiling) -> Fraction:
         return _tiles(grid) * tile**2 - height * width * scale(grid) ** 2
 
     holding = [grid for grid in grids if scale(grid) >= 1]
@@ -250,5 +250,5 @@ def choose_shrink(height: int, width: int, tile: int, grids: Sequence[Grid]) -> 
     return min(grids, key=lambda grid: (-scale(grid), _tiles(grid)))
 
 
-def _tiles(grid: Grid) -> int:
+def _tiles(grid: Tiling) -> int:
     return grid[0] * grid[1]
