@@ -27,15 +27,15 @@ from unimm.models.configs import Text
 from unimm.sections import Foreign, NotNegative, Positive, show, validate
 
 TEKKEN_FILE = "tekken.json"
-BYTE_WORDS = 256  # the first words, one of each
-UNNAMED = "<SPECIAL_{}>"
-LAST_UNNAMED = 7  # the last version whose files may leave out the special tokens
-DEFAULT_SPECIAL = (
+_BYTES = 256  # the first words, one of each
+_FILLER = "<SPECIAL_{}>"
+_LAST_UNNAMED = 7  # the last version whose files may leave out the special tokens
+_DEFAULT_SPECIAL = (
     "<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
     "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]",
     "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]",
 )  # fmt: skip
-ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+_ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
 
 # --- the file -----------------------------------------------------------------------------------------------
@@ -108,13 +108,13 @@ def read_tekken(path: Path) -> PreTrainedTokenizerFast:
     _check_names(special, ranks, path)
     tokenizer = _Converter(ranks, special, document.config.pattern).converted()
     _check_apart(tokenizer, special, path)
-    begin = ROLES["bos_token"]
+    begin = _ROLES["bos_token"]
     tokenizer.post_processor = TemplateProcessing(
         single=f"{begin} $A",
         pair=f"{begin} $A {begin}:1 $B:1",
         special_tokens=[(begin, special.index(begin))],
     )
-    roles = {role: token for role, token in ROLES.items() if token in special}
+    roles = {role: token for role, token in _ROLES.items() if token in special}
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, padding_side="left", **roles
     )
@@ -144,9 +144,9 @@ def _special(document: TekkenDocument, path: Path) -> list[str]:
     count = document.config.default_num_special_tokens
     if document.special_tokens is None:
         version = document.config.version
-        if int(re.split("[vm]", version)[1]) > LAST_UNNAMED:
+        if int(re.split("[vm]", version)[1]) > _LAST_UNNAMED:
             raise UserError(f"{path}: special_tokens: missing, which version {version} does not leave out")
-        names = list(DEFAULT_SPECIAL)
+        names = list(_DEFAULT_SPECIAL)
     else:
         names = [token.token_str for token in sorted(document.special_tokens, key=lambda token: token.rank)]
         found = sorted(token.rank for token in document.special_tokens)
@@ -157,13 +157,13 @@ def _special(document: TekkenDocument, path: Path) -> list[str]:
         raise UserError(
             f"{path}: config.default_num_special_tokens: expected at least {len(names)}, which are named, got {count}"
         )
-    names += [UNNAMED.format(number) for number in range(len(names), count)]
+    names += [_FILLER.format(number) for number in range(len(names), count)]
     if len(set(names)) < count:
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"{path}: special_tokens: {show(twice)} is there twice")
     for role in ("bos_token", "eos_token"):
-        if ROLES[role] not in names:
-            raise UserError(f"{path}: special_tokens: has no {ROLES[role]}")
+        if _ROLES[role] not in names:
+            raise UserError(f"{path}: special_tokens: has no {_ROLES[role]}")
     return names
 
 
@@ -172,10 +172,10 @@ def _ranks(document: TekkenDocument, path: Path) -> dict[bytes, int]:
     config = document.config
     count = config.default_vocab_size - config.default_num_special_tokens
     given = len(document.vocab)
-    if not BYTE_WORDS <= count <= given:
+    if not _BYTES <= count <= given:
         raise UserError(
             f"{path}: config.default_vocab_size: expected {config.default_num_special_tokens} special tokens and "
-            f"{BYTE_WORDS} to {given} words, got {config.default_vocab_size}"
+            f"{_BYTES} to {given} words, got {config.default_vocab_size}"
         )
     ranks: dict[bytes, int] = {}
     for index, word in enumerate(document.vocab[:count]):
@@ -186,7 +186,7 @@ def _ranks(document: TekkenDocument, path: Path) -> dict[bytes, int]:
             data = base64.b64decode(word.token_bytes, validate=True)
         except (binascii.Error, ValueError):
             raise UserError(f"{where}.token_bytes: expected base64, got {show(word.token_bytes)}") from None
-        if index < BYTE_WORDS and data != bytes([index]):
+        if index < _BYTES and data != bytes([index]):
             raise UserError(
                 f"{where}.token_bytes: expected the byte {index} alone, got {show(word.token_bytes)}"
             )
