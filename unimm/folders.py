@@ -25,15 +25,15 @@ from unimm.files import (
     system_reason,
 )
 
-_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "*.bin.index.json")
+_WEIGHTS = ("model*.safetensors", "consolidated*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "*.bin.index.json")
 _BESIDE_CONFIG = (
-    "config.json", "generation_config.json", "processor_config.json", "*preprocessor_config.json",
+    "config.json", "params.json", "tekken.json", "generation_config.json", "processor_config.json", "*preprocessor_config.json",
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.json", "chat_template.jinja", "kept.safetensors",
 )  # fmt: skip
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-_CONFIGS = ("config.json", "adapter_config.json")  # a folder holds a model once it has one of these
-_SOURCE_CONFIG = "source.config.json"  # a converted model: each `source.*` belongs to it
+_CONFIGS = ("config.json", "params.json", "adapter_config.json")  # a folder holds a model once it has one of these
+_MODEL_CONFIGS = ("config.json", "params.json")  # of these a model
 
 _NO_SWAP = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}  # a file system or libc without renameat2's exchange
 _FIXED = {errno.EBUSY, errno.EXDEV, errno.EPERM, errno.EACCES}  # a folder that cannot be renamed
@@ -192,12 +192,12 @@ def _stale(old: Path, new: Path) -> set[str]:
     An adapter replaces an adapter and leaves a model beside it alone; weights go even without a configuration.
     """
     patterns: list[str] = []
-    if (new / "config.json").exists():
+    if any((new / name).exists() for name in _MODEL_CONFIGS):
         patterns += [*_WEIGHTS, *_ADAPTER]
-        if (old / "config.json").exists():
+        if any((old / name).exists() for name in _MODEL_CONFIGS):
             patterns += _BESIDE_CONFIG
-        if (old / _SOURCE_CONFIG).exists():
-            patterns.append("source.*")
+        if any((old / f"source.{name}").exists() for name in _MODEL_CONFIGS):
+            patterns.append("source.*")  # a converted model: each belongs to it
     elif (new / "adapter_config.json").exists():
         patterns += _ADAPTER
     names = [entry.name for entry in old.iterdir() if entry.is_symlink() or not entry.is_dir()]

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from unimm.errors import UserError
 from unimm.families import own
-from unimm.families.family import LAYOUTS, OWN, Family, Writer, family_of
+from unimm.families.family import LAYOUTS, OWN, PARAMS_FILE, Family, Writer, family_of
 from unimm.families.image_tokenizers import convert_image_tokenizer, describes_image_tokenizer
-from unimm.families.keymap import KeyMap
+from unimm.families.keymap import Entry, KeyMap
 from unimm.families.model import OurTensors, key_map
-from unimm.families.source import Checkpoint
-from unimm.families.tensors import INDEXES, SINGLES, WeightFiles
+from unimm.families.source import MODEL_FILE, Checkpoint
+from unimm.families.tensors import INDEXES, SINGLES, WeightFiles, write_single
 from unimm.folders import write_folder
 from unimm.models.configuration import UniMMConfig
 
@@ -73,7 +73,8 @@ class _Conversion:
             self.family = family_of(self.config)
         self.processor = checkpoint.processor
         # A model that was saved again since has no files of its source's beside it any more.
-        filed = (checkpoint.folder / f"{SOURCE_PREFIX}config.json").exists()
+        configs = (f"{SOURCE_PREFIX}{name}" for name in (MODEL_FILE, PARAMS_FILE))
+        filed = any((checkpoint.folder / name).exists() for name in configs)
         self.back = checkpoint.layout == to or (filed and getattr(self.config, "source_layout", None) == to)
         self.writer: Writer | None = None
         if to != OWN:
@@ -94,7 +95,12 @@ class _Conversion:
     def write(self, target: Path) -> None:
         """Write everything."""
         extra = {} if self.to == OWN else self.kept
-        _write_weights(target, chain(_translated(self.ours, self.map, "", self.subfolders), extra.items()))
+        tensors = chain(_translated(self.ours, self.map, "", self.subfolders), extra.items())
+        if (single := self.family.weight_files.get(self.to)) is None:
+            _write_weights(target, tensors)
+        else:
+            shapes = {name: part for entry in self._returned() for name, part in self._shapes(entry)}
+            write_single(target / single, {**shapes, **extra}, tensors)
         for prefix, name in self.subfolders.items():
             (target / name).mkdir()
             _write_weights(target / name, _translated(self.ours, self.map, prefix, self.subfolders))
@@ -105,6 +111,14 @@ class _Conversion:
         else:
             self.writer.write(self.config, self.processor, target, self.to)
             self.processor.write_end_tokens(target)
+
+    def _returned(self) -> list[Entry]:
+        return [entry for entry in self.map.returned(self.ours) if entry.ours not in self.map.tied]
+
+    def _shapes(self, entry: Entry) -> list[tuple[str, Tensor]]:
+        """Their names and shapes, as tensors on the meta device, of one of ours."""
+        ours = self.ours.shape(entry.ours)
+        return list(zip(entry.theirs, entry.op.to_theirs(ours, len(entry.theirs)), strict=True))
 
     def _write_own_files(self, target: Path) -> None:
         """Write our configuration and processor, the source's small files and what we have no module for."""

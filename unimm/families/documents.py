@@ -121,11 +121,21 @@ class Emu3OriginalCodes(OwnCode):
 # --- both ---------------------------------------------------------------------------------------------------
 
 
+class PixelSize(Published):
+    """Limits of a side, or of an area."""
+
+    shortest_edge: PixelCount | None = None
+    longest_edge: PixelCount | None = None
+    height: PixelCount | None = None
+    width: PixelCount | None = None
+
+
 class ImageOptions(Published):
     """`preprocessor_config.json`, or the image processor in `processor_config.json`."""
 
     image_mean: Colours | None = None
     image_std: Deviations | None = None
+    size: PixelSize | None = None
     min_pixels: PixelCount | None = None
     max_pixels: PixelCount | None = None
     do_normalize: bool | None = None

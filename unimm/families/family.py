@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from unimm.models.configuration import UniMMConfig
     from unimm.processing.processor import UniMMProcessor
 
+PARAMS_FILE = "params.json"  # of an original layout, in the place of config.json
 LAYOUTS = ("unimm", "transformers", "original")
 OWN = "unimm"  # of these, ours
 
@@ -92,6 +93,7 @@ class Family(ABC):
             configuration says, or it draws nothing.
         needs: keys of `UniMMConfig` that a model must have to be written in its layouts, such as `generation`.
         image_tokenizers: by layout, the image tokenizer that the layout has apart.
+        weight_files: by layout, the one file that it has weights in, where that is not as transformers has it.
         writer: writes models of other layouts; None: there is no such thing.
     """
 
@@ -100,6 +102,7 @@ class Family(ABC):
     sampling: ClassVar[Mapping[str, Any]] = {}
     needs: ClassVar[tuple[str, ...]] = ()
     image_tokenizers: ClassVar[Mapping[str, SeparateImageTokenizer]] = {}
+    weight_files: ClassVar[Mapping[str, str]] = {}
     writer: ClassVar[Writer | None] = None
 
     @abstractmethod
@@ -180,7 +183,11 @@ REGISTRY = (
     Registered("own", "unimm", {"unimm": OWN}),
     Registered("janus", "Janus, Janus-Pro", {"janus": "transformers", "multi_modality": "original"}),
     Registered("emu3", "Emu3", {"emu3": "transformers", "Emu3": "original"}, "Emu3VisionVQ"),
+    Registered("pixtral", "Pixtral", {"llava": "transformers", "pixtral_params": "original"}),
+    Registered("qwen2_vl", "Qwen2-VL", {"qwen2_vl": "transformers"}),
 )
+PARAMS_KINDS = {"vision_encoder": "pixtral_params"}
+"""Key of a `params.json`, which says no `model_type`: the kind that it stands for."""
 FAMILIES = {kind: registered for registered in REGISTRY for kind in registered.layouts}
 """By `model_type`."""
 
@@ -196,6 +203,8 @@ def recognise(document: Mapping[str, Any], where: Path) -> tuple[Family, str]:
         UserError: it is of a kind that is not supported.
     """
     kind = document.get("model_type")
+    if kind is None and where.name == PARAMS_FILE:
+        kind = next((own for key, own in PARAMS_KINDS.items() if key in document), None)
     if (other := namesake(document)) is not None:
         *names, last = (registered.models for registered in REGISTRY[1:])
         known = f"{', '.join(names)} and {last} are"

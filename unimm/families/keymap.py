@@ -37,6 +37,20 @@ LEAD = Op(lambda theirs: theirs[0][None], lambda ours, _: [ours[0]])
 """A tensor that has one more dimension here, of length 1, in front."""
 
 
+def patches(*shape: int) -> Op:
+    """Return what makes a linear layer [O, I] of a convolution of patches [O, *shape]."""
+    return Op(lambda theirs: theirs[0].flatten(1), lambda ours, _: [ours.unflatten(1, shape)])
+
+
+def halves(heads: int) -> Op:
+    """Return what brings rotary pairs, which some have as neighbours, apart into the halves of each of so many heads."""
+
+    def to_ours(theirs: Sequence[Tensor]) -> Tensor:
+        return theirs[0].unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+    return Op(to_ours, lambda ours, _: [ours.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)])
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """Our tensor `ours` is made of their tensors `theirs`; all are patterns with the same placeholders."""

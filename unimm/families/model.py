@@ -86,6 +86,12 @@ class OurTensors(Mapping[str, Tensor]):
         tensor = entry.op.to_ours(list(theirs.values()))
         return tensor.clone(memory_format=torch.contiguous_format)  # two of ours may come from one of theirs
 
+    def shape(self, name: str) -> Tensor:
+        """Return one of them on the meta device, with the checkpoint's kind of numbers."""
+        entry = self._entries[name]
+        wanted = self._wanted[name]
+        return wanted if entry is None else wanted.to(self._tensors.shapes[entry.theirs[0]].dtype)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 

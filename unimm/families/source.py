@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from unimm.errors import UserError
 from unimm.families.documents import ImageOptions
-from unimm.families.family import Family, SeparateImageTokenizer, recognise
+from unimm.families.family import PARAMS_FILE, Family, SeparateImageTokenizer, recognise
 from unimm.families.generation_config import read_end_tokens, read_sampling
 from unimm.families.tensors import NoWeightsError, WeightFiles, weight_files
 from unimm.files import read_json, read_optional, settled
@@ -35,14 +35,14 @@ class Checkpoint:
     """A checkpoint of any layout; a context manager where its tensors are read, since `.bin` files stay mapped.
 
     Args:
-        folder: holds `config.json`.
+        folder: holds `config.json`, or an original layout's `params.json`.
         image_tokenizer: the folder of a separate image tokenizer, if it is neither in `folder` nor beside it.
 
     Attributes:
         folder: the folder.
         image_tokenizer: as given, until what is apart is looked for.
         given_shapes: its tensors on the meta device, where they are known though the weights are not here.
-        path: its `config.json`, for errors.
+        path: its `config.json` or `params.json`.
 
     Raises:
         UserError: by everything that reads a file, if it is missing, broken or not supported.
@@ -52,6 +52,8 @@ class Checkpoint:
         self.folder = settled(folder)
         self.image_tokenizer = image_tokenizer
         self.path = self.folder / MODEL_FILE
+        if not self.path.exists() and (self.folder / PARAMS_FILE).exists():
+            self.path = self.folder / PARAMS_FILE
         self.given_shapes: Mapping[str, Tensor] | None = None
         self._documents: dict[Path, dict[str, Any]] = {}
 
@@ -66,7 +68,7 @@ class Checkpoint:
 
     @cached_property
     def document(self) -> dict[str, Any]:
-        """What stands in its `config.json`."""
+        """What stands in its `config.json` or `params.json`."""
         return read_json(self.path)
 
     @cached_property
@@ -207,7 +209,8 @@ class Checkpoint:
         """Our processor of it, on its own text tokenizer."""
         config = self.config
         text_tokenizer = complete(self.text_tokenizer, config.decoder)
-        check_vocabulary(text_tokenizer, config.decoder_config().vocab_size, self.folder)
+        begins = (config.conversation or {}).get("bos") != "never"
+        check_vocabulary(text_tokenizer, config.vocabulary, self.folder, begins)
         processor = UniMMProcessor(config, text_tokenizer)
         if not (layout := processor.layout).shared:
             placeholders = {"feature": layout.feature, "code": layout.code}

@@ -6,8 +6,9 @@ mapped into memory, so that only the tensors asked for are read).
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from unimm.errors import UserError
 from unimm.files import open_regular, read_json
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SINGLES = ("model.safetensors", "pytorch_model.bin")
+SINGLES = ("model.safetensors", "pytorch_model.bin", "consolidated.safetensors")
 _OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how the files of torch before 1.6 begin
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -201,3 +202,28 @@ def _indexed(folder: Path, index: Path) -> list[Path]:
 
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def write_single(path: Path, shapes: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write a safetensors file tensor by tensor, so that one is in memory at a time.
+
+    Args:
+        path: the file.
+        shapes: every tensor, of which the shapes and kinds of numbers are looked at.
+        tensors: the same by name, in any order.
+    """
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + shape.numel() * shape.itemsize
+        header[name] = {"dtype": names[shape.dtype], "shape": list(shape.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        first = file.tell()
+        for name, tensor in tensors:
+            file.seek(first + header[name]["data_offsets"][0])
+            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        file.truncate(first + end)

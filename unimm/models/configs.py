@@ -88,11 +88,14 @@ def without_code(data: Any, replaced: bool = False) -> Any:
     return data
 
 
+RopeType = Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3", "mrope", "axial"]
+
+
 class Rope(Foreign):
     """Rotary positions: their base, and how they are stretched."""
 
-    rope_type: Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3"] = "default"
-    type: Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3"] = "default"
+    rope_type: RopeType = "default"
+    type: RopeType = "default"
     rope_theta: Annotated[float, Field(ge=1, le=1e12)] = 10000.0
     factor: Annotated[float, Field(gt=0, le=1e6)] | None = None
     partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -104,6 +107,7 @@ class Rope(Foreign):
     high_freq_factor: Annotated[float, Field(gt=0, le=1e4)] | None = None
     short_factor: Annotated[list[float], Field(max_length=2**12)] | None = None
     long_factor: Annotated[list[float], Field(max_length=2**12)] | None = None
+    mrope_section: Annotated[list[Annotated[int, Field(ge=0, le=2**12)]], Field(max_length=3)] | None = None
     mscale: Annotated[float, Field(gt=0, le=1e3)] | None = None
     mscale_all_dim: Annotated[float, Field(ge=0, le=1e3)] | None = None
     truncate: bool | None = None

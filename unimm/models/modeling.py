@@ -123,6 +123,8 @@ class UniMMModel(StrictModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise our own layers; the decoder, the encoder and the tokenizer initialise theirs."""
+        if hasattr(module, "init_non_persistent_buffers"):  # tables of timm, which no file holds
+            module.init_non_persistent_buffers()
         ours = (self.connector, self.code_embedding, self.code_head, self.extra_embedding)
         if module not in ours:
             return

@@ -88,8 +88,7 @@ class FitViewsConfig:
         bounds: most pixels of height and width.
         unit: pixels that both sides are multiples of.
         fill: how they become so: "stretch" the image to the next multiple (Pixtral), "pad" it to the next multiple
-            (Fuyu), or pad it to all of `bounds` (Aria: "bounds").
-        enlarge: whether smaller images are brought to the bounds too.
+            (Fuyu), or bring every image to the bounds and pad it to the "whole" of them (Aria).
         least: pixels that the short side has at least.
         pad_value: grey level (0..255), or one for each channel, of the padding.
         resample: how pixels are interpolated.
@@ -99,8 +98,7 @@ class FitViewsConfig:
 
     bounds: Annotated[tuple[Side, Side], Field(strict=False)]
     unit: Stride
-    fill: Literal["stretch", "pad", "bounds"] = "stretch"
-    enlarge: bool = False
+    fill: Literal["stretch", "pad", "whole"] = "stretch"
     least: Count = 0
     pad_value: PadValue = 0
     resample: Resample = "bicubic"

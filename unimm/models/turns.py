@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -67,6 +67,8 @@ class Turns:
         joins: what the template writes, by `join_key`: the fields of a `Join`.
         images_first: whether the template puts the images of a turn before its words.
         end: the special token that the template writes after an answer; empty: the tokenizer's end token.
+        bos: where the tokenizer's begin token stands: "first", "after_images" that come first (Fuyu), or "never"
+            (Qwen2-VL).
     """
 
     user: str = "<user>"
@@ -82,6 +84,7 @@ class Turns:
     joins: Mapping[str, Annotated[tuple[str, bool, bool], Field(strict=False)]] | None = None
     images_first: bool = False
     end: str = ""
+    bos: Literal["first", "after_images", "never"] = "first"
 
     @classmethod
     def deepseek(cls, user: str, assistant: str, system: str) -> Turns:
@@ -98,7 +101,7 @@ class Turns:
         """Return all that may stand around what is said."""
         fields = {**vars(self), "template": None}
         return [
-            *(value for value in fields.values() if isinstance(value, str)),
+            *(value for name, value in fields.items() if isinstance(value, str) and name != "bos"),
             *(join[0] for join in (self.joins or {}).values()),
         ]
 

@@ -138,6 +138,10 @@ class Conversation:
         labels = [IGNORED] * len(prompt) + row.labels[start:]
         return Row([*prompt, *row.ids[start:]], labels, drawn=row.drawn, whole=row.whole)
 
+    def begin(self, where: str) -> list[int]:
+        """Return the begin token, if it stands there (see `Turns.bos`)."""
+        return [self.bos] if self.turns.bos == where else []
+
     # --- the two forms --------------------------------------------------------------------------------------
 
     def _drawing(self, messages: Sequence[Message], images: Sequence[ImageSlot]) -> Row:
@@ -155,9 +159,10 @@ class Conversation:
     ) -> list[LayoutPart]:
         """A prompt in parts, up to the drawing's first code; `praise`: what is added, None: the model's own."""
         turns, left = self.turns, START
-        parts: list[LayoutPart] = [[self.bos]]
+        parts: list[LayoutPart] = [self.begin("first")]
         grids = iter(images)
         for place, part in _drawing_pieces(message, turns.praise if praise is None else praise):
+            parts.append(self.begin("after_images") if isinstance(part, str) else [])
             if not turns.bare_drawings or left != START:
                 parts += self.special(turns.join(left, place, same=left != START).words)
             parts += [part] if isinstance(part, str) else self.layout.understanding(*next(grids))
@@ -231,6 +236,8 @@ class Conversation:
             if isinstance(part, str):
                 words += part
                 continue
+            if not part:  # which is no border between words
+                continue
             tokens += [*self._plain(words), *part]
             words = ""
         return tokens + self._plain(words)
@@ -282,12 +289,13 @@ class _Writer:
         self.conversation, self.turns, self.mixed = conversation, turns, mixed
         self.images = iter(images)
         self.row = Row()
-        self.pending: list[LayoutPart] = [[conversation.bos]]  # unlabelled, before the next that is labelled
+        # unlabelled, before the next that is labelled
+        self.pending: list[LayoutPart] = [conversation.begin("first")]
         self.stops = False  # whether the answer before ends where nothing in the row says so
 
     def write(self, pieces: Sequence[_Piece], asks: bool) -> Row:
         """Write all; `asks`: up to where an answer in words begins. Gives the row."""
-        left, before = START, -2
+        left, before, begun = START, -2, False
         last = ASK if asks else END
         for number, piece in enumerate(pieces):
             after = pieces[number + 1] if number + 1 < len(pieces) else None
@@ -296,6 +304,9 @@ class _Writer:
                 piece.place, after.place if after else last, after is not None and after.turn == piece.turn
             )
             part = piece.part
+            if (isinstance(part, str) or piece.labelled) and not begun:
+                self.pending.append(self.conversation.begin("after_images"))
+                begun = True
             if isinstance(part, str):
                 part = part.lstrip() if join.strip_right else part
                 part = part.rstrip() if following.strip_left else part

@@ -178,13 +178,19 @@ def _beside(folder: Path, config: Mapping[str, Any] | None) -> PreTrainedConfig:
     return default
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, where: Path) -> None:
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, where: Path, begins: bool = True) -> None:
     """Check that all tokens have a row in the decoder's table, and that texts have a first and a last one.
+
+    Args:
+        tokenizer: the text tokenizer.
+        size: rows of the table.
+        where: the checkpoint, for errors.
+        begins: whether texts have a first one.
 
     Raises:
         UserError: a token is beyond the table, or none begins or ends a text.
     """
-    for name in ("bos", "eos"):
+    for name in ("bos", "eos") if begins else ("eos",):
         if getattr(tokenizer, f"{name}_token_id") is None:
             raise UserError(f"{where / CONFIG_FILE}: {name}_token: missing, or none of the tokenizer's")
     token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])

@@ -1,7 +1,8 @@
 """How an image becomes what a model sees: brought to a size, as pixels, with the rows and columns it has in the stream.
 
-`SquareViews` bring every image to one square (Janus), `AreaViews` keep its ratio within an area (Emu3). Images to
-learn drawing from are brought to a `TargetSize`.
+`SquareViews` bring every image to one square (Janus), `AreaViews` keep its ratio within an area (Emu3, Qwen2-VL),
+`FitViews` within a rectangle (Pixtral, Fuyu, Aria), and `CanvasViews` cut it into tiles (NVLM, Molmo). Images to learn
+drawing from are brought to a `TargetSize`.
 """
 
 from __future__ import annotations
@@ -20,14 +21,32 @@ from torch import Tensor
 from unimm.errors import UserError
 from unimm.images import read_image, to_tensor
 from unimm.models.inputs import Images
-from unimm.models.parts import AreaViewsConfig, SquareViewsConfig, TimmEncoderConfig
-from unimm.processing.sizes import area_size, check_ratio
+from unimm.models.parts import (
+    AreaViewsConfig,
+    CanvasViewsConfig,
+    FitViewsConfig,
+    PadValue,
+    SquareViewsConfig,
+)
+from unimm.models.seeing import Seeing
+from unimm.processing.sizes import (
+    GridOrder,
+    area_size,
+    check_ratio,
+    choose_ratio,
+    choose_scale,
+    choose_shrink,
+    fit_size,
+    letterbox_size,
+    tile_grids,
+)
 
 if TYPE_CHECKING:
     from unimm.images import ImageInput
     from unimm.models.configuration import UniMMConfig
 
 HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # mean and deviation that bring [0, 1] to [-1, 1]
+RESAMPLES = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 MIN_SIDE = 14  # pixels that the short side of a very long image keeps, as Janus has it
 
 
@@ -118,23 +137,154 @@ class AreaViews(Views):
             height, width = area_size(opened.height, opened.width, self.stride, self.least, self.most)
             resized.append(opened.resize((width, height), Image.Resampling.BICUBIC))
         sizes = torch.tensor([(opened.height, opened.width) for opened in resized])
-        pixels = torch.zeros(len(resized), 3, int(sizes[:, 0].max()), int(sizes[:, 1].max()))
-        for i, opened in enumerate(resized):
-            pixels[i, :, : opened.height, : opened.width] = self._normal([opened])[0]
+        pixels = _filled([self._normal([opened])[0] for opened in resized])
         return Images(pixels=pixels, sizes=sizes, grids=sizes // self.stride)
+
+
+@dataclass(frozen=True)
+class FitViews(Views):
+    """An image at its own ratio within a rectangle, its sides multiples of a unit; see `FitViewsConfig`.
+
+    Attributes:
+        rule: how it is brought to its size.
+        seeing: how many tokens that gives.
+    """
+
+    rule: FitViewsConfig
+    seeing: Seeing
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the largest."""
+        return self.seeing.tokens(*self.rule.bounds)
+
+    def prepare(self, images: Sequence[ImageInput]) -> Images:
+        """Return images as pixels, filled up with 0 to the largest, and their sizes; see `Views.prepare`."""
+        rule = self.rule
+        padded, sizes = [], []
+        for image in images:
+            opened = read_image(image)
+            whole = rule.fill == "whole"
+            size, canvas = fit_size(
+                opened.height,
+                opened.width,
+                rule.bounds,
+                max(rule.bounds) if whole else rule.unit,
+                stretch=rule.fill == "stretch",
+                exact=whole,
+                min_side=rule.least,
+            )
+            resized = opened.resize(size[::-1], RESAMPLES[rule.resample])
+            padded.append(_on_canvas(resized, canvas, rule.pad_value, centred=False))
+            sizes.append(size if whole else canvas)  # of a padded view, what is real is looked at
+        grids = torch.tensor([self.seeing.tokens(*size) for size in sizes])
+        return Images(
+            pixels=_filled([self._normal([one])[0] for one in padded]), sizes=torch.tensor(sizes), grids=grids
+        )
+
+
+@dataclass(frozen=True)
+class CanvasViews(Views):
+    """An image as tiles, and the whole of it beside them; see `CanvasViewsConfig`.
+
+    Attributes:
+        rule: how it is cut.
+    """
+
+    rule: CanvasViewsConfig
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tiles of a square image that takes many of them."""
+        side = math.isqrt(self.rule.most)
+        return side, side
+
+    def tiles(self, height: int, width: int) -> tuple[int, int]:
+        """Return rows and columns of tiles of an image of so many pixels."""
+        rule, inner = self.rule, 2 * self.rule.overlap
+        order: GridOrder = "area_columns" if rule.choose == "ratio" else "area_rows"
+        choose = {"ratio": choose_ratio, "scale": choose_scale, "pad": choose_shrink}[rule.choose]
+        grids = tile_grids(rule.most, rule.least, order)
+        return choose(height - inner, width - inner, rule.tile - inner, grids)
+
+    def prepare(self, images: Sequence[ImageInput]) -> Images:
+        """Return images as pixels [V, 3, tile, tile], with the views and tiles of each; see `Views.prepare`."""
+        rule = self.rule
+        views: list[Image.Image] = []
+        counts, grids = [], []
+        for image in images:
+            opened = read_image(image)
+            grid = self.tiles(opened.height, opened.width)
+            own = self._views(opened, grid)
+            views += own
+            counts.append(len(own))
+            grids.append(grid)
+        assert counts == [rule.views(*grid) for grid in grids]
+        return Images(pixels=self._normal(views), views=torch.tensor(counts), grids=torch.tensor(grids))
+
+    def _views(self, image: Image.Image, grid: tuple[int, int]) -> list[Image.Image]:
+        """The views of an image, in the order of the stream."""
+        rule = self.rule
+        whole = (
+            [] if rule.whole == "none" else [self._placed(image, (rule.tile, rule.tile), rule.whole_place)]
+        )
+        if rule.alone and grid == (1, 1):
+            return whole
+        step = rule.tile - 2 * rule.overlap
+        height, width = (count * step + 2 * rule.overlap for count in grid)
+        canvas = self._placed(image, (height, width), rule.place)
+        tiles = [
+            canvas.crop((column * step, row * step, column * step + rule.tile, row * step + rule.tile))
+            for row in range(grid[0])
+            for column in range(grid[1])
+        ]
+        return whole + tiles if rule.whole == "first" else tiles + whole
+
+    def _placed(self, image: Image.Image, size: tuple[int, int], place: str) -> Image.Image:
+        """An image on a canvas."""
+        resample = RESAMPLES[self.rule.resample]
+        if place == "stretch":
+            return image.resize(size[::-1], resample)
+        inner = letterbox_size(image.height, image.width, size)
+        return _on_canvas(image.resize(inner[::-1], resample), size, self.rule.pad_value, centred=True)
+
+
+def _on_canvas(image: Image.Image, size: tuple[int, int], pad: PadValue, centred: bool) -> Image.Image:
+    """An image with padding around, or on the right and below."""
+    if (image.height, image.width) == size:
+        return image
+    canvas = Image.new("RGB", size[::-1], pad_colour(pad))
+    left, top = ((size[1] - image.width) // 2, (size[0] - image.height) // 2) if centred else (0, 0)
+    canvas.paste(image, (left, top))
+    return canvas
+
+
+def _filled(views: Sequence[Tensor]) -> Tensor:
+    """Views of unlike sizes as one tensor, filled up with 0 on the right and below."""
+    height, width = (max(view.shape[axis] for view in views) for axis in (1, 2))
+    pixels = torch.zeros(len(views), 3, height, width)
+    for i, view in enumerate(views):
+        pixels[i, :, : view.shape[1], : view.shape[2]] = view
+    return pixels
+
+
+def pad_colour(pad: PadValue) -> tuple[int, ...]:
+    """Return the RGB of a padding, given as a grey level or as one for each channel."""
+    return (pad,) * 3 if isinstance(pad, int) else tuple(pad)
 
 
 def make_views(config: UniMMConfig) -> Views | None:
     """Return what a model of this configuration sees of an image; None where it sees none."""
-    views, encoder = config.views_config(), config.encoder_config()
-    if isinstance(views, SquareViewsConfig) and isinstance(encoder, TimmEncoderConfig):
-        pad = views.pad_value
-        colour = (pad,) * 3 if isinstance(pad, int) else tuple(pad)
-        cells = encoder.side // config.reducer_config().side
-        return SquareViews(views.mean, views.std, views.image_size, colour, cells)
+    views, seeing = config.views_config(), config.seeing()
+    if isinstance(views, SquareViewsConfig):
+        assert seeing.tile is not None
+        colour = pad_colour(views.pad_value)
+        return SquareViews(views.mean, views.std, views.image_size, colour, seeing.tile[0])
     if isinstance(views, AreaViewsConfig):
         return AreaViews(views.mean, views.std, views.least, views.most, views.stride)
-    return None
+    if isinstance(views, FitViewsConfig):
+        return FitViews(views.mean, views.std, views, seeing)
+    return None if views is None else CanvasViews(views.mean, views.std, views)
 
 
 def letterbox(image: Image.Image, side: int, colour: tuple[int, ...]) -> Image.Image:
