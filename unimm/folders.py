@@ -25,14 +25,25 @@ from unimm.files import (
     system_reason,
 )
 
-_WEIGHTS = ("model*.safetensors", "consolidated*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "*.bin.index.json")
+_WEIGHTS = (
+    "model*.safetensors",
+    "consolidated*.safetensors",
+    "pytorch_model*.bin",
+    "*.safetensors.index.json",
+    "*.bin.index.json",
+)
 _BESIDE_CONFIG = (
-    "config.json", "params.json", "tekken.json", "generation_config.json", "processor_config.json", "*preprocessor_config.json",
+    "config.json", "params.json", "tekken.json", "generation_config.json", "processor_config.json",
+    "*preprocessor_config.json",
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.json", "chat_template.jinja", "kept.safetensors",
 )  # fmt: skip
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-_CONFIGS = ("config.json", "params.json", "adapter_config.json")  # a folder holds a model once it has one of these
+_CONFIGS = (
+    "config.json",
+    "params.json",
+    "adapter_config.json",
+)  # a folder holds a model once it has one of these
 _MODEL_CONFIGS = ("config.json", "params.json")  # of these a model
 
 _NO_SWAP = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}  # a file system or libc without renameat2's exchange

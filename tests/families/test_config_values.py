@@ -69,9 +69,9 @@ def refused(call: Callable[[], Any], *words: str) -> None:
 
 
 OWN: list[tuple[tuple[Any, ...], Any, str]] = [
-    (("encoder", "name"), "/tmp/model", "encoder.name: no SigLIP encoder of timm is named"),
-    (("encoder", "name"), "hf-hub:someone/model", "encoder.name: no SigLIP encoder of timm is named"),
-    (("encoder", "name"), "resnet50", "encoder.name: no SigLIP encoder of timm is named"),
+    (("encoder", "name"), "/tmp/model", "encoder.name: no SigLIP or CLIP encoder of timm is named"),
+    (("encoder", "name"), "hf-hub:someone/model", "encoder.name: no SigLIP or CLIP encoder of timm is named"),
+    (("encoder", "name"), "resnet50", "encoder.name: no SigLIP or CLIP encoder of timm is named"),
     (("encoder", "kwargs", "checkpoint_path"), "/tmp/weights.pth", "encoder.kwargs.checkpoint_path: unknown key"),
     (("encoder", "kwargs", "pretrained_cfg"), {"file": "x"}, "encoder.kwargs.pretrained_cfg: unknown key"),
     (("encoder", "kwargs", "depth"), 10**9, "encoder.kwargs.depth: expected at most 1024"),
@@ -97,7 +97,7 @@ OWN: list[tuple[tuple[Any, ...], Any, str]] = [
     (("generation", "stride"), 7, "generation.stride: expected 8"),
     (("generation",), 5, "generation: expected a mapping, got 5"),
     (("views", "image_size"), 10**9, "views.image_size: expected at most"),
-    (("views", "kind"), "sqare", 'views.kind: expected one of square, area, got "sqare"; did you mean "square"?'),
+    (("views", "kind"), "sqare", "views.kind: expected one of square, area, fit, canvas, got"),
     (("fusion",), {"kind": "cross"}, "fusion.kind: expected one of stream"),
     (("encoder",), None, "encoder: missing, though `views` is given"),
     (("family",), 5, "family: expected"),

@@ -16,6 +16,7 @@ from transformers.models.janus.image_processing_pil_janus import JanusImageProce
 import unimm
 from tests.families.janus_checkpoints import SIDE, janus, original
 from unimm.families.convert import convert
+from unimm.models.seeing import Seen
 from unimm.pipeline import UniMM
 from unimm.sampling.text import generate_text
 
@@ -62,7 +63,8 @@ def test_encoder_features(ours: UniMM, theirs: JanusForConditionalGeneration) ->
     expected = theirs.model.vision_model(pixels).last_hidden_state
     assert (ours.model.vision(pixels) - expected).abs().max() < 1e-4
     projected = theirs.model.aligner(expected)
-    assert (ours.model.connector(ours.model.vision(pixels)) - projected).abs().max() < 1e-4
+    seen = Seen([(4, 4)] * 3, [(4, 4)] * 3)
+    assert (ours.model.connector(ours.model.vision(pixels), seen) - projected).abs().max() < 1e-4
 
 
 @torch.no_grad()

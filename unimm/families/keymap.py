@@ -43,7 +43,7 @@ def patches(*shape: int) -> Op:
 
 
 def halves(heads: int) -> Op:
-    """Return what brings rotary pairs, which some have as neighbours, apart into the halves of each of so many heads."""
+    """Return what brings rotary pairs, which some have as neighbours, into the halves of each of so many heads."""
 
     def to_ours(theirs: Sequence[Tensor]) -> Tensor:
         return theirs[0].unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)

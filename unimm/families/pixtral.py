@@ -25,7 +25,6 @@ from unimm.families.common import (
 from unimm.families.family import Family
 from unimm.families.keymap import SAME, KeyMap, Op, Rule, halves
 from unimm.families.source import Checkpoint, normalisation
-from unimm.families.tekken import TEKKEN_FILE, read_tekken
 from unimm.models.configs import Activation, Published, section_for
 from unimm.models.configuration import UniMMConfig
 from unimm.models.layout import TokenId
@@ -40,14 +39,17 @@ TURNS = Turns(user="[INST]", assistant="[/INST]")
 
 Depth = Annotated[int, Field(gt=0, le=2**10)]
 Theta = Annotated[float, Field(ge=1, le=1e12)]
+_TEXT: Any = create_model(
+    "PixtralText", __base__=section_for(MistralConfig), model_type=(Literal["mistral"], ...)
+)
+_VISION: Any = create_model(
+    "PixtralVision", __base__=section_for(PixtralVisionConfig), model_type=(Literal["pixtral"], ...)
+)
 DOCUMENT: Any = create_model(
     "PixtralDocument",
     __base__=Published,
-    text_config=(create_model("MistralText", __base__=section_for(MistralConfig), model_type=(Literal["mistral"], ...)), ...),
-    vision_config=(
-        create_model("PixtralVision", __base__=section_for(PixtralVisionConfig), model_type=(Literal["pixtral"], ...)),
-        ...,
-    ),
+    text_config=(_TEXT, ...),
+    vision_config=(_VISION, ...),
     image_token_index=(TokenId, None),
     image_token_id=(TokenId, None),
     projector_hidden_act=(Activation, "gelu"),
@@ -55,7 +57,7 @@ DOCUMENT: Any = create_model(
     vision_feature_layer=(Literal[-1], -1),
     vision_feature_select_strategy=(Literal["full"], "full"),
     tie_word_embeddings=(bool, None),
-)  # fmt: skip
+)
 
 
 class OriginalVision(Published):
@@ -103,7 +105,7 @@ class Pixtral(Family):
         """Translate a checkpoint's configuration."""
         original = checkpoint.layout == "original"
         found = _original_parts(checkpoint) if original else _transformers_parts(checkpoint)
-        encoder, bias, act = found["encoder"], found.pop("bias"), found.pop("act")
+        encoder, bias, act, feature = (found.pop(name) for name in ("encoder", "bias", "act", "feature"))
         decoder = found["decoder"]
         patch = encoder["patch_size"]
         tokenizer, where = checkpoint.text_tokenizer, checkpoint.folder
@@ -125,7 +127,7 @@ class Pixtral(Family):
             "layout": {
                 "begin": None,
                 "end": None,
-                "feature": found.pop("feature", None) or special_token(tokenizer, FEATURE, where),
+                "feature": special_token(tokenizer, FEATURE, where) if feature is None else feature,
                 "code": decoder["vocab_size"],
                 "grid": UNDRAWN,
                 "picture": ends,
@@ -138,8 +140,10 @@ class Pixtral(Family):
 
     def text_tokenizer(self, checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         """Build the text tokenizer, in the original layout from `tekken.json`."""
-        path = checkpoint.folder / TEKKEN_FILE
+        path = checkpoint.folder / "tekken.json"
         if checkpoint.layout == "original" and path.exists():
+            from unimm.families.tekken import read_tekken
+
             return read_tekken(path)
         return super().text_tokenizer(checkpoint)
 
@@ -161,21 +165,21 @@ def _transformers_parts(checkpoint: Checkpoint) -> dict[str, Any]:
     where = str(checkpoint.path)
     document = validate(DOCUMENT, checkpoint.document, where).model_dump(exclude_unset=True)
     config = LlavaConfig(**document)
-    text, vision = config.text_config, config.vision_config
+    text, vision, tied = config.text_config, config.vision_config, bool(config.tie_word_embeddings)
     expect(where, "vision_config", vision, num_channels=3)
-    encoder = {
-        name: value for name, value in vision.to_dict().items() if name in section_for(PixtralVisionConfig).model_fields
-    }
+    known = section_for(PixtralVisionConfig).model_fields
+    encoder = {name: value for name, value in vision.to_dict().items() if name in known and value is not None}
     inner = any(name.startswith("model.vision_tower.") for name in checkpoint.shapes)
+    decoder = decoder_of(text, MistralConfig, tie_word_embeddings=tied)
     return {
-        "decoder": decoder_of(text, MistralConfig, sliding_window=text.sliding_window, tie_word_embeddings=bool(config.tie_word_embeddings)),
-        "encoder": {name: value for name, value in encoder.items() if value is not None},
+        "decoder": {**decoder, "sliding_window": text.sliding_window},  # None: there is none
+        "encoder": encoder,
         "act": config.projector_hidden_act,
         "bias": config.multimodal_projector_bias,
         "feature": document.get("image_token_index", document.get("image_token_id")),
-        "tie_word_embeddings": bool(config.tie_word_embeddings),
+        "tie_word_embeddings": tied,
         **({"source_keys": "inner"} if inner else {}),
-    }  # fmt: skip
+    }
 
 
 def _original_parts(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -198,7 +202,7 @@ def _original_parts(checkpoint: Checkpoint) -> dict[str, Any]:
         "rope_parameters": {"rope_type": "axial", "rope_theta": vision.rope_theta},
     }
     return {
-        "decoder": decoder_of(decoder, MistralConfig),
+        "decoder": {**decoder_of(decoder, MistralConfig), "sliding_window": None},
         "encoder": encoder,
         "act": "gelu",
         "bias": vision.adapter_bias,
@@ -223,7 +227,10 @@ def _transformers_map(prefix: str, inner: bool) -> KeyMap:
         rules=(
             Rule("vision.model.{rest}", f"{prefix}vision_tower.{{rest}}"),
             *(
-                Rule(f"connector.layers.{ours}.{{end}}", f"{prefix}multi_modal_projector.linear_{theirs}.{{end}}")
+                Rule(
+                    f"connector.layers.{ours}.{{end}}",
+                    f"{prefix}multi_modal_projector.linear_{theirs}.{{end}}",
+                )
                 for ours, theirs in ((0, 1), (2, 2))
             ),
             Rule("decoder.model.{rest}", f"{decoder}{{rest}}"),
@@ -257,7 +264,12 @@ def _original_map(vision_heads: int, decoder: Any) -> KeyMap:
 def _layers(ours: str, theirs: str, names: tuple[str, str, str, str], query: Op, key: Op) -> list[Rule]:
     """Rules of a layer that is Llama's, under our names of attention, MLP and the two norms."""
     attention, mlp, before, between = names
-    products = {"q_proj": ("wq", query), "k_proj": ("wk", key), "v_proj": ("wv", SAME), "o_proj": ("wo", SAME)}
+    products = {
+        "q_proj": ("wq", query),
+        "k_proj": ("wk", key),
+        "v_proj": ("wv", SAME),
+        "o_proj": ("wo", SAME),
+    }
     return [
         *(
             Rule(f"{ours}.{attention}.{own}.weight", f"{theirs}.attention.{other}.weight", op)

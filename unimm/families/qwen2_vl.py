@@ -17,7 +17,7 @@ from unimm.families.common import CHATML, CLIP_MEAN, CLIP_STD, UNDRAWN, decoder_
 from unimm.families.family import Family
 from unimm.families.keymap import KeyMap, Rule, patches
 from unimm.families.source import Checkpoint, normalisation
-from unimm.models.configs import Published, section_for
+from unimm.models.configs import section_for
 from unimm.models.configuration import UniMMConfig
 from unimm.models.layout import TokenId
 from unimm.models.parts import NaflexEncoderConfig

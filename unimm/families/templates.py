@@ -182,6 +182,7 @@ def _followed(
         template=text,
         joins={key: dataclasses.astuple(join) for key, join in joins.items()},
         images_first=reading.images_first,
+        system_last=reading.system_last,
         end=closing[1] if closing else "",
     )
 
@@ -249,7 +250,7 @@ class _Reading:
     def __init__(self, placeholder: str, base: Turns | None) -> None:
         self.placeholder, self.base = placeholder, base
         self.joins: dict[str, Join] = {}
-        self.images_first = False
+        self.images_first = self.system_last = False
         self.seen: dict[str, str] = {}  # words of each join without white space around texts
 
     def read(self, text: str, names: Mapping[str, str], looks: bool) -> _Reading:
@@ -342,15 +343,17 @@ class _Reading:
 
     def _reorders(self, rendered: list[tuple[str, str]]) -> bool:
         """Whether images come before words that they came after in their turn; other orders are refused."""
+        found = {
+            form: [(number, place) for number, place, _ in self._pieces(form, text)[0]]
+            for form, text in rendered
+        }
+        self.system_last = any(
+            pieces in self._orders(form, True) and pieces not in self._orders(form, False)
+            for form, pieces in found.items()
+        )
         moved = set()
-        for form, text in rendered:
-            pieces = [(number, place) for number, place, _ in self._pieces(form, text)[0]]
-            given = [
-                (number, f"{ROLES[role]}.{'image' if kind == 'i' else 'text'}")
-                for number, (role, kinds) in enumerate(_turns(form))
-                for kind in kinds
-            ]
-            first = sorted(given, key=lambda piece: (piece[0], piece[1].endswith("text")))
+        for form, pieces in found.items():
+            given, first = self._orders(form, self.system_last)
             if pieces not in (given, first):
                 moved = {True, False}
             elif given != first:
@@ -358,6 +361,27 @@ class _Reading:
         if len(moved) > 1:
             raise UserError("puts images where they cannot be followed, neither in place nor first")
         return True in moved
+
+    @staticmethod
+    def _orders(form: str, system_last: bool) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
+        """The pieces of a form in their order, and with the images of each turn first.
+
+        Args:
+            form: one of those that are rendered.
+            system_last: whether the system's words stand before the last turn of the user, not before the first.
+        """
+        turns = list(enumerate(_turns(form)))
+        users = [number for number, (role, _) in turns if role == "u"]
+        if system_last and turns[0][1][0] == "s" and users:
+            system = turns.pop(0)
+            turns.insert(users[-1] - 1, system)
+        given = [
+            (number, f"{ROLES[role]}.{'image' if kind == 'i' else 'text'}")
+            for number, (role, kinds) in turns
+            for kind in kinds
+        ]
+        order = [number for number, _ in turns]
+        return given, sorted(given, key=lambda piece: (order.index(piece[0]), piece[1].endswith("text")))
 
     def _learn(self, form: str, asks: bool, text: str) -> None:
         """Note the words between the pieces of a conversation."""

@@ -22,6 +22,8 @@ INPUT_FIELDS = {
     "image_codes": "codes",
 }
 """Keyword inputs as transformers' processors name them: fields of `Images`."""
+CANVAS_FIELDS = {"image_views": "views", "image_grids": "grids"}
+"""Keyword inputs of images that have several views."""
 
 
 @dataclasses.dataclass
@@ -55,12 +57,15 @@ class Images:
     @classmethod
     def from_inputs(cls, inputs: dict[str, Any]) -> Images | None:
         """Take the images out of keyword inputs as transformers' processors give them; None where there are none."""
-        found = {field: inputs.pop(name) for name, field in INPUT_FIELDS.items() if name in inputs}
+        known = INPUT_FIELDS | CANVAS_FIELDS
+        found = {field: inputs.pop(name) for name, field in known.items() if name in inputs}
         return cls(**found) if any(value is not None for value in found.values()) else None
 
     def inputs(self) -> dict[str, Tensor]:
         """Return them as keyword inputs, as transformers' processors name them."""
         found = {name: getattr(self, field) for name, field in INPUT_FIELDS.items()}
+        if self.views is not None:  # else the sizes of views tell the grids
+            found |= {name: getattr(self, field) for name, field in CANVAS_FIELDS.items()}
         return {name: value for name, value in found.items() if value is not None}
 
     def __len__(self) -> int:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor
+
+from unimm.sections import read_dataclass
 
 IGNORED = -100  # a label that no loss counts, as everywhere in transformers
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -91,6 +93,10 @@ class PictureLayout:
         return {name: getattr(self, name) for name in ("begin", "end", "row_end", "last_row_end")}
 
 
+def _read_picture(value: Any) -> Any:
+    return read_dataclass(PictureLayout, value, "", "layout.picture") if isinstance(value, dict) else value
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageLayout:
     """How images are written: Janus's grammar by default, Emu3's with the fields at the end.
@@ -121,7 +127,7 @@ class ImageLayout:
     wrapper: TokenId | None = None
     end_of_line: TokenId | None = None
     end_of_frame: TokenId | None = None
-    picture: PictureLayout | None = None
+    picture: Annotated[PictureLayout, BeforeValidator(_read_picture)] | None = None
 
     @property
     def shared(self) -> bool:

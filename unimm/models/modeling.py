@@ -267,10 +267,10 @@ class UniMMModel(StrictModel):
     def _put_features(self, stream: Tensor, input_ids: Tensor, images: Images, lockstep: bool) -> Tensor:
         """Fill the placeholders of images to understand."""
         assert self.vision is not None and self.connector is not None
+        mask = self.layout.feature_positions(input_ids)
+        seen = seen_of(self.seeing, images, self.layout)
+        check_room(self.layout, seen, int(mask.sum()))
         if len(images):
-            seen = seen_of(self.seeing, images, self.layout)
-            mask = self.layout.feature_positions(input_ids)
-            check_room(self.layout, seen, int(mask.sum()))
             tokens = self.connector(self._features(images, lockstep), seen)
             tokens = tokens.flatten(0, 1) if tokens.ndim == 3 else tokens
             add = self.layout.picture is not None and self.layout.picture.add

@@ -13,7 +13,9 @@ from unimm.models.inputs import Images
 from unimm.models.layout import ImageLayout
 from unimm.models.parts import (
     AbstractReducerConfig,
+    AreaViewsConfig,
     CanvasViewsConfig,
+    CodesEncoderConfig,
     EncoderConfig,
     FitViewsConfig,
     LinearEncoderConfig,
@@ -57,8 +59,10 @@ class Seeing(NamedTuple):
 
     @property
     def patch(self) -> int | None:
-        """Pixels a side of a feature; None for an encoder that does not say, or none."""
+        """Pixels a side of a feature, or of a code that an image is seen by; None where that is not said."""
         encoder = self.encoder
+        if isinstance(encoder, CodesEncoderConfig) and isinstance(self.views, AreaViewsConfig):
+            return self.views.stride
         if isinstance(encoder, NaflexEncoderConfig | TransformersEncoderConfig | LinearEncoderConfig):
             return encoder.patch
         return encoder.kwargs.get("patch_size") if isinstance(encoder, TimmEncoderConfig) else None

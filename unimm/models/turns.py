@@ -66,6 +66,7 @@ class Turns:
         template: the chat template that the turns follow; None: they follow the fields above.
         joins: what the template writes, by `join_key`: the fields of a `Join`.
         images_first: whether the template puts the images of a turn before its words.
+        system_last: whether it puts the system's words before the last turn of the user (Pixtral).
         end: the special token that the template writes after an answer; empty: the tokenizer's end token.
         bos: where the tokenizer's begin token stands: "first", "after_images" that come first (Fuyu), or "never"
             (Qwen2-VL).
@@ -83,6 +84,7 @@ class Turns:
     template: str | None = None
     joins: Mapping[str, Annotated[tuple[str, bool, bool], Field(strict=False)]] | None = None
     images_first: bool = False
+    system_last: bool = False
     end: str = ""
     bos: Literal["first", "after_images", "never"] = "first"
 
@@ -107,7 +109,9 @@ class Turns:
 
     def without_template(self) -> Turns:
         """Return the conversation as its other fields have it."""
-        return dataclasses.replace(self, template=None, joins=None, images_first=False, end="")
+        return dataclasses.replace(
+            self, template=None, joins=None, images_first=False, system_last=False, end=""
+        )
 
     def join(self, left: str, right: str, same: bool = False) -> Join:
         """Return what stands between two places.

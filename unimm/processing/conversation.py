@@ -177,8 +177,8 @@ class Conversation:
         said = [part for m in messages if m.role == "assistant" for part in m.parts]
         speaks = messages[-1].role == "user" or any(isinstance(part, str) for part in said)
         turns = self.turns if asked else Turns(user="", assistant="")
-        pieces = _pieces(messages, turns.images_first)
-        instructed = bool(pieces) and pieces[0].place == SYSTEM_TEXT
+        pieces = _pieces(messages, turns)
+        instructed = any(piece.place == SYSTEM_TEXT for piece in pieces)
         writer = _Writer(self, turns, images, len({type(part) for part in said}) > 1)
         if asked and speaks and not (instructed and turns.template is None):
             writer.pending += self.special(turns.system)
@@ -394,20 +394,24 @@ class _Writer:
         self.pending, self.stops = [], False
 
 
-def _pieces(messages: Sequence[Message], images_first: bool) -> list[_Piece]:
-    """What is said: the system's words, then each turn."""
-    pieces = []
+def _pieces(messages: Sequence[Message], turns: Turns) -> list[_Piece]:
+    """What is said: the system's words, then each turn, or as the template of the turns has it."""
+    pieces: list[_Piece] = []
     for number, message in enumerate(messages):
         if message.role == "system":
             words = " ".join(part for part in message.parts if isinstance(part, str))
             pieces.append(_Piece(-1, SYSTEM_TEXT, words))
             continue
         parts: list[str | ImagePart] = list(message.parts)
-        if images_first and message.role == "user":
+        if turns.images_first and message.role == "user":
             parts.sort(key=lambda part: isinstance(part, str))
         for part in parts:
             kind = "text" if isinstance(part, str) else "image"
             pieces.append(_Piece(number, f"{message.role}.{kind}", part))
+    asked = max((number for number, message in enumerate(messages) if message.role == "user"), default=-1)
+    if turns.system_last and asked >= 0 and pieces[0].place == SYSTEM_TEXT:
+        system = pieces.pop(0)
+        pieces.insert(next(i for i, piece in enumerate(pieces) if piece.turn == asked), system)
     return pieces
 
 

@@ -56,8 +56,8 @@ class SlotRow:
         """Return the positions [3, count] from one of the row's on, where images have positions of their own."""
         assert self.places is not None
         known = self.places[:, first : first + count]
-        behind = torch.arange(max(first, self.places.shape[1]), first + count, device=known.device)
-        counted = self.places.max() + 1 + behind - self.places.shape[1]
+        behind = torch.arange(known.shape[1], count, device=known.device) + first - self.places.shape[1]
+        counted = self.places.max() + 1 + behind
         return torch.cat([known, counted.expand(3, -1)], dim=1)
 
     def draw_at(self, grid: tuple[int, int]) -> None:

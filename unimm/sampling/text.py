@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -10,6 +9,7 @@ from transformers import BatchFeature
 
 from unimm.models.inputs import Images
 from unimm.models.modeling import UniMMModel
+from unimm.models.seeing import seen_of
 from unimm.processing.processor import UniMMProcessor
 from unimm.sampling.engine import Engine
 from unimm.sampling.requests import (
@@ -67,7 +67,7 @@ def generate_answers(
         TextSampling(), max_new_tokens=check_max_new_tokens(max_new_tokens), min_new_tokens=min_new_tokens
     )
     engine = Engine(model, processor)
-    return [Answer.of(ticket) for ticket in engine.run(_requests(processor, inputs, sampling))]
+    return [Answer.of(ticket) for ticket in engine.run(_requests(model, inputs, sampling))]
 
 
 def generate_text(
@@ -82,16 +82,17 @@ def generate_text(
     return [answer.text for answer in answers]
 
 
-def _requests(
-    processor: UniMMProcessor, inputs: BatchFeature, sampling: TextSampling
-) -> Iterator[TextRequest]:
+def _requests(model: UniMMModel, inputs: BatchFeature, sampling: TextSampling) -> Iterator[TextRequest]:
     """Split a padded batch into its rows, each with its own images."""
-    given = dict(inputs)
+    given, layout = dict(inputs), model.layout
     images = Images.from_inputs(given) or Images()
+    grids = seen_of(model.seeing, images, layout).grids if len(images) else ()
     seen = 0
     for row, mask in zip(given["input_ids"], given["attention_mask"].bool(), strict=True):
         ids = row[mask].tolist()
-        runs = sum(holds for holds, _ in itertools.groupby(ids, lambda i: i == processor.layout.feature))
-        own = images.part(seen, seen + runs) if runs else None
-        seen += runs
+        left, first = ids.count(layout.feature), seen
+        while left > 0 and seen < len(grids):
+            left -= layout.features(*grids[seen])
+            seen += 1
+        own = images.part(first, seen) if seen > first else None
         yield TextRequest(ids, own, sampling=sampling)
