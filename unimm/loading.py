@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import nn
@@ -17,13 +18,20 @@ from unimm.families.source import Checkpoint
 from unimm.locate import EMBEDDED, embedded_model, locate
 from unimm.models.image_tokenizers.vq import ImageTokenizer
 from unimm.models.modeling import UniMMModel
-from unimm.models.parts import AreaViewsConfig, ViewsConfig
-from unimm.models.placing import Placing, place_modules
+from unimm.models.parts import AreaViewsConfig, CanvasViewsConfig, FitViewsConfig, ViewsConfig
+from unimm.models.placing import place_modules
 from unimm.models.quantization import check_method, count_weights
 from unimm.pipeline import UniMM
 from unimm.processing.processor import UniMMProcessor
 from unimm.sampling.memory import EngineLimits, bytes_per_token
 from unimm.sampling.speed import measure_products
+
+
+class LoadOptions(TypedDict, total=False):
+    """What few models are loaded with; see `load`."""
+
+    device_map: str | Mapping[str, Any] | None
+    views: Mapping[str, int] | None
 
 
 def load(
@@ -35,7 +43,7 @@ def load(
     revision: str | None = None,
     image_tokenizer: str | os.PathLike[str] | None = None,
     parts: str = "all",
-    **placing: Unpack[Placing],
+    **further: Unpack[LoadOptions],
 ) -> UniMM:
     """Load a model.
 
@@ -52,15 +60,16 @@ def load(
             it is looked for in the folder and beside it, and fetched for a hub id.
         parts: "understand" leaves out the code side and the image tokenizer, "draw" the encoder and its connector;
             their weights are not read, and the model cannot be saved. "all" is all.
-        **placing: `device_map`, "auto" to spread the decoder's layers over all GPUs, or the device of each module by
-            name, by accelerate (`unimm.models.placing`; not run on several GPUs yet).
+        **further: `device_map`, "auto" to spread the decoder's layers over all GPUs, or the device of each module by
+            name, by accelerate (`unimm.models.placing`; not run on several GPUs yet). `views`, limits of the images to
+            understand where the model has some: `{"max_pixels": 512 * 512}`, `min_pixels`, `max_tiles`.
 
     Raises:
         UserError: the source is missing, broken, or not a unimm model; the adapter is, or is of another model; or
             an option is unknown.
     """
     check_method(quantize)
-    device_map = placing.get("device_map")
+    device_map, limits = further.get("device_map"), further.get("views")
     if device_map is not None and device != "auto":
         raise UserError(f"device: {device!r}, though device_map says where; leave one of them out")
     place = choose_device(device)
@@ -68,6 +77,8 @@ def load(
     checkpoint = locate(source, revision, image_tokenizer)
     _check_quantised(checkpoint, quantize, adapter)
     model, processor = load_model(checkpoint, number_format, parts)
+    if limits:
+        processor.limit_views(limits)
     if adapter is not None:
         model = merge_adapter(model, Path(adapter))
     if quantize is not None:  # before it moves: the device then never holds the whole weights
@@ -188,4 +199,10 @@ def _understood(views: ViewsConfig | None) -> str | None:
     """What sizes of images a model understands."""
     if isinstance(views, AreaViewsConfig):
         return f"any size, {views.least} to {views.most} pixels"
+    if isinstance(views, FitViewsConfig):
+        height, width = views.bounds
+        return f"{'any size' if views.fill == 'whole' else 'its own size'}, within {width}x{height}"
+    if isinstance(views, CanvasViewsConfig):
+        whole = "" if views.whole == "none" else " and the whole"
+        return f"up to {views.most} tiles of {views.tile}x{views.tile}{whole}"
     return None if views is None else f"{views.image_size}x{views.image_size}"

@@ -67,9 +67,10 @@ def test_the_count_is_torchs(tiny: Path, tmp_path: Path, kind: str, trained: tup
     words, codes = task.targets(batch).values()
     length = batch["input_ids"].shape[1]
     # eager attention computes what the mask then hides
-    counts = Counts(length, length**2, words, codes, kind == "understanding")
+    features = SIDE**2 * (kind == "understanding")
+    counts = Counts(length, length**2, words, codes, features, features**2)
     found = Operations(unimm.load(tiny).model, trained).of(counts)
-    # neither the connectors are counted nor the encoder's own attention; norms are, as if they were matrices
+    # the connectors are not counted; norms are, as if they were matrices
     assert found == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
@@ -88,7 +89,7 @@ def test_padding_and_hidden_pairs_are_not_counted(tiny: Path, tmp_path: Path) ->
     real, mask = rows.samples >= 0, dense_mask(rows.samples, rows.branches)
     seen = mask[:, 0][real].sum()  # what each real position looks at
     words, codes, _ = task.targets(batch).values()
-    counts = Counts(int(real.sum()), int(seen), words, codes, 2)
+    counts = Counts(int(real.sum()), int(seen), words, codes, 2 * SIDE**2, 2 * SIDE**4)
     assert Operations(model, ("decoder",)).of(counts) == task.targets(batch)["operations"]
 
 

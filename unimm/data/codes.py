@@ -27,8 +27,9 @@ from unimm.data.sources import BadRecord, ImagePart, Reading, Record, Source
 from unimm.errors import UserError
 from unimm.files import atomic_write
 from unimm.models.configs import own_keys
+from unimm.models.seeing import feature_counts
 from unimm.processing.messages import digest
-from unimm.processing.processor import UniMMProcessor
+from unimm.processing.processor import UniMMProcessor, grids_of
 from unimm.processing.views import TargetSize
 
 ENCODING_BATCH = 32  # images that go through the tokenizer at once
@@ -156,9 +157,11 @@ def feature_range(
         batch = places[start : start + ENCODING_BATCH]
         images = processor.look([image.image() for _, image in batch])
         assert images.pixels is not None
-        seen = vision(images.pixels.to(device)).float().cpu().numpy().astype(dtype)
-        for (number, _), one in zip(batch, seen, strict=True):
-            found[number].append(one)
+        seen = vision(images.pixels.to(device), images.sizes).float().cpu().numpy().astype(dtype)
+        counts = feature_counts(processor.seeing, images, processor.layout)
+        parts = np.split(seen.reshape(-1, seen.shape[-1]), np.cumsum(counts)[:-1])
+        for (number, _), one, grid in zip(batch, parts, grids_of(images), strict=True):
+            found[number].append(processor.store_features(one, grid))
     return found
 
 

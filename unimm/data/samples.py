@@ -154,15 +154,7 @@ class SampleBuilder:
         processor = self.processor
         if not images or not all(image.featured for image in images):
             return processor.look([image.image() for image in images])
-        features = [torch.from_numpy(image.features()) for image in images]
-        wanted = processor.feature_shape
-        if wanted is None:
-            raise UserError("features of an encoder, but this model has none")
-        for one in features:
-            if tuple(one.shape) != wanted:
-                raise UserError(f"features of {list(one.shape)}, the model takes {list(wanted)}")
-        grids = torch.tensor([processor.image_grid] * len(features))
-        return Images(features=torch.stack(features), grids=grids)
+        return processor.stored_features([image.features() for image in images])
 
     def _codes(self, record: Record, stored: Callable[[], Sequence[Tensor]] | None) -> Sequence[Tensor]:
         """Codes of a record's images to draw: its own, the stored ones, or made now."""

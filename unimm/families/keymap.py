@@ -46,7 +46,8 @@ def halves(heads: int) -> Op:
     """Return what brings rotary pairs, which some have as neighbours, into the halves of each of so many heads."""
 
     def to_ours(theirs: Sequence[Tensor]) -> Tensor:
-        return theirs[0].unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+        rows: Tensor = theirs[0].unflatten(0, (heads, -1, 2))
+        return rows.transpose(1, 2).flatten(0, 2)
 
     return Op(to_ours, lambda ours, _: [ours.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)])
 

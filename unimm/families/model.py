@@ -89,7 +89,7 @@ class OurTensors(Mapping[str, Tensor]):
     def shape(self, name: str) -> Tensor:
         """Return one of them on the meta device, with the checkpoint's kind of numbers."""
         entry = self._entries[name]
-        wanted = self._wanted[name]
+        wanted: Tensor = self._wanted[name]
         return wanted if entry is None else wanted.to(self._tensors.shapes[entry.theirs[0]].dtype)
 
     def __iter__(self) -> Iterator[str]:

@@ -39,12 +39,13 @@ TURNS = Turns(user="[INST]", assistant="[/INST]")
 
 Depth = Annotated[int, Field(gt=0, le=2**10)]
 Theta = Annotated[float, Field(ge=1, le=1e12)]
-_TEXT: Any = create_model(
-    "PixtralText", __base__=section_for(MistralConfig), model_type=(Literal["mistral"], ...)
-)
-_VISION: Any = create_model(
-    "PixtralVision", __base__=section_for(PixtralVisionConfig), model_type=(Literal["pixtral"], ...)
-)
+_ONLY_MISTRAL: Any = (Literal["mistral"], ...)
+_ONLY_PIXTRAL: Any = (Literal["pixtral"], ...)
+_MISTRAL: Any = section_for(MistralConfig)
+_PIXTRAL: Any = section_for(PixtralVisionConfig)
+_TEXT: Any = create_model("PixtralText", __base__=_MISTRAL, model_type=_ONLY_MISTRAL)
+_VISION: Any = create_model("PixtralVision", __base__=_PIXTRAL, model_type=_ONLY_PIXTRAL)
+_ALL_FEATURES: Any = (Literal["full"], "full")
 DOCUMENT: Any = create_model(
     "PixtralDocument",
     __base__=Published,
@@ -55,7 +56,7 @@ DOCUMENT: Any = create_model(
     projector_hidden_act=(Activation, "gelu"),
     multimodal_projector_bias=(bool, True),
     vision_feature_layer=(Literal[-1], -1),
-    vision_feature_select_strategy=(Literal["full"], "full"),
+    vision_feature_select_strategy=_ALL_FEATURES,
     tie_word_embeddings=(bool, None),
 )
 
@@ -165,7 +166,9 @@ def _transformers_parts(checkpoint: Checkpoint) -> dict[str, Any]:
     where = str(checkpoint.path)
     document = validate(DOCUMENT, checkpoint.document, where).model_dump(exclude_unset=True)
     config = LlavaConfig(**document)
-    text, vision, tied = config.text_config, config.vision_config, bool(config.tie_word_embeddings)
+    text: Any = config.text_config
+    vision: Any = config.vision_config
+    tied = bool(config.tie_word_embeddings)
     expect(where, "vision_config", vision, num_channels=3)
     known = section_for(PixtralVisionConfig).model_fields
     encoder = {name: value for name, value in vision.to_dict().items() if name in known and value is not None}

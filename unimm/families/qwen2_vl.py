@@ -51,7 +51,8 @@ class Qwen2VL(Family):
         where = str(checkpoint.path)
         document = validate(DOCUMENT, checkpoint.document, where).model_dump(exclude_unset=True)
         config = Qwen2VLConfig(**document)
-        text, vision = config.text_config, config.vision_config
+        text: Any = config.text_config
+        vision: Any = config.vision_config
         expect(where, "vision_config", vision, hidden_act="quick_gelu", in_channels=3)
         expect(where, "text_config", text, use_sliding_window=False)
         rope = dict(text.rope_parameters)

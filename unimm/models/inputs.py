@@ -94,6 +94,12 @@ class Images:
         lengths: list[int] = self.lengths.tolist()
         return lengths
 
+    def each_feature(self) -> list[Tensor]:
+        """Return the features [n, width] of each image that comes as features."""
+        assert self.features is not None
+        flat = self.features.flatten(0, 1) if self.features.ndim == 3 else self.features
+        return list(flat.split(self.each_length()))
+
     def to(self, *where: Any, **how: Any) -> Images:
         """Return them on another device, as `torch.Tensor.to` takes it; number formats stay."""
         moved = {name: value.to(*where, **how) for name, value in self._fields().items()}

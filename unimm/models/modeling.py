@@ -6,7 +6,6 @@ N images to understand, M images as codes, h x w grid of codes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -49,7 +48,7 @@ from unimm.models.quantization import (
     some_rows,
 )
 from unimm.models.reducers import build_reducer
-from unimm.models.seeing import check_room, in_order, seen_of
+from unimm.models.seeing import check_room, feature_counts, in_order, seen_of
 from unimm.models.vision import build_encoder
 from unimm.models.weights import StrictModel
 
@@ -123,8 +122,9 @@ class UniMMModel(StrictModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise our own layers; the decoder, the encoder and the tokenizer initialise theirs."""
-        if hasattr(module, "init_non_persistent_buffers"):  # tables of timm, which no file holds
-            module.init_non_persistent_buffers()
+        fill: Any = getattr(module, "init_non_persistent_buffers", None)
+        if fill is not None:  # tables of timm, which no file holds
+            fill()
         ours = (self.connector, self.code_embedding, self.code_head, self.extra_embedding)
         if module not in ours:
             return
@@ -324,14 +324,10 @@ class UniMMModel(StrictModel):
     def as_features(self, images: Images) -> Images:
         """Return images to understand with their encoder's features in the place of pixels."""
         grids = torch.tensor(seen_of(self.seeing, images, self.layout).grids)
-        features = self._features(images)
-        lengths = None
-        if features.ndim == 2:
-            counts = [math.prod(shape) for shape in seen_of(self.seeing, images, self.layout).shapes]
-            lengths = torch.tensor(counts)
-        elif images.views is not None:
-            lengths = images.views * features.shape[1]
-            features = features.flatten(0, 1)
+        features, lengths = self._features(images), None
+        if features.ndim == 2 or images.views is not None:
+            lengths = torch.tensor(feature_counts(self.seeing, images, self.layout))
+            features = features.flatten(0, 1) if features.ndim == 3 else features
         return Images(features=features, lengths=lengths, grids=grids, owners=images.owners)
 
     def put_tokens(self, input_ids: Tensor, images: Images) -> Tensor:

@@ -6,7 +6,7 @@ This was tested on CPUs only, with accelerate's hooks; it was not run on several
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,16 +15,6 @@ from unimm.errors import UserError
 
 if TYPE_CHECKING:
     from unimm.models.modeling import UniMMModel
-
-
-class Placing(TypedDict, total=False):
-    """Where `unimm.load` puts a model, other than on one device.
-
-    Attributes:
-        device_map: "auto", or the device of each module by its name ("" is the whole model).
-    """
-
-    device_map: str | Mapping[str, Any] | None
 
 
 def place_modules(model: UniMMModel, device_map: str | Mapping[str, Any]) -> None:

@@ -103,6 +103,23 @@ class Seeing(NamedTuple):
         columns += reducer.side - 1 if isinstance(reducer, MeanReducerConfig) else 0
         return rows // reducer.side, columns // reducer.side
 
+    def counted(self, grid: Grid) -> int | None:
+        """Return the features of an image of a grid; None where several numbers of them have the same."""
+        if self.side is None and isinstance(self.reducer, ResampleReducerConfig):
+            return None
+        return sum(self.each(grid))
+
+    def each(self, grid: Grid) -> list[int]:
+        """Return the features of each view of an image of a grid, at most."""
+        rows, columns = grid
+        if self.side is not None:
+            views = self.views.views(rows, columns) if isinstance(self.views, CanvasViewsConfig) else 1
+            return [self.side**2] * views
+        if isinstance(self.reducer, ResampleReducerConfig):
+            most = {count: features for features, count in self.reducer.queries}
+            return [most[rows * columns]]
+        return [rows * columns * getattr(self.reducer, "side", 1) ** 2]
+
     @property
     def tile(self) -> Grid | None:
         """Rows and columns of tokens of every view; None where views differ."""
@@ -167,6 +184,15 @@ def _counts(seeing: Seeing, images: Images) -> list[int]:
     ]
 
 
+def feature_counts(seeing: Seeing, images: Images, layout: ImageLayout) -> list[int]:
+    """Return how many features each image has."""
+    seen = seen_of(seeing, images, layout)
+    counts = iter([rows * columns for rows, columns in seen.shapes])
+    views = seeing.views
+    each = [views.views(*grid) if isinstance(views, CanvasViewsConfig) else 1 for grid in seen.grids]
+    return [sum(next(counts) for _ in range(own)) for own in each]
+
+
 def check_room(layout: ImageLayout, seen: Seen, room: int) -> None:
     """Refuse images that do not fit their placeholders, before anything is computed.
 
@@ -207,6 +233,5 @@ def in_order(seeing: Seeing, images: Images, computed: Tensor, given: Tensor) ->
         own = [part.flatten(0, 1) for part in computed.split(views)]
     else:
         own = list(computed.split([math.prod(seeing.features(*size)) for size in images.view_sizes()]))
-    flat = given.flatten(0, 1) if given.ndim == 3 else given
-    parts = {True: iter(flat.split(images.each_length())), False: iter(own)}
+    parts = {True: iter(images.each_feature()), False: iter(own)}
     return torch.cat([next(parts[featured]) for featured in images.featured.tolist()])

@@ -66,7 +66,7 @@ class ScorerContext:
 
     def __init__(self, um: UniMM, folder: Path) -> None:
         self.um, self.folder = um, folder
-        self._kept: list[Tensor] | None = None
+        self._kept: list[Images] | None = None
 
     def needs_encoder(self, scorer: str) -> None:
         """Refuse a model that cannot see.
@@ -86,15 +86,13 @@ class ScorerContext:
         finally:
             self._kept = None
 
-    def features(self, candidates: Sequence[Candidate]) -> Tensor:
-        """The model's encoder's features [N, tokens, width] of candidates' images."""
+    def features(self, candidates: Sequence[Candidate]) -> Images:
+        """The candidates' images as features of the model's encoder."""
         if self._kept:
             return self._kept[0]
         model = self.um.model
-        assert model.vision is not None
-        pixels = self.um.processor.look([candidate.image for candidate in candidates]).pixels
-        assert pixels is not None
-        features: Tensor = model.vision(pixels.to(model.device, model.dtype))
+        images = self.um.processor.look([candidate.image for candidate in candidates])
+        features: Images = model.as_features(images.to(model.device))
         if self._kept is not None:
             self._kept.append(features)
         return features
@@ -219,9 +217,8 @@ def self_vqa(context: ScorerContext) -> Scorer:
 
     @torch.inference_mode()
     def score(candidates: Sequence[Candidate]) -> list[float]:
-        inputs, owners = question_rows(um.processor, candidates)
-        if not um.processor.sees_codes:
-            inputs["images"] = Images(features=context.features(candidates))
+        images = None if um.processor.sees_codes else context.features(candidates)
+        inputs, owners = question_rows(um.processor, candidates, images)
         right = um.model.score(on_device(inputs, um.model.device), len(owners)).log_probs.exp().cpu().numpy()
         weights = [asked.weight for candidate in candidates for asked in candidate.prompt.questions]
         totals = np.bincount(owners, weights=right * weights, minlength=len(candidates))
@@ -231,17 +228,18 @@ def self_vqa(context: ScorerContext) -> Scorer:
 
 
 def question_rows(
-    processor: UniMMProcessor, candidates: Sequence[Candidate]
+    processor: UniMMProcessor, candidates: Sequence[Candidate], images: Images | None = None
 ) -> tuple[dict[str, Any], list[int]]:
     """Rows of an image and its questions, each answer numbered, and the candidate of each answer.
 
-    Of the images, only those that are understood by their codes are among the inputs; the others are features.
+    Args:
+        processor: of the model that is asked.
+        candidates: whose images and questions.
+        images: the images as features; None: they are read as pixels.
     """
-    images = None
-    grids = [processor.image_grid] * len(candidates)
-    if processor.sees_codes:
+    if images is None:
         images = processor.look([candidate.image for candidate in candidates])
-        grids = grids_of(images)
+    grids = grids_of(images)
     rows: list[dict[str, Any]] = []
     owners: list[int] = []
     for place, (candidate, grid) in enumerate(zip(candidates, grids, strict=True)):
@@ -305,7 +303,8 @@ def variety(context: ScorerContext) -> Scorer:
 
     @torch.inference_mode()
     def score(candidates: Sequence[Candidate]) -> list[float]:
-        features = F.normalize(context.features(candidates).float().mean(1), dim=1)
+        means = [own.float().mean(0) for own in context.features(candidates).each_feature()]
+        features = F.normalize(torch.stack(means), dim=1)
         distances = torch.cdist(features, features).sum(1)
         most = distances.max()
         return list((distances / most if most > 0 else torch.ones_like(distances)).tolist())

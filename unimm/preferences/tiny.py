@@ -11,7 +11,8 @@ import torch
 from unimm.pipeline import UniMM
 from unimm.preferences.data import write_lines
 from unimm.preferences.forms import SIDES
-from unimm.training.model_builder import Assembly, tiny_model
+from unimm.training.model_builder import Assembly
+from unimm.training.model_section import tiny_model
 
 PROMPTS = ("a star on a blue background", "a bell", "an apple left of a car", "two cats")
 

@@ -12,7 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase
@@ -24,7 +26,7 @@ from unimm.images import to_uint8
 from unimm.models.configuration import UniMMConfig
 from unimm.models.inputs import Images
 from unimm.models.layout import LayoutPart
-from unimm.models.parts import CodesEncoderConfig, TimmEncoderConfig
+from unimm.models.parts import CodesEncoderConfig
 from unimm.models.turns import Turns
 from unimm.processing.chat import read_chat
 from unimm.processing.conversation import Conversation, Grid
@@ -58,7 +60,8 @@ class UniMMProcessor:
         drawing_size: pixels a side of an image to generate, None if the model cannot draw.
         stride: pixels a side that one code stands for.
         codes: size of the codebook, where there is one.
-        feature_shape: tokens and width of an image to understand after the encoder, where there is one.
+        seeing: the parts that an image to understand goes through.
+        feature_width: channels of a feature after the encoder, where there is one.
         end_tokens: those that end an answer.
     """
 
@@ -75,8 +78,9 @@ class UniMMProcessor:
         self.drawing_size = generation.image_size if generation else None
         self.stride = generation.stride if generation else 1
         self.codes = generation.codes if generation else None
-        self.feature_shape = (
-            (encoder.tokens, encoder.width) if isinstance(encoder, TimmEncoderConfig) else None
+        self.seeing = config.seeing()
+        self.feature_width = (
+            None if encoder is None or isinstance(encoder, CodesEncoderConfig) else encoder.width
         )
         self.pad, self.bos, self.eos = tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
         end = self.turns.end
@@ -168,6 +172,16 @@ class UniMMProcessor:
         """Rows and columns in the stream of an image to understand of which nothing is known."""
         return self.layout.grid if self.views is None else self.views.grid
 
+    def limit_views(self, limits: Mapping[str, int]) -> None:
+        """Bring images to understand to other limits than the model's own; see `Views.limited`.
+
+        Raises:
+            UserError: the model understands no images, or has no such limit.
+        """
+        self.check_understands()
+        assert self.views is not None
+        self.views = self.views.limited(limits)
+
     def leave_out(self, parts: str) -> None:
         """Work for a model that was loaded in part: "understand" cannot draw, "draw" cannot look at images."""
         self.loaded_parts = parts
@@ -212,6 +226,42 @@ class UniMMProcessor:
         self.check_understands()
         assert self.views is not None
         return self.views.prepare(images)
+
+    def store_features(self, features: NDArray[Any], grid: Grid) -> NDArray[Any]:
+        """Return the features [n, width] of an image as they are stored.
+
+        Where images have unlike many, a row in front says the grid that the image has in the stream.
+        """
+        if isinstance(self.views, SquareViews):
+            return features
+        front = np.zeros((1, features.shape[1]), features.dtype)
+        front[0, :2] = grid
+        return np.concatenate([front, features])
+
+    def stored_features(self, stored: Sequence[NDArray[Any]]) -> Images:
+        """Return images of which features were stored.
+
+        Raises:
+            UserError: they are of another encoder, or none that this model's views have.
+        """
+        if self.feature_width is None:
+            raise UserError("features of an encoder, but this model has none")
+        square = isinstance(self.views, SquareViews)
+        features = [torch.from_numpy(one if square else one[1:]) for one in stored]
+        grids: list[Grid] = [
+            self.image_grid if square else (int(one[0, 0]), int(one[0, 1])) for one in stored
+        ]
+        for one, grid in zip(features, grids, strict=True):
+            wanted = self.seeing.counted(grid) if min(grid) > 0 else 0
+            if one.shape[1] != self.feature_width or wanted not in (None, len(one)):
+                count = "n" if wanted is None or not square else wanted
+                raise UserError(
+                    f"features of {list(one.shape)}, the model takes [{count}, {self.feature_width}]"
+                )
+        if square:
+            return Images(features=torch.stack(features), grids=torch.tensor(grids))
+        lengths = torch.tensor([len(one) for one in features])
+        return Images(features=torch.cat(features), lengths=lengths, grids=torch.tensor(grids))
 
     def drawn(self, codes: Sequence[Tensor]) -> Images:
         """Return images to generate, of codes [h, w] each, as the model takes them beside its tokens."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # mean and deviation that bring [0, 1] to [-1, 1]
 RESAMPLES = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+LIMITS = ("min_pixels", "max_pixels", "max_tiles")
+"""Of images to understand, where a model lets them be chosen."""
 MIN_SIDE = 14  # pixels that the short side of a very long image keeps, as Janus has it
 
 
@@ -74,6 +76,35 @@ class Views(ABC):
     @abstractmethod
     def grid(self) -> tuple[int, int]:
         """Rows and columns of an image of which nothing is known."""
+
+    @abstractmethod
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Return rows and columns of an image of so many pixels: of its tokens, or of its tiles on a canvas.
+
+        Raises:
+            UserError: such an image has no such form.
+        """
+
+    def limited(self, limits: Mapping[str, int]) -> Views:
+        """Return these views with other limits.
+
+        Args:
+            limits: some of `LIMITS`.
+
+        Raises:
+            UserError: there is no such limit here, or it makes no sense.
+        """
+        for name, value in limits.items():
+            if name not in LIMITS:
+                raise UserError(f"views: no limit is called {name!r}; use {', '.join(LIMITS)}")
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"{name}: {value!r}; give a whole number of 1 or more")
+        return self._limited(limits)
+
+    def _limited(self, limits: Mapping[str, int]) -> Views:
+        for name in limits:
+            raise UserError(f"{name}: the images that this model sees have no such limit; leave it out")
+        return self
 
     def _normal(self, images: Sequence[Image.Image]) -> Tensor:
         """Images of one size as float [N, 3, H, W] with mean and deviation taken out."""
@@ -103,6 +134,10 @@ class SquareViews(Views):
         """Rows and columns of every image."""
         return self.cells, self.cells
 
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """See `Views.grid_of`."""
+        return self.grid
+
     def prepare(self, images: Sequence[ImageInput]) -> Images:
         """Return images as pixels [N, 3, side, side]; see `Views.prepare`."""
         squares = [letterbox(read_image(image), self.side, self.pad_colour) for image in images]
@@ -128,6 +163,21 @@ class AreaViews(Views):
         """Rows and columns of the largest square."""
         side = math.isqrt(self.most) // self.stride
         return side, side
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """See `Views.grid_of`."""
+        rows, columns = area_size(height, width, self.stride, self.least, self.most)
+        return rows // self.stride, columns // self.stride
+
+    def _limited(self, limits: Mapping[str, int]) -> Views:
+        if "max_tiles" in limits:
+            raise UserError("max_tiles: this model sees no tiles; use min_pixels and max_pixels")
+        least, most = limits.get("min_pixels", self.least), limits.get("max_pixels", self.most)
+        if least > most or most < self.stride**2:
+            raise UserError(
+                f"max_pixels: {most}; give at least {self.stride**2} (one token), and min_pixels ({least})"
+            )
+        return replace(self, least=least, most=most)
 
     def prepare(self, images: Sequence[ImageInput]) -> Images:
         """Return images as pixels, filled up with 0 to the largest, and their sizes; see `Views.prepare`."""
@@ -158,25 +208,43 @@ class FitViews(Views):
         """Rows and columns of the largest."""
         return self.seeing.tokens(*self.rule.bounds)
 
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """See `Views.grid_of`."""
+        return self.seeing.tokens(*self._sizes(height, width)[1])
+
+    def _sizes(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """What an image is resized to, and padded to."""
+        rule, whole = self.rule, self.rule.fill == "whole"
+        return fit_size(
+            height,
+            width,
+            rule.bounds,
+            max(rule.bounds) if whole else rule.unit,
+            stretch=rule.fill == "stretch",
+            exact=whole,
+            min_side=rule.least,
+        )
+
+    def _limited(self, limits: Mapping[str, int]) -> Views:
+        unknown = limits.keys() - {"max_pixels"}
+        if unknown or self.rule.fill == "whole":
+            return super()._limited(limits if not unknown else dict.fromkeys(unknown, 1))
+        scale = math.sqrt(min(1.0, limits["max_pixels"] / math.prod(self.rule.bounds)))
+        height, width = (max(int(side * scale), self.rule.unit) for side in self.rule.bounds)
+        return replace(self, rule=replace(self.rule, bounds=(height, width)))
+
     def prepare(self, images: Sequence[ImageInput]) -> Images:
         """Return images as pixels, filled up with 0 to the largest, and their sizes; see `Views.prepare`."""
         rule = self.rule
         padded, sizes = [], []
         for image in images:
             opened = read_image(image)
-            whole = rule.fill == "whole"
-            size, canvas = fit_size(
-                opened.height,
-                opened.width,
-                rule.bounds,
-                max(rule.bounds) if whole else rule.unit,
-                stretch=rule.fill == "stretch",
-                exact=whole,
-                min_side=rule.least,
-            )
+            size, canvas = self._sizes(opened.height, opened.width)
             resized = opened.resize(size[::-1], RESAMPLES[rule.resample])
             padded.append(_on_canvas(resized, canvas, rule.pad_value, centred=False))
-            sizes.append(size if whole else canvas)  # of a padded view, what is real is looked at
+            sizes.append(
+                size if rule.fill == "whole" else canvas
+            )  # of a padded view, what is real is looked at
         grids = torch.tensor([self.seeing.tokens(*size) for size in sizes])
         return Images(
             pixels=_filled([self._normal([one])[0] for one in padded]), sizes=torch.tensor(sizes), grids=grids
@@ -199,8 +267,8 @@ class CanvasViews(Views):
         side = math.isqrt(self.rule.most)
         return side, side
 
-    def tiles(self, height: int, width: int) -> tuple[int, int]:
-        """Return rows and columns of tiles of an image of so many pixels."""
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """See `Views.grid_of`."""
         rule, inner = self.rule, 2 * self.rule.overlap
         order: GridOrder = "area_columns" if rule.choose == "ratio" else "area_rows"
         choose = {"ratio": choose_ratio, "scale": choose_scale, "pad": choose_shrink}[rule.choose]
@@ -214,13 +282,19 @@ class CanvasViews(Views):
         counts, grids = [], []
         for image in images:
             opened = read_image(image)
-            grid = self.tiles(opened.height, opened.width)
+            grid = self.grid_of(opened.height, opened.width)
             own = self._views(opened, grid)
             views += own
             counts.append(len(own))
             grids.append(grid)
         assert counts == [rule.views(*grid) for grid in grids]
         return Images(pixels=self._normal(views), views=torch.tensor(counts), grids=torch.tensor(grids))
+
+    def _limited(self, limits: Mapping[str, int]) -> Views:
+        most = limits.get("max_tiles", self.rule.most)
+        if unknown := limits.keys() - {"max_tiles"}:
+            raise UserError(f"{min(unknown)}: this model sees tiles of one size; use max_tiles")
+        return replace(self, rule=replace(self.rule, most=most, least=min(self.rule.least, most)))
 
     def _views(self, image: Image.Image, grid: tuple[int, int]) -> list[Image.Image]:
         """The views of an image, in the order of the stream."""

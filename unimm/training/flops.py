@@ -14,7 +14,12 @@ from typing import Any
 from torch import nn
 
 from unimm.models.modeling import UniMMModel
-from unimm.models.parts import TimmEncoderConfig
+from unimm.models.parts import (
+    EncoderConfig,
+    NaflexEncoderConfig,
+    TimmEncoderConfig,
+    TransformersEncoderConfig,
+)
 
 BEFORE_DECODER = {
     "decoder",
@@ -34,14 +39,16 @@ class Counts:
         pairs: of a position and one that it sees, itself among them.
         words: positions whose text loss counts.
         codes: positions whose code loss counts.
-        images: that the understanding encoder looks at.
+        features: that the understanding encoder makes.
+        feature_pairs: of two features that see each other there.
     """
 
     tokens: float
     pairs: float
     words: float
     codes: float
-    images: float = 0
+    features: float = 0
+    feature_pairs: float = 0
 
 
 class Operations:
@@ -68,9 +75,11 @@ class Operations:
         )  # queries by keys, and by values
         self.word = weights_of(head) * (4 + 2 * learns)
         self.code = weights_of(code_head) * (4 + 2 * bool(groups & {"decoder", "code_head"}))
-        self.image = 0
-        if model.vision is not None and isinstance(encoder, TimmEncoderConfig):
-            self.image = encoder.tokens * weights_of(model.vision) * (6 if "vision" in groups else 2)
+        self.feature = self.feature_pair = 0
+        if model.vision is not None:
+            times = 3 if "vision" in groups else 1
+            self.feature = 2 * weights_of(model.vision) * times
+            self.feature_pair = 4 * encoder_depth(encoder) * times
 
     def of(self, counts: Counts) -> float:
         """Operations on what is counted."""
@@ -79,8 +88,21 @@ class Operations:
             + counts.pairs * self.pair
             + counts.words * self.word
             + counts.codes * self.code
-            + counts.images * self.image
+            + counts.features * self.feature
+            + counts.feature_pairs * self.feature_pair
         )
+
+
+def encoder_depth(encoder: EncoderConfig | None) -> int:
+    """Return the blocks of an encoder times their width, which a pair of features costs; 0 for one of no blocks."""
+    if isinstance(encoder, NaflexEncoderConfig):
+        return encoder.depth * encoder.width
+    if isinstance(encoder, TimmEncoderConfig):
+        width = encoder.kwargs.get("embed_dim", encoder.width // max(len(encoder.layers), 1))
+        return int((encoder.kwargs.get("depth") or 0) * width)
+    if isinstance(encoder, TransformersEncoderConfig):
+        return int(encoder.kwargs.get("num_hidden_layers", 0) * encoder.width)
+    return 0
 
 
 def weights_of(module: nn.Module) -> int:

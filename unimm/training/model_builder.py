@@ -10,10 +10,9 @@ import copy
 import dataclasses
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import AfterValidator, Field, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -26,13 +25,12 @@ from unimm.files import open_regular, read_json, settled
 from unimm.loading import load_whole
 from unimm.locate import EMBEDDED, embedded_model, locate
 from unimm.models.configuration import ImageTokenizerSizes, UniMMConfig, read_image_tokenizer
-from unimm.models.decoders import decoder_config, read_decoder
 from unimm.models.former import VisionConfig
 from unimm.models.lora import is_adapter
 from unimm.models.modeling import UniMMModel
 from unimm.models.weights import check_finite, refuse
 from unimm.processing.processor import UniMMProcessor, read_tokenizer
-from unimm.sections import FieldError, NotNegative, Positive, Section, read_dataclass
+from unimm.sections import read_dataclass
 from unimm.training.sides import check_sides
 from unimm.training.tokens import renew_tokens
 
@@ -40,99 +38,6 @@ if TYPE_CHECKING:
     from unimm.training.tasks.unified import UnifiedRecipe
 
 IMAGE_TOKENS = ("<begin_of_image>", "<end_of_image>", "<image_placeholder>", "<image>")
-
-
-def _decoder(fields: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Check a decoder's fields; what the text tokenizer decides may be left out."""
-    if fields is not None:
-        decoder_config(read_decoder(fields, key=""), key="")
-    return fields
-
-
-def _vision(described: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
-    if isinstance(described, dict):
-        read_dataclass(VisionConfig, described, "")
-    return described
-
-
-def _image_tokenizer(described: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
-    if isinstance(described, dict):
-        read_image_tokenizer(described)
-    return described
-
-
-class SamplingDefaults(Section):
-    """How a model draws where nobody says otherwise; what is left out stays as it was."""
-
-    guidance_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    top_k: NotNegative | None = None
-    """0: no limit."""
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-
-
-class ModelSection(Section):
-    """The model: a whole one (`pretrained`), or a decoder and two encoders that are joined by new connectors.
-
-    `image_tokenizer: null` makes one that only understands, `vision: null` one that only draws.
-    """
-
-    pretrained: str | None = None
-    """A whole model, as `unimm.load` takes it; of the other keys only those from here to `renew_tokens`, and
-    `initialize`, have a meaning then."""
-    sampling: SamplingDefaults | None = None
-    """How the exported model draws by itself; null: as the one that it starts from does."""
-    renew_tokens: bool = False
-    """Give tokens that were never trained, which new words are spelt in, distinct values at the start."""
-    decoder: Annotated[dict[str, Any] | None, AfterValidator(_decoder)] = None
-    """Config of one of transformers' language models that fit (`unimm.models.decoders`)."""
-    vision: Annotated[str | dict[str, Any] | None, AfterValidator(_vision)] = None
-    """The export of a `siglip` run, or the fields of a `VisionConfig`; null: the model sees no images, unless
-    `shared`."""
-    image_tokenizer: Annotated[str | dict[str, Any] | None, AfterValidator(_image_tokenizer)] = None
-    """A folder or file that holds an image tokenizer, or the fields of its config (`model_type: unimm_vq`); null: the
-    model does not draw."""
-    text_tokenizer: str | None = None
-    """A folder; "embedded" for that of the embedded model; null: that of the `siglip` run."""
-    weights: dict[Literal["decoder", "vision", "image_tokenizer"], str] = Field(default_factory=dict)
-    """Published weights to start parts from that are described by their fields."""
-    shared: bool = False
-    """Codes are tokens of the text vocabulary, as Emu3 has them; there is no understanding encoder then."""
-    merge: Positive = 2
-    connector_depth: Positive = 2
-    learned_positions: bool = True
-    """Whether a code's position in the grid is embedded too; Janus leaves positions to the decoder."""
-    code_depth: Positive | None = None
-    """Layers of the code connector; null: `connector_depth`."""
-    code_head_width: Positive | None = None
-    """Width between the two layers of the code head; null: the decoder's."""
-    initialize: str | None = None
-    """Folder of an earlier export, on the same codes, to start from; null: from nothing."""
-    initialize_parts: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] | None = None
-    """Which parts come from there, the others start as in any run; null: all that the model has."""
-
-    @model_validator(mode="after")
-    def _complete(self) -> ModelSection:
-        if self.pretrained is not None:
-            return self
-        if self.decoder is None:
-            raise FieldError("decoder: missing; give it, or a whole model as pretrained")
-        if self.shared and self.vision is not None:
-            raise FieldError("vision: a model whose codes are tokens understands by them; remove it")
-        if self.shared and self.image_tokenizer is None:
-            raise FieldError("image_tokenizer: missing; codes that are tokens need one")
-        for name in ("image_tokenizer",) if self.shared else ("vision", "image_tokenizer"):
-            if name not in self.model_fields_set:
-                message = "missing; give it, or null for a model without, or a whole model as pretrained"
-                raise FieldError(f"{name}: {message}")
-        if self.vision is None and self.image_tokenizer is None:
-            raise ValueError("vision and image_tokenizer are null; give one of them")
-        for name in self.weights:
-            if getattr(self, name) is None:
-                raise FieldError(f"weights.{name}: this model has no such part; leave it out")
-        if not isinstance(self.vision, str) and self.text_tokenizer is None:
-            raise FieldError("text_tokenizer: missing; give a folder that holds one")
-        return self
 
 
 def read_vision(folder: Path, merge: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -240,7 +145,7 @@ class Assembly:
         if not folder.is_dir():
             raise self.recipe.error("model.text_tokenizer", f"{folder}: no such folder")
         text_tokenizer = read_tokenizer(folder)
-        for token in IMAGE_TOKENS[:3]:
+        for token in IMAGE_TOKENS[:3] if section.understanding is None else ():
             if text_tokenizer.convert_tokens_to_ids(token) in (None, text_tokenizer.unk_token_id):
                 raise self.recipe.error("model.text_tokenizer", f"{folder} has no token {token}")
         return text_tokenizer
@@ -289,18 +194,22 @@ class Assembly:
         """Describe a model with an encoder, with codes of their own, or with both."""
         side = 1 if sizes is None else sizes.image_size // sizes.stride  # 1: nothing is drawn
         section = self.section
+        image: dict[str, Any] = {}
+        if section.understanding is not None:  # before the vocabulary is counted
+            image = section.understanding.layout(text_tokenizer)
         begin, end, feature, code = (text_tokenizer.convert_tokens_to_ids(name) for name in IMAGE_TOKENS)
         decoder = dict(section.decoder or {})
         vocabulary = max(len(text_tokenizer), decoder.get("vocab_size", 0))
         if code is None or code == text_tokenizer.unk_token_id:  # an id beyond the text vocabulary will do
             code = vocabulary
-        seen: dict[str, Any] = {}
-        if vision is not None:
-            seen = read_dataclass(VisionConfig, vision, "", "vision").parts()
+        seen: dict[str, Any] = {"connector": {"kind": "mlp", "depth": section.connector_depth}}
+        if section.understanding is not None:
+            seen = section.understanding.parts()
+        elif vision is not None:
+            seen |= read_dataclass(VisionConfig, vision, "", "vision").parts()
         return UniMMConfig(
             decoder={**decoder, "vocab_size": vocabulary, **_special(text_tokenizer)},
             **seen,
-            connector={"kind": "mlp", "depth": section.connector_depth},
             generation=None if sizes is None else self._generation(sizes),
             image_tokenizer=None if sizes is None else _plain(sizes),
             layout={
@@ -309,6 +218,7 @@ class Assembly:
                 "feature": feature,
                 "code": code,
                 "grid": (side, side),
+                **image,
             },
         )
 
@@ -459,36 +369,3 @@ def describe_model(recipe: UnifiedRecipe) -> UniMMModel:
     assembly = Assembly(recipe, weights=False)
     with torch.device("meta"):
         return UniMMModel(assembly.config)
-
-
-def tiny_model(section: dict[str, Any]) -> dict[str, Any]:
-    """A `model` section of the same make as this one, of tiny parts with random weights."""
-    decoder = section.get("decoder") or {"model_type": "llama"}
-    tiny: dict[str, Any] = {
-        "decoder": {
-            "model_type": decoder.get("model_type", "llama"),
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 1024,
-        },
-        "image_tokenizer": {
-            "image_size": 64,
-            "patch_size": 4,
-            "block_out_channels": [8, 16],
-            "norm_num_groups": 4,
-            "latent_channels": 8,
-            "codebook_size": 32,
-            "codebook_dim": 4,
-        },
-        "text_tokenizer": EMBEDDED,
-    }
-    if section.get("shared"):
-        return {**tiny, "shared": True}
-    width = {"img_size": 64, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
-    sizes = {"image_size": 64, "tokens": 64, "width": 16, "kwargs": width}
-    tiny["vision"] = {"name": "vit_base_patch16_siglip_224", **sizes}
-    left_out = [] if section.get("pretrained") else [name for name, part in section.items() if part is None]
-    return tiny | {name: None for name in ("vision", "image_tokenizer") if name in left_out}

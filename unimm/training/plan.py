@@ -26,6 +26,7 @@ from unimm.training.tasks.unified import UnifiedRecipe
 
 H100 = 989.0  # TFLOP/s of dense bfloat16
 DAY = 86_400.0
+TYPICAL_IMAGE = (480, 640)  # height and width, where views differ by image
 MOMENTS, MASTER, GRADIENT = (
     8,
     4,
@@ -196,17 +197,21 @@ def _sample(model: UniMMModel, kind: str, words: int, size: int | None) -> Count
     if size is not None and generation is not None:
         rows = columns = size // generation.stride
     codes = len(layout.drawing_steps(rows, columns)) if kind == "generation" else 0
-    features = 0
+    tokens, features = 0, []
     if kind == "understanding":
         views = make_views(model.config)
-        grid = views.grid if views is not None and not model.sees_codes else (rows, columns)
+        seen = views is not None and not model.sees_codes
+        grid = views.grid_of(*TYPICAL_IMAGE) if views is not None and seen else (rows, columns)
         parts = [part for part in layout.understanding(*grid) if not isinstance(part, str)]
-        features = sum(list(part).count(layout.feature) for part in parts)
-    length = words + codes + features
+        tokens = sum(map(len, parts))
+        if model.vision is not None:
+            features = model.seeing.each(grid)
+    length = words + codes + tokens
     return Counts(
         tokens=length,
         pairs=length * (length + 1) / 2,
         words=0 if kind == "generation" else words,
         codes=codes,
-        images=int(kind == "understanding" and model.vision is not None),
+        features=sum(features),
+        feature_pairs=sum(count**2 for count in features),
     )

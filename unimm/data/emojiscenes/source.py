@@ -29,8 +29,9 @@ from unimm.images import to_tensor
 from unimm.models.image_tokenizers.vq import ImageTokenizer
 from unimm.models.inputs import Images
 from unimm.processing.messages import DRAWN, SHOWN, Message
-from unimm.processing.processor import CAPTION_REQUESTS, UniMMProcessor
+from unimm.processing.processor import CAPTION_REQUESTS, UniMMProcessor, grids_of
 from unimm.processing.rows import branch
+from unimm.processing.views import SquareViews
 
 if TYPE_CHECKING:
     from unimm.data.samples import Sample
@@ -156,8 +157,17 @@ class SceneSamples:
             row = branch([write(exchange, [grid]) for exchange in exchanges]).arrays()
             row["ids"][row["ids"] == layout.feature] = layout.tokens(codes).numpy()
             return dict(row)
-        row = branch([write(exchange, [processor.image_grid]) for exchange in exchanges]).arrays()
-        return {**row, "images": Images(self._pixels(scene, rng), grids=torch.tensor([processor.image_grid]))}
+        images = self._shown(scene, rng)
+        row = branch([write(exchange, grids_of(images)) for exchange in exchanges]).arrays()
+        return {**row, "images": images}
+
+    def _shown(self, scene: Scene, rng: np.random.Generator) -> Images:
+        """A scene as the model sees it."""
+        pixels = self._pixels(scene, rng)
+        processor = self.processor
+        if isinstance(processor.views, SquareViews):  # which the scenes are made for
+            return Images(pixels, grids=torch.tensor([processor.image_grid]))
+        return processor.look(processor.to_images(pixels))
 
     def _pixels(self, scene: Scene, rng: np.random.Generator) -> Tensor:
         """A scene to look at [1, 3, H, W] in [-1, 1], varied where that is wanted."""

@@ -30,6 +30,7 @@ from unimm.models.inputs import Images, Rows
 from unimm.models.layout import IGNORED
 from unimm.models.lora import LoraSection, add_adapters, save_model
 from unimm.models.modeling import UniMMModel
+from unimm.models.seeing import seen_of
 from unimm.pipeline import UniMM
 from unimm.processing.rows import stack_rows
 from unimm.processing.views import TargetSize
@@ -40,7 +41,8 @@ from unimm.training.flops import Counts, Operations
 from unimm.training.held_out import HeldOut, Items
 from unimm.training.item_previews import PreviewItems, preview_items
 from unimm.training.logging import OPERATIONS
-from unimm.training.model_builder import Assembly, ModelSection, model_groups, tiny_model
+from unimm.training.model_builder import Assembly, model_groups
+from unimm.training.model_section import ModelSection, tiny_model
 from unimm.training.modes import plain_attention, set_gradient_checkpointing
 from unimm.training.previews import PREVIEW_PROMPTS, draw_prompts
 from unimm.training.recipe import BaseRecipe, Stage, ValidationSection, smoke_data
@@ -255,12 +257,14 @@ class UnifiedTask:
 
     def _open_scenes(self) -> EmojiScenesSource:
         """The scenes of EmojiScenes."""
+        from unimm.data.emojiscenes.scenes import CANVAS
         from unimm.data.emojiscenes.source import EmojiScenesSource
 
         if self.scenes is None:
             recipe = self.recipe
-            side = self.processor.image_size if self.target_size is None else self.target_size.side
-            assert side is not None
+            side = (
+                (self.processor.image_size or CANVAS) if self.target_size is None else self.target_size.side
+            )
             parts = (self.processor, self.image_tokenizer, side, recipe.seed, Path(recipe.output))
             self.scenes = EmojiScenesSource(recipe.data.emojiscenes, *parts, pick_device(recipe))
         return self.scenes
@@ -379,9 +383,12 @@ class UnifiedTask:
         real = rows.samples >= 0
         # A position sees as many as come before it in its sample or branch: its number says so.
         pairs = int((rows.positions + 1)[real].sum())
-        encoded = None if self.processor.sees_codes or images is None else images.pixels
-        looked_at = 0 if encoded is None else len(encoded)
-        counts = Counts(int(real.sum()), pairs, words, codes, looked_at)
+        encoded = images is not None and images.pixels is not None and not self.processor.sees_codes
+        shapes = seen_of(self.processor.seeing, images, self.processor.layout).shapes if encoded else ()
+        features = [rows * columns for rows, columns in shapes]
+        counts = Counts(
+            int(real.sum()), pairs, words, codes, sum(features), sum(count**2 for count in features)
+        )
         return {**found, OPERATIONS: self.operations.of(counts)}
 
     def loss(
