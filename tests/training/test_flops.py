@@ -19,6 +19,7 @@ from unimm.training.recipe import load_recipe
 from unimm.training.tasks.unified import UnifiedTask
 from unimm.training.trainer import train
 
+SIDE = 4  # features a side of the tiny encoder
 ALL = ("decoder", "vision", "connector", "code_embedding", "code_head")
 
 

@@ -113,7 +113,6 @@ class Qwen2VL(Family):
                 Rule("decoder.model.{rest}", f"{text}{{rest}}"),
                 Rule("decoder.lm_head.weight", "lm_head.weight"),
             ),
-            constants={"vision.model.embeds.proj.bias": 0.0},
             tied=("decoder.lm_head.weight",),
         )
 

@@ -169,6 +169,7 @@ class NaflexTower(NativeTower):
             patchify_channels_last=False,
         )  # fmt: skip
         self.model: Any = NaFlexVit(options, in_chans=3 * config.frames, num_classes=0)
+        self.model.embeds.proj.register_parameter("bias", None)  # Qwen2-VL's convolution has none
 
     def checkpoint(self, wanted: bool) -> None:
         """See `NativeTower`."""

@@ -130,6 +130,9 @@ class Assembly:
                 self.image_tokenizer = nn.Module.eval(AutoModel.from_config(sizes))
                 return sizes
         assert path is not None
+        if path == EMBEDDED:
+            self.image_tokenizer = nn.Module.eval(load_whole(EMBEDDED).image_tokenizer)
+            return self.image_tokenizer.config  # type: ignore[no-any-return]
         if not (settled(path).is_file() or (Path(path) / "config.json").exists()):
             message = f"{path} holds no image tokenizer; train it first"
             raise self.recipe.error("model.image_tokenizer", message)
@@ -243,7 +246,8 @@ class Assembly:
         else:
             model = self._join()
         if self.section.initialize is not None:
-            self._take_over(model, Path(self.section.initialize))
+            source = self.section.initialize
+            self._take_over(model, embedded_model() if source == EMBEDDED else Path(source))
         if self.section.renew_tokens:
             self.renewed = self._renew(model)
         if self.section.sampling is not None:

@@ -64,8 +64,8 @@ class ModelSection(Section):
     understanding: UnderstandingSection | None = None
     """The parts that an image to understand goes through, in the place of `vision`."""
     image_tokenizer: Annotated[str | dict[str, Any] | None, AfterValidator(_image_tokenizer)] = None
-    """A folder or file that holds an image tokenizer, or the fields of its config (`model_type: unimm_vq`); null: the
-    model does not draw."""
+    """A folder or file that holds an image tokenizer, "embedded" for the embedded model's, or the fields of its config
+    (`model_type: unimm_vq`); null: the model does not draw."""
     text_tokenizer: str | None = None
     """A folder; "embedded" for that of the embedded model; null: that of the `siglip` run."""
     weights: dict[Literal["decoder", "vision", "image_tokenizer"], str] = Field(default_factory=dict)
@@ -81,7 +81,7 @@ class ModelSection(Section):
     code_head_width: Positive | None = None
     """Width between the two layers of the code head; null: the decoder's."""
     initialize: str | None = None
-    """Folder of an earlier export, on the same codes, to start from; null: from nothing."""
+    """Folder of an earlier export, on the same codes, or "embedded", to start from; null: from nothing."""
     initialize_parts: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] | None = None
     """Which parts come from there, the others start as in any run; null: all that the model has."""
 

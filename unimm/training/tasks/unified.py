@@ -89,10 +89,20 @@ class UnifiedOptions(Section):
     """What is other in this stage than `data.emojiscenes.understanding` says."""
 
 
+class SystemSection(Section):
+    """The published system that a recipe is of, for `unimm systems`."""
+
+    name: str
+    year: Annotated[int, Field(ge=2000, le=2100)]
+    paper: str
+
+
 class UnifiedRecipe(BaseRecipe):
     """Recipe of the task `unified`; groups are the model's parts, mixtures are over sources and `SCENE_NAMES`."""
 
     task: Literal["unified"]
+    system: SystemSection | None = None
+    """Null: it is of none."""
     model: ModelSection
     lora: LoraSection | None = None
     """Adapters, trained as the group `lora`; the export is merged, the adapters alone are beside it."""
