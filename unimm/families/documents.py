@@ -130,11 +130,11 @@ class PixelSize(Published):
     width: PixelCount | None = None
 
 
-class ImageOptions(Published):
-    """`preprocessor_config.json`, or the image processor in `processor_config.json`."""
+class ImageOptions(OwnCode):
+    """`preprocessor_config.json`, or the image processor in `processor_config.json`, in whose place ours stands."""
 
-    image_mean: Colours | None = None
-    image_std: Deviations | None = None
+    image_mean: Colours | float | None = None
+    image_std: Deviations | Number | None = None
     size: PixelSize | None = None
     min_pixels: PixelCount | None = None
     max_pixels: PixelCount | None = None

@@ -223,7 +223,8 @@ class Checkpoint:
 def normalisation(options: Mapping[str, Any], where: Path, fixed: Mapping[str, Any]) -> dict[str, Any]:
     """Return the mean and deviation, one for each channel, that bring pixels of [0, 1] to a model's input.
 
-    Rescaling by another factor than 1/255, or not at all, and normalising or not, all come to these two.
+    They may be given as one for all channels. Rescaling by another factor than 1/255, or not at all, and normalising
+    or not, all come to these two.
 
     Args:
         options: what `Checkpoint.image_options` returned.
@@ -238,7 +239,8 @@ def normalisation(options: Mapping[str, Any], where: Path, fixed: Mapping[str, A
             raise UserError(f"{where}: {name}: {options[name]!r} is not supported, only {value!r}")
     factor = options.get("rescale_factor", 1 / 255) if options.get("do_rescale", True) else 1.0
     scale = 1.0 if math.isclose(255 * factor, 1) else 255 * factor  # from [0, 1] to what is normalised
-    mean, std = (options.get(f"image_{name}") or HALF for name in ("mean", "std"))
+    given = (options.get(f"image_{name}") for name in ("mean", "std"))
+    mean, std = ((value,) * 3 if isinstance(value, int | float) else tuple(value or HALF) for value in given)
     if not options.get("do_normalize", True):
         mean, std = (0.0,) * 3, (1.0,) * 3
     return {"mean": tuple(value / scale for value in mean), "std": tuple(value / scale for value in std)}
