@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import unimm
+from tests.families.aria_checkpoints import ARIA
+from tests.families.fuyu_checkpoints import FUYU
 from tests.families.pixtral_checkpoints import PIXTRAL
 from tests.families.qwen2_vl_checkpoints import QWEN2_VL, QWEN2_VL_TIED
 from tests.families.survey import Oracle, Reference, picture
@@ -26,7 +28,7 @@ from unimm.pipeline import UniMM
 from unimm.sampling.engine import Engine
 from unimm.sampling.requests import TextRequest, TextSampling
 
-REFERENCES = (PIXTRAL, QWEN2_VL, QWEN2_VL_TIED)
+REFERENCES = (PIXTRAL, QWEN2_VL, QWEN2_VL_TIED, ARIA, FUYU)
 QUESTIONS = ["what is in this image?", "a", "how many red apples are there?\nand these"]
 SIZES = [(37, 91), (300, 133), (61, 60), (13, 200)]
 

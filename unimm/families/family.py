@@ -185,6 +185,8 @@ REGISTRY = (
     Registered("emu3", "Emu3", {"emu3": "transformers", "Emu3": "original"}, "Emu3VisionVQ"),
     Registered("pixtral", "Pixtral", {"llava": "transformers", "pixtral_params": "original"}),
     Registered("qwen2_vl", "Qwen2-VL", {"qwen2_vl": "transformers"}),
+    Registered("aria", "Aria", {"aria": "transformers"}),
+    Registered("fuyu", "Fuyu", {"fuyu": "transformers"}),
 )
 PARAMS_KINDS = {"vision_encoder": "pixtral_params"}
 """Key of a `params.json`, which says no `model_type`: the kind that it stands for."""

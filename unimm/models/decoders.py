@@ -20,7 +20,7 @@ from unimm.sections import FieldError, near, show, validate
 DECODERS = (
     "llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "phi", "phi3", "olmo", "olmo2", "smollm3", "gpt_neox",
     "starcoder2", "stablelm", "glm", "glm4", "helium", "nemotron", "arcee", "seed_oss", "mixtral", "qwen2_moe",
-    "qwen3_moe", "olmoe",
+    "qwen3_moe", "olmoe", "aria_text", "persimmon",
 )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ FeatureCount = Annotated[int, Field(gt=0, le=2**20)]
 EncoderKwargs = Annotated[dict[str, Any], AfterValidator(check_encoder_options)]
 EncoderName = Annotated[str, AfterValidator(check_architecture)]
 PadValue = Grey | Annotated[tuple[Grey, Grey, Grey], Field(strict=False)]
+QueryCount = Annotated[tuple[FeatureCount, FeatureCount], Field(strict=False)]
 Count = Annotated[int, Field(ge=0, le=2**20)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 HeadCount = Annotated[int, Field(gt=0, le=2**10)]
@@ -294,7 +295,7 @@ class ResampleReducerConfig:
     """
 
     heads: HeadCount
-    queries: Annotated[tuple[tuple[FeatureCount, FeatureCount], ...], Field(strict=False, min_length=1)]
+    queries: Annotated[tuple[QueryCount, ...], Field(strict=False, min_length=1)]
     kind: Literal["resample"] = "resample"
 
 
