@@ -62,6 +62,7 @@ CLI = Group(
         "Train and evaluate": (
             recipes.train,
             recipes.plan,
+            recipes.systems,
             recipes.hosts,
             recipes.report,
             recipes.evaluate,

@@ -36,8 +36,10 @@ from unimm.errors import UserError
 def load(options: Options) -> Any:
     """Load the model that `model_arguments` name."""
     from unimm.loading import load as load_model
+    from unimm.processing.views import LIMITS
 
     hide_loading_bars()
+    limits = {name: getattr(options, name, None) for name in LIMITS}
     with progress("loading the model"):
         return load_model(
             options.model,
@@ -47,6 +49,7 @@ def load(options: Options) -> Any:
             parts=options.parts,
             revision=options.revision,
             image_tokenizer=options.image_tokenizer,
+            views={name: value for name, value in limits.items() if value is not None},
         )
 
 

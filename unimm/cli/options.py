@@ -171,6 +171,7 @@ def answer_options(function: F) -> F:
     """Options of every command that answers in words."""
     room = "(default: what the model's context has room for)"
     schema = "a file with a JSON schema that answers follow"
+    sees = "(default: the model's own)"
     return decorate(
         function,
         click.option("--max-new-tokens", type=POSITIVE, metavar="N", help=f"most tokens of an answer {room}"),
@@ -188,6 +189,9 @@ def answer_options(function: F) -> F:
         click.option("--seed", type=INTEGER, metavar="SEED", help="the same seed gives the same answers"),
         click.option("--json-schema", type=FILE, metavar="FILE", help=schema),
         click.option("--regex", metavar="REGEX", help="a regular expression that answers match"),
+        click.option("--min-pixels", type=POSITIVE, metavar="N", help=f"smallest area of an image {sees}"),
+        click.option("--max-pixels", type=POSITIVE, metavar="N", help=f"largest area of an image {sees}"),
+        click.option("--max-tiles", type=POSITIVE, metavar="N", help=f"most tiles of an image {sees}"),
     )
 
 

@@ -231,3 +231,27 @@ def copy(options: Options) -> Any:
     from unimm.recipes import copy_recipe
 
     return {"copied": str(copy_recipe(options.name, options.dest))}
+
+
+def show_systems(document: dict[str, Any]) -> None:
+    """Show the systems side by side, as a table for a terminal or in Markdown."""
+    from unimm.training.systems import COLUMNS, as_markdown, cells
+
+    rows = document["systems"]
+    if document["markdown"]:
+        print_text(as_markdown(rows))
+        return
+    for row in rows:
+        values = zip(list(COLUMNS.values())[2:], cells(row)[2:], strict=True)
+        lines = [*values, ("recipe", row["recipe"]), ("paper", row["paper"])]
+        print_table((f"{row['system']}, {row['year']}", ""), lines)
+
+
+@command("systems", "the published systems, side by side", show_systems)
+@click.option("--markdown", is_flag=True, help="as a table in Markdown")
+def systems(options: Options) -> Any:
+    """Compare the published systems that recipes describe."""
+    from unimm.training.systems import systems as describe
+
+    hide_loading_bars()
+    return {"systems": describe(), "markdown": options.markdown}
