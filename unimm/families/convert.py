@@ -19,7 +19,7 @@ from unimm.errors import UserError
 from unimm.families import own
 from unimm.families.family import LAYOUTS, OWN, PARAMS_FILE, Family, Writer, family_of
 from unimm.families.image_tokenizers import convert_image_tokenizer, describes_image_tokenizer
-from unimm.families.keymap import Entry, KeyMap
+from unimm.families.keymap import Entry, KeyMap, translated
 from unimm.families.model import OurTensors, key_map
 from unimm.families.source import MODEL_FILE, Checkpoint
 from unimm.families.tensors import INDEXES, SINGLES, WeightFiles, write_single
@@ -173,13 +173,13 @@ def _translated(
     ours: OurTensors, map_: KeyMap, prefix: str, subfolders: Mapping[str, str]
 ) -> Iterator[tuple[str, Tensor]]:
     """Their names (without the prefix) and tensors of one folder, one of ours after the other."""
-    for entry in map_.returned(ours):
+
+    def here(entry: Entry) -> bool:
         place = next((other for other in subfolders if entry.theirs[0].startswith(other)), "")
-        if place != prefix or entry.ours in map_.tied:
-            continue
-        parts = entry.op.to_theirs(ours[entry.ours], len(entry.theirs))
-        names = (name.removeprefix(prefix) for name in entry.theirs)
-        yield from zip(names, (part.contiguous() for part in parts), strict=True)
+        return place == prefix and entry.ours not in map_.tied
+
+    for name, tensor in translated([entry for entry in map_.returned(ours) if here(entry)], ours):
+        yield name.removeprefix(prefix), tensor.contiguous()
 
 
 def _write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:

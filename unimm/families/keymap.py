@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,10 +23,20 @@ _HOLES = {"end": "weight|bias", "rest": ".+"}  # what a placeholder may stand fo
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """A pair of functions that undo each other to the bit: foreign tensors to one of ours, and back."""
+    """A pair of functions that undo each other to the bit: foreign tensors to one of ours, and back.
+
+    Attributes:
+        to_ours: makes one of ours of theirs.
+        to_theirs: makes so many of theirs of one of ours.
+        rows: which rows of one of theirs are ours, where others of ours have the other rows; `to_theirs` leaves
+            those 0.
+        zeros: what of one of theirs no module here needs, and has to be 0.
+    """
 
     to_ours: Callable[[Sequence[Tensor]], Tensor]
     to_theirs: Callable[[Tensor, int], list[Tensor]]
+    rows: slice | None = None
+    zeros: Callable[[Tensor], Tensor] | None = None
 
 
 SAME = Op(lambda theirs: theirs[0], lambda ours, _: [ours])
@@ -50,6 +61,45 @@ def halves(heads: int) -> Op:
         return rows.transpose(1, 2).flatten(0, 2)
 
     return Op(to_ours, lambda ours, _: [ours.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)])
+
+
+def share(index: int, sizes: Sequence[int], zeros: int = 0) -> Op:
+    """Return what makes one of ours of some rows of theirs, in which several of ours stand one above the other.
+
+    Args:
+        index: which of them it is.
+        sizes: rows of each.
+        zeros: rows of zeros that follow each.
+    """
+    start = sum(sizes[:index]) + index * zeros
+    end = start + sizes[index]
+
+    def to_theirs(ours: Tensor, _: int) -> list[Tensor]:
+        whole = ours.new_zeros(sum(sizes) + len(sizes) * zeros, *ours.shape[1:])
+        whole[start : start + len(ours)] = ours
+        return [whole]
+
+    return Op(
+        lambda theirs: theirs[0][start:end],
+        to_theirs,
+        slice(start, end),
+        (lambda theirs: theirs[end : end + zeros]) if zeros else None,
+    )
+
+
+def cut(zeros: int, axis: int = 0) -> Op:
+    """Return what takes away so many zeros at the end of an axis."""
+
+    def to_theirs(ours: Tensor, _: int) -> list[Tensor]:
+        shape = [zeros if number == axis else side for number, side in enumerate(ours.shape)]
+        return [torch.cat([ours, ours.new_zeros(shape)], dim=axis)]
+
+    def beyond(theirs: Tensor) -> Tensor:
+        return theirs.narrow(axis, theirs.shape[axis] - zeros, zeros)
+
+    return Op(
+        lambda theirs: theirs[0].narrow(axis, 0, theirs[0].shape[axis] - zeros), to_theirs, None, beyond
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,11 +219,37 @@ class KeyMap:
                 for source in entry.theirs
                 if theirs[source].is_floating_point() != wanted.is_floating_point()
             ]
+        # one of theirs may be asked for by several of ours
+        missing, misshapen, mistyped = (
+            list(dict.fromkeys(faults)) for faults in (missing, misshapen, mistyped)
+        )
         used = {source for entry in entries for source in entry.theirs}
         kept = [name for name in theirs if name not in used and _any(self.kept, name)]
         surplus = [f"{n} {list(t.shape)}" for n, t in theirs.items() if n not in used and n not in kept]
         refuse(where, missing=missing, misshapen=misshapen, mistyped=mistyped, surplus=surplus)
         return entries, kept
+
+
+def translated(entries: Sequence[Entry], ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Return their names and tensors, entry by entry; one that has rows of several of ours, once it has all of them.
+
+    Args:
+        entries: of one layout, as `KeyMap.returned` gives them.
+        ours: our tensors by name; each is asked for once.
+    """
+    left = Counter(entry.theirs[0] for entry in entries if entry.op.rows is not None)
+    wholes: dict[str, Tensor] = {}
+    for entry in entries:
+        parts = entry.op.to_theirs(ours[entry.ours], len(entry.theirs))
+        if (rows := entry.op.rows) is None:
+            yield from zip(entry.theirs, parts, strict=True)
+            continue
+        name = entry.theirs[0]
+        whole = wholes.setdefault(name, parts[0])
+        whole[rows] = parts[0][rows]
+        left[name] -= 1
+        if not left[name]:
+            yield name, wholes.pop(name)
 
 
 def _kind(tensor: Tensor) -> str:

@@ -83,6 +83,11 @@ class OurTensors(Mapping[str, Tensor]):
         for source, part in theirs.items():
             if not is_finite(part):
                 raise UserError(f"{self._folder}: {source} holds NaN or infinite values")
+            if entry.op.zeros is not None and bool(entry.op.zeros(part).any()):
+                beyond = list(entry.op.zeros(part).shape)
+                raise UserError(
+                    f"{self._folder}: {source}: expected zeros in the {beyond} that the model does not use"
+                )
         tensor = entry.op.to_ours(list(theirs.values()))
         return tensor.clone(memory_format=torch.contiguous_format)  # two of ours may come from one of theirs
 
