@@ -187,6 +187,7 @@ REGISTRY = (
     Registered("qwen2_vl", "Qwen2-VL", {"qwen2_vl": "transformers"}),
     Registered("aria", "Aria", {"aria": "transformers"}),
     Registered("fuyu", "Fuyu", {"fuyu": "transformers"}),
+    Registered("nvlm", "NVLM-D", {"NVLM_D": "original"}),
 )
 PARAMS_KINDS = {"vision_encoder": "pixtral_params"}
 """Key of a `params.json`, which says no `model_type`: the kind that it stands for."""
