@@ -14,7 +14,8 @@ from torch import Tensor
 
 from unimm.errors import UserError
 from unimm.models.inputs import Images
-from unimm.processing.conversation import Grid, ImageSlot
+from unimm.models.layout import Grid
+from unimm.processing.conversation import ImageSlot
 from unimm.processing.messages import BadRecord, ImagePart, Message, Record
 from unimm.processing.processor import CAPTION_REQUESTS, UniMMProcessor, grids_of
 from unimm.processing.rows import Row

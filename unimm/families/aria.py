@@ -26,8 +26,8 @@ from unimm.models.configuration import UniMMConfig
 from unimm.models.layout import TokenId
 from unimm.sections import validate
 
-BEGIN, FEATURE, END = "<fim_prefix>", "<|img|>", "<fim_suffix>"
-SIDE, LEAST = 980, 336  # pixels of an image's long side, and at least of its short one, by default
+BEGIN, FEATURE, IMAGE_CLOSING = "<fim_prefix>", "<|img|>", "<fim_suffix>"
+VIEW_SIDE, LEAST = 980, 336  # pixels of an image's long side, and at least of its short one, by default
 LAYER_NORM_EPS = 1e-5  # of the projector's, which no config has
 
 _TEXT_KIND: Any = (Literal["aria_text", "aria_moe_lm"], "aria_text")
@@ -60,7 +60,7 @@ DOCUMENT: Any = create_model(
 class ImageSizes(OwnCode):
     """Sizes in the image processor's options."""
 
-    max_image_size: Annotated[int, Field(gt=0, le=4096)] = SIDE
+    max_image_size: Annotated[int, Field(gt=0, le=4096)] = VIEW_SIDE
     min_image_size: Annotated[int, Field(ge=0, le=4096)] = LEAST
 
 
@@ -116,7 +116,7 @@ class Aria(Family):
             },
             "layout": {
                 "begin": special_token(tokenizer, BEGIN, folder),
-                "end": special_token(tokenizer, END, folder),
+                "end": special_token(tokenizer, IMAGE_CLOSING, folder),
                 "feature": config.image_token_index,
                 "code": text.vocab_size,
                 "grid": UNDRAWN,
@@ -127,7 +127,7 @@ class Aria(Family):
 
     def conversation(self, checkpoint: Checkpoint, parts: Mapping[str, Any]) -> dict[str, Any]:
         """Return the turns of a checkpoint's template, which writes the tokens around an image itself."""
-        return followed(checkpoint, CHATML, BEGIN + FEATURE + END)
+        return followed(checkpoint, CHATML, BEGIN + FEATURE + IMAGE_CLOSING)
 
     def key_map(self, layout: str, config: UniMMConfig) -> KeyMap:
         """Return the map, of one of four sets of names."""

@@ -53,7 +53,7 @@ def patches(*shape: int) -> Op:
     return Op(lambda theirs: theirs[0].flatten(1), lambda ours, _: [ours.unflatten(1, shape)])
 
 
-def halves(heads: int) -> Op:
+def rotary_halves(heads: int) -> Op:
     """Return what brings rotary pairs, which some have as neighbours, into the halves of each of so many heads."""
 
     def to_ours(theirs: Sequence[Tensor]) -> Tensor:

@@ -23,7 +23,7 @@ from unimm.families.common import (
     special_token,
 )
 from unimm.families.family import Family
-from unimm.families.keymap import SAME, KeyMap, Op, Rule, halves
+from unimm.families.keymap import SAME, KeyMap, Op, Rule, rotary_halves
 from unimm.families.source import Checkpoint, normalisation
 from unimm.models.configs import Activation, Published, section_for
 from unimm.models.configuration import UniMMConfig
@@ -37,8 +37,8 @@ LONGEST = 1024  # pixels of an image's long side, where a checkpoint does not sa
 CONTEXT = 131072  # tokens, which the original's files do not say
 TURNS = Turns(user="[INST]", assistant="[/INST]")
 
-Depth = Annotated[int, Field(gt=0, le=2**10)]
-Theta = Annotated[float, Field(ge=1, le=1e12)]
+_Layers = Annotated[int, Field(gt=0, le=2**10)]
+_Theta = Annotated[float, Field(ge=1, le=1e12)]
 _ONLY_MISTRAL: Any = (Literal["mistral"], ...)
 _ONLY_PIXTRAL: Any = (Literal["pixtral"], ...)
 _MISTRAL: Any = section_for(MistralConfig)
@@ -69,9 +69,9 @@ class OriginalVision(Published):
     image_size: Annotated[int, Field(gt=0, le=4096)] | None = None
     max_image_size: Annotated[int, Field(gt=0, le=4096)] | None = None
     patch_size: Annotated[int, Field(gt=0, le=2**10)]
-    rope_theta: Theta = 10000.0
+    rope_theta: _Theta = 10000.0
     intermediate_size: Annotated[int, Field(gt=0, le=2**20)]
-    num_hidden_layers: Depth
+    num_hidden_layers: _Layers
     num_attention_heads: HeadCount
     adapter_bias: bool = True
     image_token_id: TokenId = 10
@@ -83,14 +83,14 @@ class Original(Published):
     """The original's `params.json`."""
 
     dim: Width
-    n_layers: Depth
+    n_layers: _Layers
     head_dim: Width
     hidden_dim: Annotated[int, Field(gt=0, le=2**20)]
     n_heads: HeadCount
     n_kv_heads: HeadCount
     norm_eps: Annotated[float, Field(gt=0, lt=1)]
     vocab_size: Annotated[int, Field(gt=0, le=2**22)]
-    rope_theta: Theta = 1e9
+    rope_theta: _Theta = 1e9
     max_position_embeddings: Annotated[int, Field(gt=0, le=2**24)] = CONTEXT
     vision_encoder: OriginalVision
 
@@ -245,8 +245,8 @@ def _transformers_map(prefix: str, inner: bool) -> KeyMap:
 
 def _original_map(vision_heads: int, decoder: Any) -> KeyMap:
     """The map of the original layout."""
-    query, key = halves(decoder.num_attention_heads), halves(decoder.num_key_value_heads)
-    vision = halves(vision_heads)
+    query, key = rotary_halves(decoder.num_attention_heads), rotary_halves(decoder.num_key_value_heads)
+    vision = rotary_halves(vision_heads)
     return KeyMap(
         rules=(
             Rule("vision.model.patch_conv.weight", "vision_encoder.patch_conv.weight"),

@@ -23,12 +23,12 @@ from unimm.models.layout import TokenId
 from unimm.models.parts import NaflexEncoderConfig
 from unimm.sections import validate
 
-TEXT: Any = section_for(Qwen2VLTextConfig)
+_TEXT: Any = section_for(Qwen2VLTextConfig)
 _TOKEN: Any = (TokenId, None)
 DOCUMENT: Any = create_model(
     "Qwen2VLDocument",
-    __base__=TEXT,
-    text_config=(TEXT, None),
+    __base__=_TEXT,
+    text_config=(_TEXT, None),
     vision_config=(section_for(Qwen2VLVisionConfig), ...),
     image_token_id=_TOKEN,
     vision_start_token_id=_TOKEN,

@@ -8,7 +8,7 @@ from typing import Any
 
 from unimm.models.image_tokenizers.sizes import Side
 from unimm.models.parts import (
-    HALF,
+    DEFAULT_COLOURS,
     AreaViewsConfig,
     CodesEncoderConfig,
     Deviation,
@@ -51,8 +51,8 @@ class VisionConfig:
     kwargs: EncoderKwargs = dataclasses.field(default_factory=dict)
     merge: Merge = 1
     pad_value: PadValue = 127
-    mean: Mean = HALF
-    std: Deviation = HALF
+    mean: Mean = DEFAULT_COLOURS
+    std: Deviation = DEFAULT_COLOURS
 
     def parts(self) -> dict[str, dict[str, Any]]:
         """Return the views, encoder and reducer of a `UniMMConfig`."""

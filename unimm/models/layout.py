@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
 from pydantic import BeforeValidator, Field
@@ -21,6 +21,8 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 GridSide = Annotated[int, Field(gt=0, le=2**10)]
 Raster = Annotated[tuple[GridSide, GridSide], Field(strict=False)]
 Tag = Annotated[str, Field(max_length=256)]
+Grid: TypeAlias = tuple[int, int]
+"""Rows and columns of codes, of features, of tokens or of tiles."""
 LayoutPart = str | Sequence[int]
 """A piece of a prompt: words that are still to be tokenised, or tokens as they are."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -86,3 +86,31 @@ def position_scores(
         part, target = hidden[start : start + LOSS_CHUNK], targets[start : start + LOSS_CHUNK]
         parts.append(checkpoint(_chunk_scores, head, part, target, temperature, use_reentrant=False))
     return torch.cat(parts)
+
+
+def sum_scores(
+    scored: Sequence[tuple[Callable[[Tensor], Tensor], Tensor, Tensor, Tensor]],
+    count: int,
+    temperature: float,
+    lockstep: bool,
+) -> Tensor:
+    """Return the scores of `position_scores` summed for each answer, float64 [S, 3].
+
+    Args:
+        scored: for each head: itself, hidden states [P, C], targets [P] and the answer of each [P].
+        count: number of answers S.
+        temperature: what logits are divided by.
+        lockstep: whether all processes call each head equally often; needs a process group.
+    """
+    counts = [len(targets) for _, _, targets, _ in scored]
+    if lockstep:  # a head runs even where no process has use for it, so that its gradient is 0
+        chunks = [max(1, most) for most in most_chunks(*counts)]
+    else:
+        chunks = [min(1, own) for own in counts]
+    # In float64: what matters are small differences of long sums.
+    sums = torch.zeros(count, 3, dtype=torch.float64, device=scored[0][1].device)
+    for (head, hidden, targets, answers), parts in zip(scored, chunks, strict=True):
+        if parts:
+            found = position_scores(head, hidden, targets, temperature, parts)
+            sums = sums.index_add(0, answers, found)
+    return sums

@@ -31,7 +31,7 @@ from unimm.models.image_tokenizers.movq import MoVQTokenizer
 from unimm.models.image_tokenizers.vq import ImageTokenizer
 from unimm.models.inputs import Images, Rows
 from unimm.models.layout import IGNORED
-from unimm.models.losses import most_chunks, position_scores, summed_loss
+from unimm.models.losses import most_chunks, sum_scores, summed_loss
 from unimm.models.model_outputs import AnswerScores, UniMMOutput
 from unimm.models.parts import (
     CodesEncoderConfig,
@@ -308,15 +308,7 @@ class UniMMModel(StrictModel):
         return in_order(self.seeing, images, seen, given.to(seen.dtype))
 
     def encode_images(self, pixels: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """Return the encoder's features of views, as `Images.features` has them.
-
-        Args:
-            pixels: [V, 3, H, W].
-            sizes: [V, 2], where views keep their own sizes.
-
-        Returns:
-            [V, tokens, width], or [P, width] where views have unlike many.
-        """
+        """Return the features of views [V, 3, H, W], of sizes [V, 2]: [V, tokens, width] or, of unlike many, [P, width]."""
         assert self.vision is not None
         features: Tensor = self.vision(pixels.to(self.dtype), sizes)
         return features
@@ -465,23 +457,14 @@ class UniMMModel(StrictModel):
         output = self._run(input_ids, inputs.get("images"), mask, lockstep, position_ids=position_ids)
         hidden = output.last_hidden_state[:, :-1]
         targets, text, code = self._counted(input_ids, labels)
-        # In float64: what matters are small differences of long sums.
-        sums = torch.zeros(count, 3, dtype=torch.float64, device=hidden.device)
-        first = self.layout.first_code
         heads = [(self.decoder.get_output_embeddings(), text, 0)]
         if self.code_head is not None or self.layout.shared:
-            heads.append((self.code_logits, code, first))
-        counts = [int(where.sum()) for _, where, _ in heads]
-        if lockstep:  # a head runs even where no process has use for it, so that its gradient is 0
-            chunks = [max(1, most) for most in most_chunks(*counts)]
-        else:
-            chunks = [min(1, count) for count in counts]
-        for (head, where, offset), parts in zip(heads, chunks, strict=True):
-            if not parts:
-                continue
-            arguments = (hidden[where], targets[where] - offset, temperature)
-            sums = sums.index_add(0, answers[:, 1:][where], position_scores(head, *arguments, parts))
-        return AnswerScores(*sums.unbind(1))
+            heads.append((self.code_logits, code, self.layout.first_code))
+        scored = [
+            (head, hidden[where], targets[where] - first, answers[:, 1:][where])
+            for head, where, first in heads
+        ]
+        return AnswerScores(*sum_scores(scored, count, temperature, lockstep).unbind(1))
 
     def _counted(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the shifted labels [B, T - 1], and which of them the text head and the code head are to predict."""

@@ -33,11 +33,11 @@ EncoderKwargs = Annotated[dict[str, Any], AfterValidator(check_encoder_options)]
 EncoderName = Annotated[str, AfterValidator(check_architecture)]
 PadValue = Grey | Annotated[tuple[Grey, Grey, Grey], Field(strict=False)]
 QueryCount = Annotated[tuple[FeatureCount, FeatureCount], Field(strict=False)]
-Count = Annotated[int, Field(ge=0, le=2**20)]
-Share = Annotated[float, Field(gt=0, lt=1)]
+WholeNumber = Annotated[int, Field(ge=0, le=2**20)]
+Epsilon = Annotated[float, Field(gt=0, lt=1)]
 HeadCount = Annotated[int, Field(gt=0, le=2**10)]
 Resample = Literal["bilinear", "bicubic"]
-HALF = (0.5, 0.5, 0.5)
+DEFAULT_COLOURS = (0.5, 0.5, 0.5)
 
 
 # --- images to understand -----------------------------------------------------------------------------------
@@ -56,8 +56,8 @@ class SquareViewsConfig:
 
     image_size: Side
     pad_value: PadValue = 127
-    mean: Mean = HALF
-    std: Deviation = HALF
+    mean: Mean = DEFAULT_COLOURS
+    std: Deviation = DEFAULT_COLOURS
     kind: Literal["square"] = "square"
 
 
@@ -76,8 +76,8 @@ class AreaViewsConfig:
     least: Positive
     most: Positive
     stride: Stride
-    mean: Mean = HALF
-    std: Deviation = HALF
+    mean: Mean = DEFAULT_COLOURS
+    std: Deviation = DEFAULT_COLOURS
     kind: Literal["area"] = "area"
 
 
@@ -100,11 +100,11 @@ class FitViewsConfig:
     bounds: Annotated[tuple[Side, Side], Field(strict=False)]
     unit: Stride
     fill: Literal["stretch", "pad", "whole"] = "stretch"
-    least: Count = 0
+    least: WholeNumber = 0
     pad_value: PadValue = 0
     resample: Resample = "bicubic"
-    mean: Mean = HALF
-    std: Deviation = HALF
+    mean: Mean = DEFAULT_COLOURS
+    std: Deviation = DEFAULT_COLOURS
     kind: Literal["fit"] = "fit"
 
 
@@ -137,11 +137,11 @@ class CanvasViewsConfig:
     whole: Literal["first", "last", "none"] = "last"
     whole_place: Literal["stretch", "centre"] = "stretch"
     alone: bool = False
-    overlap: Count = 0
+    overlap: WholeNumber = 0
     pad_value: PadValue = 0
     resample: Resample = "bicubic"
-    mean: Mean = HALF
-    std: Deviation = HALF
+    mean: Mean = DEFAULT_COLOURS
+    std: Deviation = DEFAULT_COLOURS
     kind: Literal["canvas"] = "canvas"
 
     def views(self, rows: int, columns: int) -> int:
@@ -166,7 +166,7 @@ class TimmEncoderConfig:
     tokens: FeatureCount
     width: Width
     kwargs: EncoderKwargs = dataclasses.field(default_factory=dict)
-    layers: Annotated[tuple[Count, ...], Field(strict=False)] = ()
+    layers: Annotated[tuple[WholeNumber, ...], Field(strict=False)] = ()
     kind: Literal["timm"] = "timm"
 
     @property
@@ -214,7 +214,7 @@ class TransformersEncoderConfig:
     name: str
     width: Width
     patch: Stride
-    side: Count = 0
+    side: WholeNumber = 0
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     kind: Literal["transformers"] = "transformers"
 
@@ -336,7 +336,7 @@ class MlpConnectorConfig:
     act: Activation = "gelu"
     norm: Literal["none", "layer", "rms"] = "none"
     norm_at: Literal["feature", "token"] = "token"
-    eps: Share = 1e-6
+    eps: Epsilon = 1e-6
     gated: bool = False
     kind: Literal["mlp"] = "mlp"
 
@@ -370,7 +370,7 @@ class MropePositionsConfig:
         sections: how many of the decoder's rotary frequencies turn with each.
     """
 
-    sections: Annotated[tuple[Count, Count, Count], Field(strict=False)]
+    sections: Annotated[tuple[WholeNumber, WholeNumber, WholeNumber], Field(strict=False)]
     kind: Literal["mrope"] = "mrope"
 
 

@@ -19,6 +19,7 @@ from timm.models.regnet import RegStage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unimm.models.layout import Grid
 from unimm.models.parts import (
     AbstractReducerConfig,
     AttendReducerConfig,
@@ -26,7 +27,7 @@ from unimm.models.parts import (
     MeanReducerConfig,
     ResampleReducerConfig,
 )
-from unimm.models.seeing import Grid, Seeing, Seen
+from unimm.models.seeing import Seeing, Seen
 
 
 class Reducer(nn.Module):

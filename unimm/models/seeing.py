@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unimm.models.inputs import Images
-from unimm.models.layout import ImageLayout
+from unimm.models.layout import Grid, ImageLayout
 from unimm.models.parts import (
     AbstractReducerConfig,
     AreaViewsConfig,
@@ -28,8 +28,6 @@ from unimm.models.parts import (
     TransformersEncoderConfig,
     ViewsConfig,
 )
-
-Grid = tuple[int, int]
 
 
 class Seen(NamedTuple):

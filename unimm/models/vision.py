@@ -250,10 +250,10 @@ class LinearTower(NativeTower):
         return features
 
 
-Tower = VisionTower | NativeTower
+Encoder = VisionTower | NativeTower
 
 
-def build_encoder(config: EncoderConfig | None) -> Tower | None:
+def build_encoder(config: EncoderConfig | None) -> Encoder | None:
     """Return the encoder of a kind; None where there is none, or where the image tokenizer serves as one."""
     if isinstance(config, TimmEncoderConfig):
         return VisionTower(config)

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from unimm.errors import UserError
-from unimm.models.layout import IGNORED, ImageLayout, LayoutPart, shorter
+from unimm.models.layout import IGNORED, Grid, ImageLayout, LayoutPart, shorter
 from unimm.models.turns import (
     ASK,
     ASSISTANT_TEXT,
@@ -33,8 +33,6 @@ from unimm.models.turns import (
 from unimm.processing.messages import SHOWN, ImagePart, Message
 from unimm.processing.rows import Row
 
-Grid = tuple[int, int]
-"""Rows and columns of codes or features."""
 ImageSlot: TypeAlias = "Grid | Tensor"
 """What is known of an image when it is written: the grid of one to understand, the codes [h, w] of one to generate."""
 

@@ -25,11 +25,11 @@ from unimm.files import atomic_write, write_json
 from unimm.images import to_uint8
 from unimm.models.configuration import UniMMConfig
 from unimm.models.inputs import Images
-from unimm.models.layout import LayoutPart
+from unimm.models.layout import Grid, LayoutPart
 from unimm.models.parts import CodesEncoderConfig
 from unimm.models.turns import Turns
 from unimm.processing.chat import read_chat
-from unimm.processing.conversation import Conversation, Grid
+from unimm.processing.conversation import Conversation
 from unimm.processing.messages import SHOWN, Message
 from unimm.processing.tokenizer_files import load_tokenizer
 from unimm.processing.views import SquareViews, TargetSize, make_views, square_pixels

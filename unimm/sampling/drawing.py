@@ -10,8 +10,8 @@ from torch import Tensor
 
 from unimm.models.configuration import SamplingConfig
 from unimm.models.inputs import Images
+from unimm.models.layout import Grid
 from unimm.models.modeling import UniMMModel
-from unimm.processing.conversation import Grid
 from unimm.processing.processor import UniMMProcessor
 from unimm.sampling.engine import Engine
 from unimm.sampling.requests import DrawingRequest

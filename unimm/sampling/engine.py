@@ -28,7 +28,7 @@ from unimm.sampling.exact import Exact
 from unimm.sampling.heads import Heads, failing_alone
 from unimm.sampling.memory import EngineLimits
 from unimm.sampling.requests import DrawingRequest, Request, TextRequest, Ticket
-from unimm.sampling.slots import CodeSlot, Slot, SlotRow, TextSlot
+from unimm.sampling.slots import CodeSlot, Slot, SlotRow, TextSlot, next_positions
 from unimm.sampling.speculative import Window
 
 GROWTH = 128  # positions by which the room of an answer of unknown length grows at least
@@ -402,7 +402,7 @@ class Engine:
         width = min(piece, room, max(line.unread - 1 for line in lines))
         stream = torch.stack([line.next(width) for line in lines])
         at = RowsAt(lines[0].row, [line.filled for line in lines], width, self.device)
-        self.runner(self.cache, at, stream, _positions(lines, width))
+        self.runner(self.cache, at, stream, next_positions(lines, width))
         for line in lines:
             if line.read(width):
                 self.prefixes.keep(line.tokens[: line.filled], self.cache.read(line.row, line.filled))
@@ -422,7 +422,7 @@ class Engine:
             feeds = self._heads.feeds(slots, window)
             lines, width = _by_rows(slots), feeds.stream.shape[1]
             at = RowsAt(0, [line.filled for line in lines], width, self.device)
-            hidden = self.runner(self.cache, at, feeds.stream, _positions(lines, width))
+            hidden = self.runner(self.cache, at, feeds.stream, next_positions(lines, width))
             self._heads.sample(slots, feeds, hidden)
 
     def _has_room(self, slot: Slot) -> bool:
@@ -456,13 +456,6 @@ class Engine:
 def _by_rows(slots: Iterable[Slot]) -> list[SlotRow]:
     """Return the rows of slots in the order of the cache."""
     return sorted((line for slot in slots for line in slot.lines), key=lambda line: line.row)
-
-
-def _positions(lines: Sequence[SlotRow], width: int) -> Tensor | None:
-    """Return the positions [3, A, width] of what rows read next; None where they are counted."""
-    if all(line.places is None for line in lines):
-        return None
-    return torch.stack([line.positions(line.filled, width) for line in lines], dim=1)
 
 
 class _Weights:

@@ -11,7 +11,7 @@ from torch import Tensor
 from unimm.errors import UserError
 from unimm.models.configuration import SamplingConfig
 from unimm.models.inputs import Images
-from unimm.processing.conversation import Grid
+from unimm.models.layout import Grid
 from unimm.sampling.grammar import read_grammar
 from unimm.sampling.sampler import (
     COLDEST,

@@ -7,7 +7,7 @@ row reads in a pass is what is certain and not yet in the cache, then, in a draw
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -86,6 +86,13 @@ class SlotRow:
         self.filled += count
         self.prompt = self.prompt[count:]
         return count > 0 and len(self.prompt) == 1
+
+
+def next_positions(lines: Sequence[SlotRow], width: int) -> Tensor | None:
+    """Return the positions [3, A, width] of what rows read next; None where they are counted."""
+    if all(line.places is None for line in lines):
+        return None
+    return torch.stack([line.positions(line.filled, width) for line in lines], dim=1)
 
 
 class Slot:

@@ -131,8 +131,9 @@ class Assembly:
                 return sizes
         assert path is not None
         if path == EMBEDDED:
-            self.image_tokenizer = nn.Module.eval(load_whole(EMBEDDED).image_tokenizer)
-            return self.image_tokenizer.config  # type: ignore[no-any-return]
+            whole: Any = load_whole(EMBEDDED).image_tokenizer
+            self.image_tokenizer = whole.eval()
+            return whole.config  # type: ignore[no-any-return]
         if not (settled(path).is_file() or (Path(path) / "config.json").exists()):
             message = f"{path} holds no image tokenizer; train it first"
             raise self.recipe.error("model.image_tokenizer", message)

@@ -35,7 +35,7 @@ from unimm.training.recipe import load_recipe
 if TYPE_CHECKING:
     from unimm.training.tasks.unified import UnifiedRecipe
 
-PHOTO, PAGE = (480, 640), (1754, 1240)
+PHOTO_SIZE, PAGE_SIZE = (480, 640), (1754, 1240)
 """Height and width of the images whose tokens are counted: a photo, and an A4 page at 150 dots an inch."""
 COLUMNS = {
     "system": "system",
@@ -86,8 +86,8 @@ def describe_system(recipe: UnifiedRecipe) -> dict[str, Any]:
         "connector": connector_in_words(model),
         "decoder": f"{config.decoder['model_type']}, {in_billions(weights_of(model.decoder))}",
         "parameters": sum(weights_of(part) for part in model.parts().values()),
-        "photo": tokens_of(model, *PHOTO),
-        "page": tokens_of(model, *PAGE),
+        "photo": tokens_of(model, *PHOTO_SIZE),
+        "page": tokens_of(model, *PAGE_SIZE),
         "trains": "; ".join(f"{stage.name}: {', '.join(stage.lr)}" for stage in recipe.stages),
         "draws": None if generation is None else f"{generation.image_size} x {generation.image_size}",
         "paper": recipe.system.paper,
