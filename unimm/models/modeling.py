@@ -308,7 +308,7 @@ class UniMMModel(StrictModel):
         return in_order(self.seeing, images, seen, given.to(seen.dtype))
 
     def encode_images(self, pixels: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """Return the features of views [V, 3, H, W], of sizes [V, 2]: [V, tokens, width] or, of unlike many, [P, width]."""
+        """Return the features of views [V, 3, H, W] of sizes [V, 2]: [V, n, width] or, of unlike many, [P, width]."""
         assert self.vision is not None
         features: Tensor = self.vision(pixels.to(self.dtype), sizes)
         return features
