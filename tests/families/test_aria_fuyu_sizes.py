@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.families.aria_checkpoints import text_tokenizer as aria_tokenizer
 from tests.families.fuyu_checkpoints import text_tokenizer as fuyu_tokenizer
 from unimm.families.source import Checkpoint
+from unimm.models.experts import idle_weights
 from unimm.models.modeling import UniMMModel
 
 # as published in rhymes-ai/Aria's config.json, the first release
@@ -57,6 +58,10 @@ def test_aria(tmp_path: Path) -> None:
     assert sizes["vision"] + after == 417_792_240
     assert sizes["connector"] == 20_427_136
     assert sum(sizes.values()) + after == 25_307_311_216
+    body = model.decoder.get_decoder()
+    # 3.5 billion are published as those of a token; the tables of both ends are beside that
+    layer = 4 * 2560**2 + (6 + 2) * 3 * 2560 * 1664 + 64 * 2560 + 2 * 2560
+    assert sizes["decoder"] - 2 * 100_352 * 2560 - idle_weights(body) == 28 * layer + 2560 == 3_601_349_120
     assert model.seeing.tokens(980, 980) == model.seeing.tokens(336, 980) == (1, 256)
 
 

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
+from unimm.models.experts import RouterLosses
+
 
 @dataclasses.dataclass
 class UniMMOutput(ModelOutput):
@@ -19,6 +21,7 @@ class UniMMOutput(ModelOutput):
         text_loss: scalar sum over the `text_count` text positions.
         code_loss: scalar sum over the `code_count` code positions.
         cache: keys and values of what was read, if they were kept.
+        router: losses of a decoder's routers, means over positions, with labels and `output_router_logits`.
     """
 
     loss: Tensor | None = None
@@ -28,6 +31,7 @@ class UniMMOutput(ModelOutput):
     text_count: int | None = None
     code_count: int | None = None
     cache: Any = None
+    router: RouterLosses | None = None
 
 
 class AnswerScores(NamedTuple):

@@ -26,6 +26,7 @@ from unimm.models.attention import (
 )
 from unimm.models.configuration import UniMMConfig
 from unimm.models.connectors import CodeEmbedding, Connector
+from unimm.models.experts import losses_of_routers, quantise_experts
 from unimm.models.fusion import Embedded, scatter_rows
 from unimm.models.image_tokenizers.movq import MoVQTokenizer
 from unimm.models.image_tokenizers.vq import ImageTokenizer
@@ -177,11 +178,12 @@ class UniMMModel(StrictModel):
         """Put quantised layers in the place of the decoder's linear layers and large heads."""
         tied = self.config.decoder_config().tie_word_embeddings  # transformers ties them after loading only
         quantise_decoder(self.decoder, heads, others, tied)
+        quantise_experts(self.decoder, others)
         if self.code_head is not None:
             quantise_large(self.code_head, heads)
 
     def save_pretrained(self, *args: Any, **options: Any) -> None:
-        """Write the model, as transformers does.
+        """Write the model, as transformers does, but under its own names, whatever checkpoints of its decoder have.
 
         Raises:
             UserError: it was loaded in part.
@@ -190,7 +192,7 @@ class UniMMModel(StrictModel):
             raise UserError(
                 f"parts: a model loaded with {self.loaded_parts!r} cannot be saved; load it with 'all'"
             )
-        super().save_pretrained(*args, **options)
+        super().save_pretrained(*args, **{"save_original_format": False, **options})
 
     def train(self, mode: bool = True) -> UniMMModel:
         """Switch to training; the image tokenizer stays as it is, since its codes must not move."""
@@ -398,7 +400,7 @@ class UniMMModel(StrictModel):
             lockstep: run every part, and each as often as all other processes do, whatever this process's inputs
                 need. Where weights or gradients are sharded, processes that ran different modules would wait for
                 each other forever, or add up gradients of different weights. Needs a process group.
-            **options: what else the decoder takes (`position_ids`, `cache`, `use_cache`).
+            **options: what else the decoder takes (`position_ids`, `cache`, `use_cache`, `output_router_logits`).
 
         Returns:
             With labels the losses and no logits (they are never held whole); without, text logits [B, T, V].
@@ -410,7 +412,9 @@ class UniMMModel(StrictModel):
         if labels is None:
             logits = self.decoder.get_output_embeddings()(hidden_BTC)
             return UniMMOutput(logits=logits, cache=output.cache)
-        return self.losses(hidden_BTC, input_ids, labels, lockstep)
+        found = self.losses(hidden_BTC, input_ids, labels, lockstep)
+        found.router = losses_of_routers(output, self.decoder.config, attention_mask, rows)
+        return found
 
     def _run(
         self,

@@ -1,8 +1,9 @@
 """How many floating-point operations training a unified model takes: one count, for plans and for logs.
 
 Two for each weight and token forward, two backward where gradients pass, two more for the weights' own gradients
-(Chowdhery et al. 2022, arXiv 2204.02311, appendix B). Attention counts the pairs that see each other. Activations
-that are computed a second time do not count, nor does the image tokenizer.
+(Chowdhery et al. 2022, arXiv 2204.02311, appendix B). Attention counts the pairs that see each other. Of experts those
+count that a token is sent to, and those that all share. Activations that are computed a second time do not count, nor
+does the image tokenizer.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from unimm.models.experts import idle_weights
 from unimm.models.modeling import UniMMModel
 from unimm.models.parts import (
     EncoderConfig,
@@ -67,7 +69,8 @@ class Operations:
         passes = bool(groups & BEFORE_DECODER)
         learns = "decoder" in groups
         width = config.num_attention_heads * (getattr(config, "head_dim", None) or 0) or config.hidden_size
-        body = weights_of(model.decoder.get_decoder()) - table.weight.numel()
+        decoder = model.decoder.get_decoder()
+        body = weights_of(decoder) - table.weight.numel() - idle_weights(decoder)
         code_head = head if model.code_head is None else model.code_head
         self.token = body * (2 + 2 * passes + 2 * learns)
         self.pair = (
