@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from unimm.data.codes import fingerprint
 from unimm.data.emojiscenes.settings import (
@@ -26,6 +27,7 @@ from unimm.data.emojiscenes.settings import (
 )
 from unimm.errors import UserError
 from unimm.models.attention import FLEX
+from unimm.models.experts import routing
 from unimm.models.inputs import Images, Rows
 from unimm.models.layout import IGNORED
 from unimm.models.lora import LoraSection, add_adapters, save_model
@@ -34,7 +36,7 @@ from unimm.models.seeing import seen_of
 from unimm.pipeline import UniMM
 from unimm.processing.rows import stack_rows
 from unimm.processing.views import TargetSize
-from unimm.sections import Fraction, NotNegative, Positive, Rate, Section, near, validate
+from unimm.sections import FieldError, Fraction, NotNegative, Positive, Rate, Section, near, validate
 from unimm.training.batches import mix
 from unimm.training.engine import pick_device
 from unimm.training.flops import Counts, Operations
@@ -74,10 +76,34 @@ class DataSection(Section):
 
 
 class LossSection(Section):
-    """Weights of the mean losses over text and over code positions."""
+    """Weights of the mean losses over text and over code positions, and of those of a decoder's experts."""
 
     text: Rate = 1.0
     code: Rate = 1.0
+    balance: Rate | None = None
+    """Of experts that get unlike many tokens; null: the decoder's `router_aux_loss_coef` if it has
+    `output_router_logits`, else 0."""
+    router_z: Rate = 0.0
+    """Of the size of routers' logits (Aria's fine-tuning: 1e-5)."""
+
+    def of_routers(self, decoder: PreTrainedConfig) -> tuple[float, float]:
+        """Return the weights of balance and size for a decoder.
+
+        Raises:
+            FieldError: it has no experts.
+        """
+        balance = self.balance
+        if balance is None:
+            asked = getattr(decoder, "output_router_logits", False)
+            balance = float(getattr(decoder, "router_aux_loss_coef", 0.0)) if asked else 0.0
+        if routing(decoder) is None:
+            for key in ("balance", "router_z"):
+                if getattr(self, key):
+                    raise FieldError(
+                        f"loss.{key}: a decoder of the kind {decoder.model_type} has no experts; remove it"
+                    )
+            return 0.0, 0.0
+        return balance, self.router_z
 
 
 class UnifiedOptions(Section):
@@ -198,6 +224,10 @@ class UnifiedTask:
         self.measured: HeldOut | None = None
         self.shown: PreviewItems | None = None  # in previews, of one's own data
         self.operations: Operations | None = None  # of the stage
+        try:
+            self.routers = recipe.loss.of_routers(self.config.decoder_config())
+        except FieldError as error:
+            raise UserError(f"{recipe.source}: {error}") from None
         self.lockstep = recipe.zero_stage > 0  # see `Task.loss`
 
     def build(self) -> nn.Module:
@@ -387,10 +417,12 @@ class UnifiedTask:
         codes = int((counted & self.processor.layout.code_positions(batch["input_ids"])).sum())
         words = int(counted.sum()) - codes
         found: dict[str, int | float] = {"text_tokens": words, "code_tokens": codes}
+        real = batch["rows"].samples >= 0
+        if any(self.routers):
+            found["positions"] = int(real.sum())
         if self.operations is None:
             return found
         rows, images = batch["rows"], batch["images"]
-        real = rows.samples >= 0
         # A position sees as many as come before it in its sample or branch: its number says so.
         pairs = int((rows.positions + 1)[real].sum())
         encoded = images is not None and images.pixels is not None and not self.processor.sees_codes
@@ -404,17 +436,24 @@ class UnifiedTask:
     def loss(
         self, module: nn.Module, batch: Batch, step: int, totals: Mapping[str, float]
     ) -> tuple[Tensor, Metrics]:
-        """Weighted sum of the mean text loss and the mean code loss."""
+        """Weighted sum of the mean text loss and the mean code loss, and of what a decoder's routers add."""
         inputs = dict(batch)
         skipped = inputs.pop("skipped", None)
-        output = module(**inputs, lockstep=self.lockstep)
+        asked = {"output_router_logits": True} if any(self.routers) else {}
+        output = module(**inputs, lockstep=self.lockstep, **asked)
         text = output.text_loss / max(totals["text_tokens"], 1)
         code = output.code_loss / max(totals["code_tokens"], 1)
         weights = self.recipe.loss
         metrics: dict[str, float | Tensor] = {"text_loss": text.detach(), "code_loss": code.detach()}
         if skipped is not None:
             metrics["skipped"] = skipped
-        return weights.text * text + weights.code * code, metrics
+        total = weights.text * text + weights.code * code
+        if asked:  # means, weighted by the positions that they are of
+            share = float((batch["rows"].samples >= 0).sum()) / max(totals["positions"], 1)
+            balance, size = (share * loss for loss in output.router)
+            metrics |= {"balance_loss": balance.detach(), "router_z_loss": size.detach()}
+            total = total + self.routers[0] * balance + self.routers[1] * size
+        return total, metrics
 
     @torch.no_grad()
     def preview(self, module: nn.Module, folder: Path, step: int) -> None:
