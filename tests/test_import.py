@@ -37,3 +37,20 @@ def test_version_is_that_of_the_distribution() -> None:
     except PackageNotFoundError:
         pytest.skip("unimm runs from a checkout that is not installed")
     assert unimm.__version__ == installed
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "from transformers import AutoModelForCausalLM",  # whose module is not whole while others are imported for it
+        "from transformers.image_processing_utils import select_best_resolution",
+        "import diffusers.loaders.peft",
+    ],
+)
+def test_the_auto_classes_know_our_models_whatever_is_imported_first(first: str) -> None:
+    code = (
+        f"import unimm; {first}; from transformers import AutoConfig, AutoModel; "
+        "config = AutoConfig.for_model('unimm'); print(type(config).__name__, type(config) in AutoModel._model_mapping)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["UniMMConfig", "True"]

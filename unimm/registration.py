@@ -13,11 +13,14 @@ import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 REGISTERED = {  # transformers' module -> ours, which registers with it
     "transformers.models.auto.configuration_auto": "unimm.models.configuration",
     "transformers.models.auto.modeling_auto": "unimm.models.modeling",
 }
+BUSY = ("transformers", "diffusers", "peft", "timm", "accelerate", "unimm")
+"""Packages of which ours needs whole modules: while one of theirs is being imported, ours waits."""
 _WAITING: list[str] = []  # modules of ours to import
 
 
@@ -30,39 +33,49 @@ def register() -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds transformers' auto modules as the others would, and loads ours after them."""
+    """Finds modules of those packages as the others would, and lets us know when each has been imported."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return the spec of an auto module with our loader around its own; None for any other module."""
-        if name not in REGISTERED:
+        """Return the spec of a module with our loader around its own; None for one of another package."""
+        if name.partition(".")[0] not in BUSY[:-1]:
             return None
         found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
         spec = next((spec for spec in found if spec is not None), None)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, REGISTERED[name])
+            spec.loader = _Loader(spec.loader)
         return spec
 
 
 class _Loader(importlib.abc.Loader):
-    """Loads a module with its own loader, then one of ours."""
+    """Loads a module with its own loader, then those of ours that have waited for it."""
 
-    def __init__(self, loader: importlib.abc.Loader, ours: str) -> None:
-        self.loader, self.ours = loader, ours
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self.loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         """Return what the module's own loader makes."""
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Fill the module, then import ours; one that is needed by what is being imported waits until that is done."""
+        """Fill the module, then import ours, unless a module that it may need is not whole yet."""
         self.loader.exec_module(module)
-        _WAITING.append(self.ours)
-        while _WAITING and not any(
-            _importing(name) for name in list(sys.modules) if name.startswith("unimm.")
-        ):
-            importlib.import_module(_WAITING.pop())
+        if module.__spec__ is not None:
+            module.__spec__.loader = module.__loader__ = self.loader
+        if module.__name__ in REGISTERED:
+            _WAITING.append(REGISTERED[module.__name__])
+        while _WAITING and not _busy(module.__name__):
+            importlib.import_module(_WAITING.pop(0))
+
+
+def _busy(done: str) -> bool:
+    """Whether a module of those packages, other than the one that is just done, is not imported to its end yet."""
+    names = [name for name in sys.modules if name.partition(".")[0] in BUSY and name != done]
+    return any(_importing(name) for name in names)
 
 
 def _importing(name: str) -> bool:

@@ -107,8 +107,8 @@ def tokens_of(model: UniMMModel, height: int, width: int) -> int | None:
 
 
 def in_billions(count: int) -> str:
-    """Return a number of parameters in words: 0.63B, 12.2B."""
-    return f"{count / 1e9:.3g}B" if count >= 1e8 else f"{count / 1e6:.3g}M"
+    """Return a number of parameters in words: 631M, 12.2B."""
+    return f"{count / 1e9:.3g}B" if count >= 1e9 else f"{count / 1e6:.3g}M"
 
 
 # --- parts in words -----------------------------------------------------------------------------------------
