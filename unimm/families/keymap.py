@@ -87,7 +87,7 @@ def share(index: int, sizes: Sequence[int], zeros: int = 0) -> Op:
     )
 
 
-def cut(zeros: int, axis: int = 0) -> Op:
+def cut_rows(zeros: int, axis: int = 0) -> Op:
     """Return what takes away so many zeros at the end of an axis."""
 
     def to_theirs(ours: Tensor, _: int) -> list[Tensor]:

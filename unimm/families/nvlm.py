@@ -26,7 +26,7 @@ from unimm.families.common import (
 )
 from unimm.families.documents import OwnCode
 from unimm.families.family import Family
-from unimm.families.keymap import KeyMap, Rule, cut, share
+from unimm.families.keymap import KeyMap, Rule, cut_rows, share
 from unimm.families.source import Checkpoint, normalisation
 from unimm.families.templates import PLACEHOLDER
 from unimm.models.configs import Activation, Published, section_for
@@ -47,7 +47,7 @@ _TEXT: Any = create_model("NvlmText", __base__=_QWEN2, architectures=_CLASSES)
 Tiles = Annotated[int, Field(gt=0, le=64)]
 
 
-class Vision(Published):
+class NvlmVision(Published):
     """The encoder."""
 
     hidden_size: Width
@@ -69,7 +69,7 @@ class Vision(Published):
 class Fields(OwnCode):
     """`config.json` without its decoder."""
 
-    vision_config: Vision
+    vision_config: NvlmVision
     force_image_size: Side | None = None
     downsample_ratio: Annotated[float, Field(gt=0, le=1)] = 0.5
     dynamic_image_size: bool = True
@@ -173,10 +173,10 @@ class Nvlm(Family):
                     for index, name in enumerate("qkv")
                 ),
                 *(
-                    Rule(f"{inner}.attention.{name}_norm.weight", f"{outer}.attn.{name}_norm.weight", cut(zeros))
+                    Rule(f"{inner}.attention.{name}_norm.weight", f"{outer}.attn.{name}_norm.weight", cut_rows(zeros))
                     for name in "qk"
                 ),
-                Rule(f"{inner}.attention.projection_layer.weight", f"{outer}.attn.proj.weight", cut(zeros, 1)),
+                Rule(f"{inner}.attention.projection_layer.weight", f"{outer}.attn.proj.weight", cut_rows(zeros, 1)),
                 *(Rule(f"{inner}.{ours}", f"{outer}.{theirs}") for ours, theirs in names.items()),
                 *(
                     Rule(f"vision.model.embeddings.{ours}", f"vision_model.embeddings.{theirs}")
@@ -208,7 +208,7 @@ def _colours(checkpoint: Checkpoint) -> dict[str, Any]:
     return normalisation(options, path, {"do_resize": True, "resample": int(Image.Resampling.BICUBIC)})
 
 
-def _encoder(vision: Vision) -> dict[str, Any]:
+def _encoder(vision: NvlmVision) -> dict[str, Any]:
     """Fields of transformers' encoder."""
     names = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "image_size",
              "patch_size", "hidden_act", "layer_norm_eps", "norm_type")  # fmt: skip
@@ -229,7 +229,7 @@ def _picture(cells: tuple[int, int]) -> dict[str, Any]:
     }
 
 
-def _dummy_heads(checkpoint: Checkpoint, vision: Vision) -> int:
+def _dummy_heads(checkpoint: Checkpoint, vision: NvlmVision) -> int:
     """How many heads the weights have beyond those that the config says."""
     if (qkv := checkpoint.shapes.get(QKV)) is None:
         return DUMMY_HEADS
