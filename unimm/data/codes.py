@@ -96,7 +96,12 @@ def _tokenizer_fields(tokenizer: Any) -> dict[str, Any]:
 
 
 def encode_range(
-    source: Source, start: int, stop: int, target_size: TargetSize, tokenizer: Any, device: torch.device
+    source: Source,
+    start: int,
+    stop: int,
+    target_size: TargetSize | None,
+    tokenizer: Any,
+    device: torch.device,
 ) -> list[tuple[Record | BadRecord, list[CodeArray]]]:
     """The records of a stretch, each with the codes [h, w] of its images to draw; a bad one says why.
 
@@ -135,10 +140,12 @@ def encode_range(
     return found
 
 
-def _load(image: ImagePart, target_size: TargetSize) -> Tensor | CodeArray:
+def _load(image: ImagePart, target_size: TargetSize | None) -> Tensor | CodeArray:
     """An image to draw: float [3, H, W] in [-1, 1], or its codes [h, w] where those are stored."""
     if image.encoded:
         return image.codes().astype(np.int32)
+    if target_size is None:
+        raise UserError("an image to draw, but this model has no image tokenizer")
     return target_size.pixels(image.image())
 
 

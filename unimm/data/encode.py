@@ -122,7 +122,7 @@ def encode_source(
 
 def _plan(job: EncodingJob, source: Source) -> Plan:
     """What the tars will be of."""
-    target_size, tokenizer, _ = _coder(job.model, "cpu", 0, job.size, job.keep_ratio)
+    target_size, tokenizer, _ = _coder(job.model, "cpu", 0, job.size, job.keep_ratio, job.features is None)
     reading, encoder = job.reading, None
     if job.features is not None:
         processor, vision, _ = _viewer(job.model, "cpu", 0)
@@ -177,9 +177,9 @@ def _die_with_parent() -> None:
 
 @functools.lru_cache(maxsize=2)
 def _coder(
-    model: str | None, device: str, number: int, size: int | None, keep_ratio: bool
-) -> tuple[TargetSize, Any, torch.device]:
-    """What images are brought to, and the image tokenizer (float32, on a device) of a model."""
+    model: str | None, device: str, number: int, size: int | None, keep_ratio: bool, needed: bool = True
+) -> tuple[TargetSize | None, Any, torch.device]:
+    """What images are brought to, and the image tokenizer (float32, on a device) of a model; none if none is needed."""
     from unimm.families.image_tokenizers import is_image_tokenizer, load_image_tokenizer
     from unimm.loading import load
 
@@ -190,6 +190,8 @@ def _coder(
         return target_size, nn.Module.to(nn.Module.eval(alone), place), place
     um = load(model, "cpu", "float32")
     if um.processor.drawing_size is None or um.model.image_tokenizer is None:
+        if not needed:
+            return None, None, place
         raise UserError(f"{model}: this model has no image tokenizer, so it has no image codes")
     target_size = um.processor.target_size(size, keep_ratio)
     return target_size, nn.Module.to(um.model.image_tokenizer.eval(), place), place
@@ -245,7 +247,9 @@ def write_shard(job: EncodingJob, number: int) -> int:
         (reading.images, reading.split, reading.allow_outside),
     )  # fmt: skip
     place = number % max(torch.cuda.device_count(), 1)
-    target_size, tokenizer, device = _coder(job.model, job.device, place, job.size, job.keep_ratio)
+    draws = job.features is None
+    coder = _coder(job.model, job.device, place, job.size, job.keep_ratio, draws)
+    target_size, tokenizer, device = coder
     start = number * job.shard
     stop = min(start + job.shard, len(source))
     with torch.no_grad():

@@ -161,6 +161,7 @@ class NaflexTower(NativeTower):
 
     def __init__(self, config: NaflexEncoderConfig) -> None:
         super().__init__()
+        self.config = config
         self.patch, self.frames = config.patch, config.frames
         options = NaFlexVitCfg(
             patch_size=config.patch, embed_dim=config.width, depth=config.depth, num_heads=config.heads,
@@ -193,6 +194,7 @@ class TransformersTower(NativeTower):
 
     def __init__(self, config: TransformersEncoderConfig) -> None:
         super().__init__()
+        self.config = config
         self.patch, self.side, self.name = config.patch, config.side, config.name
         self.model: Any = AutoModel.from_config(
             foreign_config(config.name, config.kwargs),
@@ -239,6 +241,7 @@ class LinearTower(NativeTower):
 
     def __init__(self, config: LinearEncoderConfig) -> None:
         super().__init__()
+        self.config = config
         self.patch = config.patch
         self.model = nn.Linear(3 * config.patch**2, config.width)
 
