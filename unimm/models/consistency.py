@@ -87,6 +87,13 @@ def _check_square(seeing: Seeing, image_size: int) -> None:
         tokens = side**2
     if isinstance(reducer, ResampleReducerConfig):
         raise FieldError("reducer.kind: resample goes with views of the kind fit")
+    if isinstance(seeing.views, CanvasViewsConfig) and (overlap := seeing.views.overlap):
+        unit = (seeing.patch or 1) * getattr(reducer, "side", 1)
+        if overlap % unit or 2 * overlap >= image_size:
+            raise FieldError(
+                f"views.overlap: expected a multiple of {unit} (patch of encoder x side of reducer), less than half of "
+                f"{image_size}, got {overlap}"
+            )
     whole = isinstance(reducer, JoinReducerConfig | AttendReducerConfig)
     if side**2 != tokens or (whole and side % reducer.side):
         raise FieldError(

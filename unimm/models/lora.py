@@ -24,6 +24,7 @@ from unimm.sections import Fraction, Positive, Section
 
 ADAPTER = "adapter"  # folder of the adapter within an export
 _PREFIX = "base_model.model."  # of a key in a file that `PeftModel.from_pretrained` reads
+_JOINED = ("query_key_value", "dense", "qkv_proj", "o_proj")  # projections of decoders that join some
 _NOT_IN = r"image_tokenizer\..*"
 
 
@@ -36,7 +37,8 @@ class LoraSection(Section):
     modules: Annotated[list[str], Field(min_length=1)] = Field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"]
     )
-    """Names of linear or embedding layers or the ends of such names, in any part of the model."""
+    """Names of linear or embedding layers or the ends of such names, in any part of the model; where they are left out
+    and a decoder joins its projections, as Persimmon does, those that it has."""
 
 
 def _peft() -> Any:
@@ -59,17 +61,20 @@ def add_adapters(model: UniMMModel, section: LoraSection, tokens: Sequence[int] 
         UserError: peft is missing, or no module is so named.
     """
     peft = _peft()
+    known = [name for name, _ in model.named_modules() if not name.startswith("image_tokenizer.")]
+    modules = list(section.modules)
+    if "modules" not in section.model_fields_set and not _names(known, modules[0]):
+        modules = [name for name in _JOINED if _names(known, name)] or modules
     config = peft.LoraConfig(
         r=section.r,
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
-        target_modules=list(section.modules),
+        target_modules=modules,
         exclude_modules=_NOT_IN,
         trainable_token_indices={name: list(tokens) for name in _token_tables(model)} if tokens else None,
     )
-    known = [name for name, _ in model.named_modules() if not name.startswith("image_tokenizer.")]
-    for wanted in section.modules:
-        if not any(name == wanted or name.endswith(f".{wanted}") for name in known):
+    for wanted in modules:
+        if not _names(known, wanted):
             raise UserError(f"lora.modules: the model has no module named {wanted}")
     try:
         peft.inject_adapter_in_model(config, model)
@@ -77,6 +82,11 @@ def add_adapters(model: UniMMModel, section: LoraSection, tokens: Sequence[int] 
         raise UserError(f"lora.modules: {str(error).strip().splitlines()[0]}") from None
     if tokens:
         _share_tied_rows(model)
+
+
+def _names(known: Sequence[str], wanted: str) -> bool:
+    """Whether a module has this name, or one that ends so."""
+    return any(name == wanted or name.endswith(f".{wanted}") for name in known)
 
 
 def _token_tables(model: UniMMModel) -> list[str]:

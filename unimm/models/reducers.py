@@ -115,7 +115,8 @@ class AttendReducer(Reducer):
             ],
             [(1 + rows * columns) * side**2 for rows, columns in seen.grids],
         )
-        groups = features.flatten(0, 1)[table.to(features.device)]
+        flat = features.flatten(0, 1) if features.ndim == 3 else features
+        groups = flat[table.to(features.device)]
         query = groups.mean(1, keepdim=True)
         q, k, v = (
             layer(states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -190,6 +191,8 @@ class AbstractReducer(Reducer):
 
     def forward(self, features: Tensor, seen: Seen) -> Tensor:
         """See `Reducer`."""
+        if features.ndim == 2:  # of several images, as they were stored
+            features = features.unflatten(0, (len(seen.shapes), -1))
         rows = math.isqrt(features.shape[1])
         images = features.transpose(1, 2).unflatten(2, (rows, rows))
         found: Tensor = self.after(self.mean(self.before(images)))

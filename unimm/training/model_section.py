@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from unimm.locate import EMBEDDED
+from unimm.models.configs import section_for
 from unimm.models.configuration import read_image_tokenizer
 from unimm.models.decoders import decoder_config, read_decoder
 from unimm.models.former import VisionConfig
@@ -119,15 +121,7 @@ def tiny_model(section: dict[str, Any]) -> dict[str, Any]:
     """A `model` section of the same make as this one, of tiny parts with random weights."""
     decoder = section.get("decoder") or {"model_type": "llama"}
     tiny: dict[str, Any] = {
-        "decoder": {
-            "model_type": decoder.get("model_type", "llama"),
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 1024,
-        },
+        "decoder": _tiny_decoder(decoder),
         "image_tokenizer": {
             "image_size": 64,
             "patch_size": 4,
@@ -149,3 +143,27 @@ def tiny_model(section: dict[str, Any]) -> dict[str, Any]:
     tiny["vision"] = {"name": "vit_base_patch16_siglip_224", **sizes}
     left_out = [] if section.get("pretrained") else [name for name, part in section.items() if part is None]
     return tiny | {name: None for name in ("vision", "image_tokenizer") if name in left_out}
+
+
+def _tiny_decoder(decoder: dict[str, Any]) -> dict[str, Any]:
+    """A decoder of the same kind as this one: its sizes are tiny, a few of what else it is stay."""
+    kind = decoder.get("model_type", "llama")
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "moe_num_experts": 4,
+        "moe_topk": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    }
+    described: Any = CONFIG_MAPPING[kind]
+    known = section_for(described).model_fields
+    always = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    own: dict[str, Any] = {name: value for name, value in sizes.items() if name in known or name in always}
+    kept: dict[str, Any] = {name: decoder[name] for name in ("hidden_act", "qk_layernorm") if name in decoder}
+    return {"model_type": kind, **own, **kept}

@@ -132,7 +132,7 @@ def _tiny_views(views: dict[str, Any], unit: int) -> dict[str, Any]:
         "square": {"image_size": _TINY_SIDE},
         "area": {"least": unit**2, "most": _TINY_SIDE**2, "stride": unit},
         "fit": {"bounds": (_TINY_SIDE, _TINY_SIDE), "unit": unit, "least": 0},
-        "canvas": {"tile": _TINY_SIDE, "most": 4, "least": 1, "overlap": 8 if views.get("overlap") else 0},
+        "canvas": {"tile": _TINY_SIDE, "most": 4, "least": 1, "overlap": 16 if views.get("overlap") else 0},
     }
     if kind not in own:
         raise FieldError(f"understanding.views.kind: expected one of {', '.join(own)}, got {kind!r}")
