@@ -307,11 +307,13 @@ class AbstractReducerConfig:
         side: features a side of every view afterwards.
         width: of the convolutions.
         depth: blocks before, and after, the mean.
+        positions: whether a learned position is added to each feature first.
     """
 
     side: Annotated[int, Field(gt=0, le=2**8)]
     width: Width
     depth: Depth = 3
+    positions: bool = False
     kind: Literal["abstract"] = "abstract"
 
 

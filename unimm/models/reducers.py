@@ -170,16 +170,21 @@ class ResampleReducer(Reducer):
 class AbstractReducer(Reducer):
     """Convolutions, an adaptive mean and convolutions again, over square views (the C-Abstractor).
 
-    Source: Cha et al. 2023 (Honeybee, arXiv 2312.06742), section 4.
+    Source: Cha et al. 2023 (Honeybee, arXiv 2312.06742), section 4, and khanrc/honeybee
+    `honeybee/projectors/projectors.py`.
 
     Args:
         config: of the reducer.
         width: of a feature.
+        features: of a view.
     """
 
-    def __init__(self, config: AbstractReducerConfig, width: int) -> None:
+    def __init__(self, config: AbstractReducerConfig, width: int, features: int) -> None:
         super().__init__()
         self.out = config.width
+        self.positions = nn.Parameter(torch.zeros(features, width)) if config.positions else None
+        if self.positions is not None:
+            nn.init.trunc_normal_(self.positions, std=0.02)
         block: Any = {"stride": 1, "dilation": 1, "act_layer": nn.SiLU, "norm_layer": LayerNorm2d}
         self.before = RegStage(config.depth, width, config.width, **block)
         self.mean = nn.AdaptiveAvgPool2d(config.side)
@@ -193,6 +198,8 @@ class AbstractReducer(Reducer):
         """See `Reducer`."""
         if features.ndim == 2:  # of several images, as they were stored
             features = features.unflatten(0, (len(seen.shapes), -1))
+        if self.positions is not None:
+            features = features + self.positions.to(features.dtype)
         rows = math.isqrt(features.shape[1])
         images = features.transpose(1, 2).unflatten(2, (rows, rows))
         found: Tensor = self.after(self.mean(self.before(images)))
@@ -210,7 +217,8 @@ def build_reducer(seeing: Seeing, width: int) -> Reducer:
         return AttendReducer(config, width, seeing.overlap)
     if isinstance(config, ResampleReducerConfig):
         return ResampleReducer(config, width)
-    return AbstractReducer(config, width)
+    assert seeing.side is not None  # as `check_seeing` has it
+    return AbstractReducer(config, width, seeing.side**2)
 
 
 # --- which features make a token ----------------------------------------------------------------------------
