@@ -114,8 +114,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         theirs: Any = make_checkpoint(Path(place), argparse.Namespace(**PRO_1B))
         theirs = theirs.to("cuda", torch.bfloat16)
-        for name, choice in (("bfloat16", {}), ("int8", {"quantize": "int8"})):
-            um = unimm.load(place, device="cuda", dtype="bfloat16", **choice)
+        for name, quantize in (("bfloat16", None), ("int8", "int8")):
+            um = unimm.load(place, device="cuda", dtype="bfloat16", quantize=quantize)
             report[f"as Janus-Pro-1B, {name}"] = sampling(um, batches, options.rounds)
             if name == "bfloat16":
                 ratio = beside_transformers(theirs, um, 1, options.rounds)
