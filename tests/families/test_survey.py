@@ -51,6 +51,7 @@ class Case:
         return [[], shown[:1], shown[1:][: self.reference.most_images]]
 
 
+OWN_INPUTS = ("nvlm", "fuyu")  # InternVL's stack of tiles, and patches by the number of each in the stream
 LAYOUTS = [(reference, layout) for reference in REFERENCES for layout in reference.layouts]
 
 
@@ -81,6 +82,16 @@ def test_logits_padded_and_with_images(case: Case, inputs: dict[str, Tensor]) ->
     seen = inputs["attention_mask"].bool()
     assert (got - expected)[seen].abs().max() < 1e-4
     assert expected[seen].std() > 0.1
+
+
+@torch.no_grad()
+def test_the_model_takes_what_the_references_processor_gives(case: Case, inputs: dict[str, Tensor]) -> None:
+    if case.reference.name in OWN_INPUTS:
+        pytest.skip("its processor gives what no other does")
+    expected = case.oracle.logits(inputs)
+    got = case.um.model(**inputs).logits
+    seen = inputs["attention_mask"].bool()
+    assert (got - expected)[seen].abs().max() < 1e-4
 
 
 def test_greedy_answers_are_equal(case: Case, inputs: dict[str, Tensor]) -> None:

@@ -59,6 +59,10 @@ class Images:
         """Take the images out of keyword inputs as transformers' processors give them; None where there are none."""
         known = INPUT_FIELDS | CANVAS_FIELDS
         found = {field: inputs.pop(name) for name, field in known.items() if name in inputs}
+        if (
+            mask := inputs.pop("pixel_mask", None)
+        ) is not None:  # of views that are padded on the right and below
+            found["sizes"] = torch.stack([mask.any(2).sum(1), mask.any(1).sum(1)], dim=1)
         return cls(**found) if any(value is not None for value in found.values()) else None
 
     def inputs(self) -> dict[str, Tensor]:

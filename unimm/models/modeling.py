@@ -49,7 +49,7 @@ from unimm.models.quantization import (
     some_rows,
 )
 from unimm.models.reducers import build_reducer
-from unimm.models.seeing import check_room, feature_counts, in_order, seen_of
+from unimm.models.seeing import check_room, feature_counts, in_order, read_inputs, seen_of
 from unimm.models.vision import build_encoder
 from unimm.models.weights import StrictModel
 
@@ -69,9 +69,8 @@ class UniMMModel(StrictModel):
 
     def __init__(self, config: UniMMConfig, parts: str = "all") -> None:
         super().__init__(config)
-        self.loaded_parts = (
-            parts  # "understand": without the code side and the image tokenizer; "draw": the encoder
-        )
+        # "understand": without the code side and the image tokenizer; "draw": the encoder
+        self.loaded_parts = parts
         decoder_config = config.decoder_config()
         width = decoder_config.hidden_size
         self.decoder = AutoModelForCausalLM.from_config(
@@ -392,8 +391,7 @@ class UniMMModel(StrictModel):
         Args:
             input_ids: [B, T], with the layout's placeholders where images stand.
             attention_mask: [B, T] with 0 at padding, or bool [B, 1, T, T] with True where a row may look.
-            images: in the order of the stream. They may also come as keyword inputs, as transformers' processors
-                name them (`pixel_values`, `image_sizes`, `image_features`, `image_codes`).
+            images: in the order of the stream; also as keyword inputs, as transformers' processors give them.
             rows: for rows that hold several samples or branches; `attention_mask` is then made from these.
             labels: [B, T], aligned with `input_ids` (shifted here); at code positions the code (its token,
                 where codes are tokens), else a text token, and -100 at unlabelled positions.
@@ -405,7 +403,7 @@ class UniMMModel(StrictModel):
         Returns:
             With labels the losses and no logits (they are never held whole); without, text logits [B, T, V].
         """
-        given = Images.from_inputs(options)
+        given = read_inputs(options, self.seeing)
         images = given if images is None else images
         output = self._run(input_ids, images, attention_mask, lockstep, rows, **options)
         hidden_BTC = output.last_hidden_state

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from unimm.models.inputs import Images
 from unimm.models.layout import Grid, ImageLayout
@@ -233,3 +234,39 @@ def in_order(seeing: Seeing, images: Images, computed: Tensor, given: Tensor) ->
         own = list(computed.split([math.prod(seeing.features(*size)) for size in images.view_sizes()]))
     parts = {True: iter(images.each_feature()), False: iter(own)}
     return torch.cat([next(parts[featured]) for featured in images.featured.tolist()])
+
+
+def read_inputs(inputs: dict[str, Any], seeing: Seeing) -> Images | None:
+    """Take the images out of keyword inputs as transformers' processors give them; None where there are none."""
+    inputs.pop("mm_token_type_ids", None)  # which tokens are of images their ids say
+    if (grids := inputs.pop("image_grid_thw", None)) is not None:
+        return from_patches(inputs.pop("pixel_values"), grids, seeing)
+    return Images.from_inputs(inputs)
+
+
+def from_patches(patches: Tensor, grids: Tensor, seeing: Seeing) -> Images:
+    """Return images that transformers' Qwen2-VL processor has cut into patches, put together again.
+
+    Args:
+        patches: `pixel_values` [P, 3 · frames · patch²], in squares of `reducer.side` patches a side, of all images.
+        grids: `image_grid_thw` int64 [N, 3], frames, rows and columns of patches of each image.
+        seeing: the parts that they go through.
+
+    Raises:
+        ValueError: they are of videos, or of other parts.
+    """
+    encoder, side = seeing.encoder, getattr(seeing.reducer, "side", 1)
+    if not isinstance(encoder, NaflexEncoderConfig) or bool((grids[:, 0] != 1).any()):
+        raise ValueError("image_grid_thw: only images of this model's own patches, one frame each")
+    patch, views = encoder.patch, []
+    for part, (_, rows, columns) in zip(patches.split(grids.prod(1).tolist()), grids.tolist(), strict=True):
+        cells = part.view(rows // side, columns // side, side, side, 3, encoder.frames, patch, patch)
+        views.append(
+            cells[..., 0, :, :].permute(4, 0, 2, 5, 1, 3, 6).reshape(3, rows * patch, columns * patch)
+        )
+    sizes = grids[:, 1:] * patch
+    height, width = (int(most) for most in sizes.amax(0))
+    pixels = torch.stack(
+        [F.pad(view, (0, width - view.shape[2], 0, height - view.shape[1])) for view in views]
+    )
+    return Images(pixels=pixels, sizes=sizes, grids=grids[:, 1:] // side)
