@@ -144,15 +144,8 @@ class UniMMModel(StrictModel):
 
     def parts(self) -> dict[str, nn.Module]:
         """Return the trainable parts that this model has, by the names that recipes use."""
-        parts = {
-            "decoder": self.decoder,
-            "vision": self.vision,
-            "connector": self.connector,
-            "code_embedding": self.code_embedding,
-            "code_head": self.code_head,
-            "extra_embedding": self.extra_embedding,
-        }
-        return {name: part for name, part in parts.items() if part is not None}
+        names = ("decoder", "vision", "connector", "code_embedding", "code_head", "extra_embedding")
+        return {name: part for name in names if (part := getattr(self, name)) is not None}
 
     def quantise(self, method: str = "int8") -> None:
         """Give the decoder's linear layers small weights, in place; not to be undone or trained.
