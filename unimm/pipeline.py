@@ -15,11 +15,12 @@ from unimm.console import ProgressCallback, no_progress
 from unimm.devices import choose_device, choose_dtype
 from unimm.errors import UserError, UserNote
 from unimm.folders import write_folder
-from unimm.images import as_size, is_image
+from unimm.images import as_size, is_image, read_image
 from unimm.models.image_tokenizers.movq import MoVQTokenizer
 from unimm.models.image_tokenizers.vq import ImageTokenizer
 from unimm.models.modeling import UniMMModel
 from unimm.models.quantization import is_quantised
+from unimm.processing.places import FUYU_OPEN, Coordinates, fuyu_words, read_places
 from unimm.processing.processor import CAPTION_REQUESTS, UniMMProcessor
 from unimm.sampling.arguments import ImageInputs, check_text, grid_of, images_of, images_of_each, listed
 from unimm.sampling.drawing import DrawingOrder
@@ -305,6 +306,22 @@ class UniMM:
         answers = [Answer.of(self.engine.run([request])[0])]
         self._note_cuts(answers, sampling)
         return answers[0].text
+
+    def places(self, answer: Answer, image: ImageInput) -> list[Coordinates]:
+        """Return the points and boxes that an answer names, in pixels of the image that was asked about.
+
+        Args:
+            answer: of `answers`.
+            image: the image, as `ask` takes it.
+
+        Raises:
+            UserError: the image cannot be read.
+        """
+        tokenizer, ids = self.processor.tokenizer, list(answer.ids)
+        tokens = tokenizer.convert_ids_to_tokens(ids)
+        apart = any(token in FUYU_OPEN for token in tokens)  # numbers that are tokens, with nothing between
+        text = fuyu_words(tokens) if apart else str(tokenizer.decode(ids, skip_special_tokens=False))
+        return read_places(text, read_image(image).size)
 
     def _pieces(self, request: TextRequest) -> Iterator[str]:
         """Yield the pieces of an answer."""

@@ -118,6 +118,9 @@ def caption(options: Options) -> Any:
     metavar="[IMAGE]... QUESTION",
     help="image files, if any, then one question",
 )
+@click.option(
+    "--show", type=FILE, metavar="FILE", help="write the first image with the answer's points and boxes"
+)
 @answer_options
 @model_options
 def ask(options: Options) -> Any:
@@ -128,9 +131,21 @@ def ask(options: Options) -> Any:
     if os.path.isfile(question) or (not paths and question.lower().endswith(SUFFIXES)):
         raise UserError(f"ask: after the images comes a question; {question!r} is the last argument")
     images = [read_image(path) for path in paths]
+    if options.show is not None and not images:
+        raise UserError("ask: --show draws on the first image; name one")
     values = answer_values(options)
-    answers = load(options).answers([images], [question], **values)  # one about all images
-    return {"images": paths, "question": question, "answer": answers[0].text, "cut": answers[0].cut}
+    um = load(options)
+    answer = um.answers([images], [question], **values)[0]  # one about all images
+    found = {"images": paths, "question": question, "answer": answer.text, "cut": answer.cut}
+    if options.show is None:
+        return found
+    from unimm.images import save_image
+    from unimm.processing.places import draw_places
+
+    places = um.places(answer, images[0])
+    save_image(draw_places(images[0], places), options.show)
+    named = [{"numbers": list(place.numbers), "label": place.label} for place in places]
+    return {**found, "places": named, "shown": options.show}
 
 
 def show_chat(chat: Any) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 from unimm.families.common import CLIP_MEAN, CLIP_STD, UNDRAWN
 
-SIDE, FEATURES = 384, 27  # pixels a side of a tile, and features
+TILE_SIDE, FEATURES = 384, 27  # pixels a side of a tile, and features
 CELLS = (13, 14)  # rows and columns of tokens
 MOST = 9  # tiles
 TURNS_15 = {"user": "<C_Q>", "assistant": "<C_A>", "end": "<|endoftext|>", "bos": "never"}
@@ -50,7 +50,7 @@ def parts(vocabulary: int, begin: int, end: int, feature: int) -> dict[str, Any]
         },
         "views": {
             "kind": "canvas",
-            "tile": SIDE,
+            "tile": TILE_SIDE,
             "most": MOST,
             "choose": "scale",
             "place": "centre",
@@ -61,7 +61,13 @@ def parts(vocabulary: int, begin: int, end: int, feature: int) -> dict[str, Any]
             "name": "vit_so400m_patch14_siglip_384",
             "tokens": FEATURES**2,
             "width": 1152,
-            "kwargs": {"img_size": SIDE, "patch_size": 14, "embed_dim": 1152, "depth": 27, "num_heads": 16},
+            "kwargs": {
+                "img_size": TILE_SIDE,
+                "patch_size": 14,
+                "embed_dim": 1152,
+                "depth": 27,
+                "num_heads": 16,
+            },
         },
         "reducer": {"kind": "mean", "side": 2},
         "connector": {"kind": "mlp", "depth": 2},

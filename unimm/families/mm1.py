@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from unimm.errors import UserError
 from unimm.families.common import CLIP_MEAN, CLIP_STD, UNDRAWN
 
-SIDE, PATCH = 672, 14  # pixels of a sub-image, and of a feature
+TILE_SIDE, PATCH = 672, 14  # pixels of a sub-image, and of a feature
 CELLS = 12  # tokens a side of a sub-image
 LEAST, MOST, MOST_AT_INFERENCE = 4, 9, 16  # sub-images
 SHAPES: dict[str, dict[str, int]] = {
@@ -98,7 +98,7 @@ def views(most: int = MOST) -> dict[str, Any]:
     """Return how an image is cut: the paper's equation 1, each sub-image and the whole at its own ratio."""
     return {
         "kind": "canvas",
-        "tile": SIDE,
+        "tile": TILE_SIDE,
         "most": most,
         "least": LEAST,
         "choose": "pad",
@@ -115,9 +115,15 @@ def encoder() -> dict[str, Any]:
     return {
         "kind": "timm",
         "name": "vit_huge_patch14_clip_quickgelu_378",
-        "tokens": (SIDE // PATCH) ** 2,
+        "tokens": (TILE_SIDE // PATCH) ** 2,
         "width": 1280,
-        "kwargs": {"img_size": SIDE, "patch_size": PATCH, "embed_dim": 1280, "depth": 32, "num_heads": 16},
+        "kwargs": {
+            "img_size": TILE_SIDE,
+            "patch_size": PATCH,
+            "embed_dim": 1280,
+            "depth": 32,
+            "num_heads": 16,
+        },
     }
 
 

@@ -32,7 +32,7 @@ _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _FUYU = re.compile(
     rf"(?:<0x00>|\x00){','.join([_NUMBER] * 4)}(?:<0x01>|\x01)|(?:<0x02>|\x02){_NUMBER},{_NUMBER}(?:<0x03>|\x03)"
 )
-_FUYU_OPEN = ("<0x00>", "<0x02>")
+FUYU_OPEN = ("<0x00>", "<0x02>")
 _MOLMO = re.compile(r"<(points?)\s([^<>]*)>(?:(.*?)</\1>)?", re.DOTALL)
 _MOLMO_ALT = re.compile(r'\balt="([^"]*)"')
 _MOLMO_X = re.compile(rf'\bx(\d*)="{_NUMBER}"')
@@ -131,7 +131,7 @@ def fuyu_words(tokens: Iterable[str]) -> str:
     for token in tokens:
         number = inside and token.isdigit()
         words += f",{token}" if number and left.isdigit() else token.replace("▁", " ")
-        inside, left = number or token in _FUYU_OPEN, token
+        inside, left = number or token in FUYU_OPEN, token
     return words
 
 

@@ -29,11 +29,13 @@ class Answer:
         text: its words.
         tokens: how many were generated, without the one that ends an answer.
         finish_reason: `stop` where the model ended it or a stop was met, `length` where it was cut.
+        ids: the tokens, special ones too, which the words are without.
     """
 
     text: str
     tokens: int
     finish_reason: FinishReason
+    ids: tuple[int, ...] = ()
 
     @property
     def cut(self) -> bool:
@@ -44,7 +46,7 @@ class Answer:
     def of(cls, ticket: Ticket) -> Answer:
         """Return what came of a request."""
         assert ticket.finish_reason is not None
-        return cls(ticket.text, len(ticket.ids), ticket.finish_reason)
+        return cls(ticket.text, len(ticket.ids), ticket.finish_reason, tuple(ticket.ids))
 
 
 def generate_answers(
