@@ -13,14 +13,15 @@ from unimm.training.systems import COLUMNS, as_markdown, systems
 
 ROOT = Path(__file__).resolve().parents[2]
 # parameters as published, and tokens of a photo of 640 x 480 pixels by the rules of each system's own code; Molmo's
-# recipe has no table of 128 rows beside the decoder's, Aria and Qwen2-VL count a token at each side of an image
+# recipe has no table of 128 rows beside the decoder's, Aria's no norm that nothing passes; Aria and Qwen2-VL count a
+# token at each side of an image
 PUBLISHED = {
     "Fuyu 8B": (9_408_238_592, 368),
     "Pixtral 12B": (12_682_739_712, 1230),
     "Qwen2-VL 7B": (8_291_375_616, 391 + 2),
     "NVLM-D 72B": (78_863_416_704, 1792),
     "Molmo 7B-D": (8_021_025_280 - 128 * 3584, 740),
-    "Aria 25B": (25_307_311_216, 256 + 2),
+    "Aria 25B": (25_307_311_216 - 2 * 1152, 256 + 2),
 }
 
 
