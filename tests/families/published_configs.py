@@ -159,4 +159,51 @@ NVLM_D_72B = PublishedSize(
     # seven heads that give nothing: of query, key, value and output, and of the norms of query and key
     stored=45 * (4 * 3200 + 2) * 7 * 128,
 )  # fmt: skip
-PUBLISHED = (PIXTRAL_12B, PIXTRAL_12B_ORIGINAL, QWEN2_VL_2B, QWEN2_VL_7B, QWEN2_VL_72B, NVLM_D_72B)
+_MOLMO_TOWER = (
+    23 * (12 * 1024**2 + 13 * 1024) + (14 * 14 * 3 + 577 + 3) * 1024  # blocks; patches, positions, class and norm
+    + 2 * 2048 + 3 * (2048 + 1) * 1024 + (1024 + 1) * 1024  # padding and pooling
+)  # fmt: skip
+
+
+def _molmo(name: str, total: int, first: int, **sizes: Any) -> PublishedSize:
+    """One of those with a dense decoder; `first`: the id of the first special token of images."""
+    document = {
+        "architectures": ["MolmoForCausalLM"], "model_type": "molmo",
+        "auto_map": {
+            "AutoConfig": "config_molmo.MolmoConfig", "AutoModelForCausalLM": "modeling_molmo.MolmoForCausalLM",
+        },
+        "attention_layer_norm": False, "clip_qkv": None, "initializer_range": 0.02, "layer_norm_type": "rms",
+        "max_position_embeddings": 4096, "norm_after": False, "qkv_bias": True, "rope_theta": 1000000.0,
+        "tie_word_embeddings": False, "torch_dtype": "float32", "use_cache": True, "use_position_ids": True,
+        "weight_tying": False, "vocab_size": first, **sizes,
+    }  # fmt: skip
+    return PublishedSize(
+        name,
+        document,
+        total,
+        _MOLMO_TOWER + sizes["intermediate_size"] // 2 * (2 * 1024 + sizes["hidden_size"]),
+        {name: first + i for i, name in enumerate(("<im_start>", "<im_end>", "<im_patch>", "<im_col>"))},
+        preprocessor={"base_image_input_size": [336, 336], "image_patch_size": 14, "max_crops": 12,
+                      "overlap_margins": [4, 4], "image_padding_mask": True},
+    )  # fmt: skip
+
+
+MOLMO_7B_D = _molmo(
+    "allenai/Molmo-7B-D-0924", 8_021_025_280, 152064, embedding_size=152064, hidden_size=3584,
+    intermediate_size=37888, layer_norm_eps=1e-6, num_attention_heads=28, num_hidden_layers=28,
+    num_key_value_heads=4,
+)  # fmt: skip
+MOLMO_72B = _molmo(
+    "allenai/Molmo-72B-0924", 73_308_285_952, 152064, embedding_size=152064, hidden_size=8192,
+    intermediate_size=59136, layer_norm_eps=1e-5, num_attention_heads=64, num_hidden_layers=80,
+    num_key_value_heads=8,
+)  # fmt: skip
+MOLMO_7B_O = _molmo(
+    "allenai/Molmo-7B-O-0924", 7_665_032_192, 100278, embedding_size=100352, hidden_size=4096,
+    intermediate_size=22016, layer_norm_eps=1e-6, num_attention_heads=32, num_hidden_layers=32,
+    num_key_value_heads=None, attention_layer_norm=True, norm_after=True, qkv_bias=False, rope_theta=500000.0,
+)  # fmt: skip
+PUBLISHED = (
+    PIXTRAL_12B, PIXTRAL_12B_ORIGINAL, QWEN2_VL_2B, QWEN2_VL_7B, QWEN2_VL_72B, NVLM_D_72B, MOLMO_7B_D, MOLMO_72B,
+    MOLMO_7B_O,
+)  # fmt: skip

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.families.published_configs import (
+    MOLMO_7B_D,
     NVLM_D_72B,
     PIXTRAL_12B,
     PUBLISHED,
@@ -61,6 +62,7 @@ def test_parameters(published: PublishedSize, tmp_path: Path) -> None:
         (PIXTRAL_12B, (1230, 2340, 1536, 56)),
         (QWEN2_VL_7B, (391, 2691, 1775, 16)),
         (NVLM_D_72B, (1792, 768, 1024, 256)),
+        (MOLMO_7B_D, (740, 1196, 1252, 316)),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )

@@ -167,8 +167,10 @@ def feature_range(
         seen = vision(images.pixels.to(device), images.sizes).float().cpu().numpy().astype(dtype)
         counts = feature_counts(processor.seeing, images, processor.layout)
         parts = np.split(seen.reshape(-1, seen.shape[-1]), np.cumsum(counts)[:-1])
-        for (number, _), one, grid in zip(batch, parts, grids_of(images), strict=True):
-            found[number].append(processor.store_features(one, grid))
+        padding = [images.part(n, n + 1).padding for n in range(len(images))]
+        for (number, _), one, grid, own in zip(batch, parts, grids_of(images), padding, strict=True):
+            marks = None if own is None else own.flatten().numpy()
+            found[number].append(processor.store_features(one, grid, marks))
     return found
 
 

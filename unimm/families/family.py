@@ -188,6 +188,7 @@ REGISTRY = (
     Registered("aria", "Aria", {"aria": "transformers"}),
     Registered("fuyu", "Fuyu", {"fuyu": "transformers"}),
     Registered("nvlm", "NVLM-D", {"NVLM_D": "original"}),
+    Registered("molmo", "Molmo", {"molmo": "original"}),
 )
 PARAMS_KINDS = {"vision_encoder": "pixtral_params"}
 """Key of a `params.json`, which says no `model_type`: the kind that it stands for."""

@@ -175,7 +175,7 @@ class UniMMConfig(PreTrainedConfig):
         self.image_tokenizer = _image_tokenizer(image_tokenizer)
         self.conversation = _mapping(conversation, "conversation")
         if self.conversation is not None:  # what few have is written where it is not as by default
-            rare = {"bos": "first", "system_last": False}
+            rare = {"bos": "first", "system_last": False, "images_before": False}
             self.conversation = {
                 name: value for name, value in self.conversation.items() if rare.get(name, ...) != value
             }

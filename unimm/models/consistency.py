@@ -88,16 +88,26 @@ def _check_square(seeing: Seeing, image_size: int) -> None:
     if isinstance(reducer, ResampleReducerConfig):
         raise FieldError("reducer.kind: resample goes with views of the kind fit")
     if isinstance(seeing.views, CanvasViewsConfig) and (overlap := seeing.views.overlap):
-        unit = (seeing.patch or 1) * getattr(reducer, "side", 1)
+        unit = (image_size // side) * getattr(reducer, "side", 1)
         if overlap % unit or 2 * overlap >= image_size:
             raise FieldError(
                 f"views.overlap: expected a multiple of {unit} (patch of encoder x side of reducer), less than half of "
                 f"{image_size}, got {overlap}"
             )
+    if isinstance(reducer, AttendReducerConfig):
+        _check_attending(seeing.views)
     whole = isinstance(reducer, JoinReducerConfig | AttendReducerConfig)
     if side**2 != tokens or (whole and side % reducer.side):
         raise FieldError(
             f"reducer.side: {reducer.side} x {reducer.side} features do not divide a square of {tokens}"
+        )
+
+
+def _check_attending(views: ViewsConfig | None) -> None:
+    """Check that views are the whole image and then its tiles."""
+    if not isinstance(views, CanvasViewsConfig) or views.whole != "first" or views.alone:
+        raise FieldError(
+            "reducer.kind: attend goes with views of the kind canvas, the whole first, never alone"
         )
 
 

@@ -22,7 +22,7 @@ INPUT_FIELDS = {
     "image_codes": "codes",
 }
 """Keyword inputs as transformers' processors name them: fields of `Images`."""
-CANVAS_FIELDS = {"image_views": "views", "image_grids": "grids"}
+CANVAS_FIELDS = {"image_views": "views", "image_grids": "grids", "image_padding": "padding"}
 """Keyword inputs of images that have several views."""
 
 
@@ -42,6 +42,8 @@ class Images:
             on a canvas.
         codes: int64 [M, h, w], images to generate.
         owners: int64 [N], the row of the batch that each image to understand stands in.
+        padding: uint8 [W, tokens], of the views of all images, those that come as features too: 0 where a feature is of
+            the image, 1 where it is all padding, 2 where some is; None: the model does not ask.
     """
 
     pixels: Tensor | None = None
@@ -53,6 +55,7 @@ class Images:
     owners: Tensor | None = None
     views: Tensor | None = None
     lengths: Tensor | None = None
+    padding: Tensor | None = None
 
     @classmethod
     def from_inputs(cls, inputs: dict[str, Any]) -> Images | None:
@@ -123,6 +126,8 @@ class Images:
         seen = [start - given[0], end - given[1]]
         views, rows = _starts(self.views, seen), _starts(self.lengths, given)
         own = {"features": rows, "lengths": given, "pixels": views, "sizes": views, "views": seen}
+        if self.padding is not None:
+            own["padding"] = _starts(self._all_views(self.padding.shape[1]), [start, end])
         fields = {
             name: value[slice(*own.get(name, (start, end)))]
             for name, value in self._fields().items()
@@ -157,8 +162,10 @@ class Images:
             featured = torch.cat([part.which() for part in seen])
         if any(part.views is not None for part in seen):
             views = _cat([part._views() for part in seen if part.pixels is not None])
-        grids, owners = (_cat([getattr(part, name) for part in seen]) for name in ("grids", "owners"))
-        return cls(pixels, sizes, features, featured, grids, codes, owners, views, lengths)
+        grids, owners, padding = (
+            _cat([getattr(part, name) for part in seen]) for name in ("grids", "owners", "padding")
+        )
+        return cls(pixels, sizes, features, featured, grids, codes, owners, views, lengths, padding)
 
     def which(self) -> Tensor:
         """Which images to understand come as features: bool [N]."""
@@ -171,6 +178,13 @@ class Images:
         if self.views is not None or self.pixels is None:
             return self.views
         return torch.ones(len(self.pixels), dtype=torch.int64)
+
+    def _all_views(self, tokens: int) -> Tensor:
+        """Views of each image, for views of so many features: int64 [N]."""
+        views = self._views()
+        computed = iter([] if views is None else views.tolist())
+        given = iter([] if self.features is None else [length // tokens for length in self.each_length()])
+        return torch.tensor([next(given if featured else computed) for featured in self.which().tolist()])
 
 
 def _starts(lengths: Tensor | None, places: list[int]) -> list[int]:
@@ -240,6 +254,7 @@ def digests(images: Images) -> list[str]:
     for place in range(len(images)):
         one = dataclasses.replace(images, codes=None).part(place, place + 1)
         tensors = [one.features] if one.pixels is None else _cut(one)
+        tensors += [] if one.padding is None else [one.padding]
         told = hashlib.blake2b(b"features" if one.pixels is None else b"pixels", digest_size=16)
         for tensor in tensors:
             assert tensor is not None

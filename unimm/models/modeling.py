@@ -270,7 +270,7 @@ class UniMMModel(StrictModel):
             add = self.layout.picture is not None and self.layout.picture.add
             stream = scatter_rows(stream, mask, tokens, "images: features", add)
         if lockstep and images.pixels is None:
-            blank = torch.zeros(1, 3, *self.seeing.blank, dtype=self.dtype, device=input_ids.device)
+            blank = torch.zeros(self.seeing.blank, dtype=self.dtype, device=input_ids.device)
             nothing = self.vision(blank, lockstep=True)
             if images.features is None:
                 nothing = self.connector(nothing, self.seeing.blank_seen)
@@ -314,7 +314,9 @@ class UniMMModel(StrictModel):
         if features.ndim == 2 or images.views is not None:
             lengths = torch.tensor(feature_counts(self.seeing, images, self.layout))
             features = features.flatten(0, 1) if features.ndim == 3 else features
-        return Images(features=features, lengths=lengths, grids=grids, owners=images.owners)
+        return Images(
+            features=features, lengths=lengths, grids=grids, owners=images.owners, padding=images.padding
+        )
 
     def put_tokens(self, input_ids: Tensor, images: Images) -> Tensor:
         """Fill the placeholders of images that are understood by their codes with the tokens of these.

@@ -125,6 +125,8 @@ class CanvasViewsConfig:
         overlap: pixels at each side of a tile that its neighbours show too (Molmo).
         pad_value: grey level (0..255), or one for each channel, of the padding.
         resample: how pixels are interpolated.
+        precise: whether pixels stay float32 numbers between resizing and normalising, and sizes are computed in float32
+            (Molmo), where else they are rounded to 256 levels.
         mean: what is taken from each colour channel in [0, 1], and
         std: what it is then divided by; the defaults give [-1, 1].
     """
@@ -140,6 +142,7 @@ class CanvasViewsConfig:
     overlap: WholeNumber = 0
     pad_value: PadValue = 0
     resample: Resample = "bicubic"
+    precise: bool = False
     mean: Mean = DEFAULT_COLOURS
     std: Deviation = DEFAULT_COLOURS
     kind: Literal["canvas"] = "canvas"
@@ -275,7 +278,8 @@ class AttendReducerConfig:
         side: features a side.
         width: of what comes out.
         heads: attention heads.
-        padding: whether features of padding get a learned vector, one where all is padding, one where some is.
+        padding: whether features of padding get a learned vector, one where all is padding, one where some is; which
+            views they are sought in, `unimm.processing.canvas` says.
     """
 
     width: Width

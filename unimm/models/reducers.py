@@ -106,7 +106,7 @@ class AttendReducer(Reducer):
         return self.out
 
     def forward(self, features: Tensor, seen: Seen) -> Tensor:
-        """See `Reducer`; features [V, n, C] of the whole and the tiles of each image, tokens [F, C]."""
+        """See `Reducer`; features [V, n, C] or [P, C] of the whole and the tiles of each image, tokens [F, C]."""
         side = seen.shapes[0][0]
         table = _stacked(
             [
@@ -116,7 +116,11 @@ class AttendReducer(Reducer):
             [(1 + rows * columns) * side**2 for rows, columns in seen.grids],
         )
         flat = features.flatten(0, 1) if features.ndim == 3 else features
-        groups = flat[table.to(features.device)]
+        if self.padding is not None:
+            marks = torch.cat([torch.zeros_like(self.padding[:1]), self.padding])
+            kinds = flat.new_zeros(len(flat)) if seen.padding is None else seen.padding.flatten()
+            flat = flat + marks[kinds.long()]
+        groups = flat[table.to(flat.device)]
         query = groups.mean(1, keepdim=True)
         q, k, v = (
             layer(states).unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -15,6 +15,7 @@ from unimm.models.layout import Grid, ImageLayout
 from unimm.models.parts import (
     AbstractReducerConfig,
     AreaViewsConfig,
+    AttendReducerConfig,
     CanvasViewsConfig,
     CodesEncoderConfig,
     EncoderConfig,
@@ -37,10 +38,12 @@ class Seen(NamedTuple):
     Attributes:
         shapes: rows and columns of features of each view.
         grids: of each image, rows and columns as the grammar has them: of tokens, or of tiles on a canvas.
+        padding: which features are of padding, as `Images` has it; None: that is not asked.
     """
 
     shapes: Sequence[Grid]
     grids: Sequence[Grid]
+    padding: Tensor | None = None
 
 
 class Seeing(NamedTuple):
@@ -129,36 +132,57 @@ class Seeing(NamedTuple):
         return None
 
     @property
-    def blank(self) -> Grid:
-        """Height and width of the smallest view, for an image that stands for none."""
-        if isinstance(self.views, SquareViewsConfig):
-            return self.views.image_size, self.views.image_size
-        if isinstance(self.views, CanvasViewsConfig):
-            return self.views.tile, self.views.tile
-        return self.unit, self.unit
+    def blank(self) -> tuple[int, int, int, int]:
+        """Shape of the smallest views, those of an image that stands for none."""
+        views = self.views
+        if isinstance(views, SquareViewsConfig):
+            return 1, 3, views.image_size, views.image_size
+        if isinstance(views, CanvasViewsConfig):
+            return views.views(1, 1), 3, views.tile, views.tile
+        return 1, 3, self.unit, self.unit
 
     @property
     def blank_seen(self) -> Seen:
-        """How the features of that view lie."""
-        height, width = self.blank
+        """How the features of these views lie."""
+        count, _, height, width = self.blank
         grid = (1, 1) if isinstance(self.views, CanvasViewsConfig) else self.tokens(height, width)
-        return Seen([self.features(height, width)], [grid])
+        return Seen([self.features(height, width)] * count, [grid])
+
+    @property
+    def marks_padding(self) -> bool:
+        """Whether the reducer asks which features are of padding."""
+        return isinstance(self.reducer, AttendReducerConfig) and self.reducer.padding
 
     @property
     def overlap(self) -> int:
         """Features at each side of a tile that its neighbours show too."""
-        return self.views.overlap // (self.patch or 1) if isinstance(self.views, CanvasViewsConfig) else 0
+        views = self.views
+        return (
+            views.overlap // (views.tile // (self.side or 1)) if isinstance(views, CanvasViewsConfig) else 0
+        )
 
 
 def seen_of(seeing: Seeing, images: Images, layout: ImageLayout) -> Seen:
-    """Return how the features of images lie; where grids are not given, views are of one size or say theirs."""
+    """Return how the features of images lie; where grids are not given, views are of one size or say theirs.
+
+    Raises:
+        ValueError: the reducer asks which features are of padding, and the images do not say.
+    """
     if images.grids is not None:
         grids = [(rows, columns) for rows, columns in images.grids.tolist()]
     elif images.pixels is not None and seeing.side is None and seeing.patch is not None:
         grids = [seeing.tokens(*size) for size in images.view_sizes()]
     else:
         grids = [seeing.tile or layout.grid] * len(images)
-    return Seen(_shapes(seeing, images, grids), grids)
+    shapes = _shapes(seeing, images, grids)
+    if not seeing.marks_padding or not len(images):
+        return Seen(shapes, grids)
+    if images.padding is None or len(images.padding) != len(shapes):
+        found = "none" if images.padding is None else f"that of {len(images.padding)}"
+        raise ValueError(
+            f"images: padding: {found}, but there are {len(shapes)} views; prepare images as `views` does"
+        )
+    return Seen(shapes, grids, images.padding)
 
 
 def _shapes(seeing: Seeing, images: Images, grids: Sequence[Grid]) -> list[Grid]:

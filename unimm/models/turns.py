@@ -21,6 +21,7 @@ START, ASK, END = (
     "ask",
     "end",
 )  # before the first piece; where an answer is to begin; after the last piece
+OPENING_IMAGE = "opening.image"  # of the user's, before the mark of its turn
 SYSTEM_TEXT, USER_TEXT, USER_IMAGE, ASSISTANT_TEXT = (
     "system.text",
     "user.text",
@@ -70,6 +71,7 @@ class Turns:
         end: the special token that the template writes after an answer; empty: the tokenizer's end token.
         bos: where the tokenizer's begin token stands: "first", "after_images" that come first (Fuyu), or "never"
             (Qwen2-VL).
+        images_before: whether images that a turn of the user begins with stand before what opens it (Molmo).
     """
 
     user: str = "<user>"
@@ -87,6 +89,7 @@ class Turns:
     system_last: bool = False
     end: str = ""
     bos: Literal["first", "after_images", "never"] = "first"
+    images_before: bool = False
 
     @classmethod
     def deepseek(cls, user: str, assistant: str, system: str) -> Turns:
@@ -136,15 +139,19 @@ class Turns:
 
     def _rule(self, left: str, right: str, same: bool) -> str:
         """The words of a join without a template; the end token of an answer is not among them."""
-        before = (
-            self.after_image if left == USER_IMAGE else self._after_system() if left == SYSTEM_TEXT else ""
-        )
-        if same:
-            return before + (self.between_images if left == right == USER_IMAGE else "")
+        images = (USER_IMAGE, OPENING_IMAGE)
+        before = self._after_system() if left == SYSTEM_TEXT else ""
+        if left in images:
+            before = self.after_image
+        if same and (left == OPENING_IMAGE) == (right == OPENING_IMAGE):
+            return before + (self.between_images if left == right and left in images else "")
         if right in (USER_TEXT, USER_IMAGE):
             return before + self.user
-        if left in (USER_TEXT, USER_IMAGE) and right in (ASSISTANT_TEXT, ASK):
-            return before + self.assistant
+        if right in (ASSISTANT_TEXT, ASK):
+            if left == OPENING_IMAGE:
+                return before + self.user + self.assistant
+            if left in (USER_TEXT, USER_IMAGE):
+                return before + self.assistant
         return before
 
     def _after_system(self) -> str:

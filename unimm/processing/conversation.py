@@ -23,6 +23,7 @@ from unimm.models.turns import (
     ASK,
     ASSISTANT_TEXT,
     END,
+    OPENING_IMAGE,
     START,
     SYSTEM_TEXT,
     USER_IMAGE,
@@ -159,7 +160,8 @@ class Conversation:
         turns, left = self.turns, START
         parts: list[LayoutPart] = [self.begin("first")]
         grids = iter(images)
-        for place, part in _drawing_pieces(message, turns.praise if praise is None else praise):
+        image_place = OPENING_IMAGE if turns.images_before else USER_IMAGE
+        for place, part in _drawing_pieces(message, turns.praise if praise is None else praise, image_place):
             parts.append(self.begin("after_images") if isinstance(part, str) else [])
             if not turns.bare_drawings or left != START:
                 parts += self.special(turns.join(left, place, same=left != START).words)
@@ -403,9 +405,11 @@ def _pieces(messages: Sequence[Message], turns: Turns) -> list[_Piece]:
         parts: list[str | ImagePart] = list(message.parts)
         if turns.images_first and message.role == "user":
             parts.sort(key=lambda part: isinstance(part, str))
+        opens = turns.images_before and message.role == "user"
         for part in parts:
             kind = "text" if isinstance(part, str) else "image"
-            pieces.append(_Piece(number, f"{message.role}.{kind}", part))
+            opens = opens and kind == "image"
+            pieces.append(_Piece(number, OPENING_IMAGE if opens else f"{message.role}.{kind}", part))
     asked = max((number for number, message in enumerate(messages) if message.role == "user"), default=-1)
     if turns.system_last and asked >= 0 and pieces[0].place == SYSTEM_TEXT:
         system = pieces.pop(0)
@@ -413,11 +417,11 @@ def _pieces(messages: Sequence[Message], turns: Turns) -> list[_Piece]:
     return pieces
 
 
-def _drawing_pieces(message: Message, praise: str) -> list[tuple[str, str | ImagePart]]:
+def _drawing_pieces(message: Message, praise: str, image_place: str) -> list[tuple[str, str | ImagePart]]:
     """The images of a prompt for a drawing, then its words: where each stands, and itself."""
     words = " ".join(part.strip() for part in message.parts if isinstance(part, str)).strip()
     images = [part for part in message.parts if isinstance(part, ImagePart)]
-    return [*((USER_IMAGE, image) for image in images), (USER_TEXT, words + praise)]
+    return [*((image_place, image) for image in images), (USER_TEXT, words + praise)]
 
 
 def _is_drawing(messages: Sequence[Message]) -> bool:

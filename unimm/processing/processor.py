@@ -227,13 +227,23 @@ class UniMMProcessor:
         assert self.views is not None
         return self.views.prepare(images)
 
-    def store_features(self, features: NDArray[Any], grid: Grid) -> NDArray[Any]:
+    def store_features(
+        self, features: NDArray[Any], grid: Grid, padding: NDArray[Any] | None = None
+    ) -> NDArray[Any]:
         """Return the features [n, width] of an image as they are stored.
 
-        Where images have unlike many, a row in front says the grid that the image has in the stream.
+        Where images have unlike many, a row in front says the grid that the image has in the stream. Where the model
+        asks which features are of padding, a column behind says it.
+
+        Args:
+            features: of the image.
+            grid: rows and columns that it has in the stream.
+            padding: [n], as `Images` has it.
         """
         if isinstance(self.views, SquareViews):
             return features
+        if padding is not None:
+            features = np.concatenate([features, padding[:, None].astype(features.dtype)], axis=1)
         front = np.zeros((1, features.shape[1]), features.dtype)
         front[0, :2] = grid
         return np.concatenate([front, features])
@@ -247,21 +257,24 @@ class UniMMProcessor:
         if self.feature_width is None:
             raise UserError("features of an encoder, but this model has none")
         square = isinstance(self.views, SquareViews)
+        width = self.feature_width + self.seeing.marks_padding
         features = [torch.from_numpy(one if square else one[1:]) for one in stored]
         grids: list[Grid] = [
             self.image_grid if square else (int(one[0, 0]), int(one[0, 1])) for one in stored
         ]
         for one, grid in zip(features, grids, strict=True):
             wanted = self.seeing.counted(grid) if min(grid) > 0 else 0
-            if one.shape[1] != self.feature_width or wanted not in (None, len(one)):
+            if one.shape[1] != width or wanted not in (None, len(one)):
                 count = "n" if wanted is None or not square else wanted
-                raise UserError(
-                    f"features of {list(one.shape)}, the model takes [{count}, {self.feature_width}]"
-                )
+                raise UserError(f"features of {list(one.shape)}, the model takes [{count}, {width}]")
         if square:
             return Images(features=torch.stack(features), grids=torch.tensor(grids))
         lengths = torch.tensor([len(one) for one in features])
-        return Images(features=torch.cat(features), lengths=lengths, grids=torch.tensor(grids))
+        joined, padding = torch.cat(features), None
+        if self.seeing.marks_padding:
+            assert self.seeing.side is not None
+            joined, padding = joined[:, :-1], joined[:, -1].to(torch.uint8).view(-1, self.seeing.side**2)
+        return Images(features=joined, lengths=lengths, grids=torch.tensor(grids), padding=padding)
 
     def drawn(self, codes: Sequence[Tensor]) -> Images:
         """Return images to generate, of codes [h, w] each, as the model takes them beside its tokens."""

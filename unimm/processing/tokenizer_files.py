@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -19,7 +19,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from unimm.errors import UserError
 from unimm.files import open_regular, read_json, read_optional
-from unimm.models.configs import Published, Text
+from unimm.models.configs import Published, Text, without_code
 from unimm.models.decoders import DECODERS
 from unimm.sections import Foreign, near, show, validate
 
@@ -77,7 +77,13 @@ class SpecialTokens(Published):
 
 
 class TokenizerConfig(SpecialTokens):
-    """`tokenizer_config.json`."""
+    """`tokenizer_config.json`; code that it names for a processor is not its own, and ours stands in its place."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, data: Any) -> Any:
+        code = data.get("auto_map") if isinstance(data, Mapping) else None
+        return without_code(data, isinstance(code, Mapping) and code.keys() == {"AutoProcessor"})
 
     tokenizer_class: Annotated[Text, AfterValidator(_class)] | None = None
     model_max_length: Annotated[float, Field(gt=0)] | None = None
@@ -173,7 +179,8 @@ def _is_fault(error: BaseException) -> bool:
 def _beside(folder: Path, config: Mapping[str, Any] | None) -> PreTrainedConfig:
     """A config of the same type as the model's in the folder, as it is by default."""
     kind: Any = (read_optional(folder / "config.json") if config is None else config).get("model_type")
-    known = isinstance(kind, str) and kind in TOKENIZER_MAPPING_NAMES
+    # transformers knows tokenizers of some models that it has no config of
+    known = isinstance(kind, str) and kind in TOKENIZER_MAPPING_NAMES and kind in CONFIG_MAPPING
     default: PreTrainedConfig = CONFIG_MAPPING[kind]() if known else PreTrainedConfig()
     return default
 

@@ -29,6 +29,7 @@ from unimm.models.parts import (
     SquareViewsConfig,
 )
 from unimm.models.seeing import Seeing
+from unimm.processing.canvas import float_canvas, padding_of_views
 from unimm.processing.sizes import (
     GridOrder,
     area_size,
@@ -257,9 +258,11 @@ class CanvasViews(Views):
 
     Attributes:
         rule: how it is cut.
+        patch: pixels a side of a feature, where the model asks which are of padding.
     """
 
     rule: CanvasViewsConfig
+    patch: int | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -278,17 +281,26 @@ class CanvasViews(Views):
     def prepare(self, images: Sequence[ImageInput]) -> Images:
         """Return images as pixels [V, 3, tile, tile], with the views and tiles of each; see `Views.prepare`."""
         rule = self.rule
-        views: list[Image.Image] = []
-        counts, grids = [], []
+        views: list[Tensor] = []
+        counts, grids, padding = [], [], []
         for image in images:
             opened = read_image(image)
             grid = self.grid_of(opened.height, opened.width)
             own = self._views(opened, grid)
             views += own
+            if self.patch is not None:
+                canvas = self._canvas(grid)
+                inner = self._inner(opened, canvas, rule.place)
+                padding.append(padding_of_views(inner, canvas, grid, rule.tile, self.patch))
             counts.append(len(own))
             grids.append(grid)
         assert counts == [rule.views(*grid) for grid in grids]
-        return Images(pixels=self._normal(views), views=torch.tensor(counts), grids=torch.tensor(grids))
+        return Images(
+            pixels=torch.stack(views),
+            views=torch.tensor(counts),
+            grids=torch.tensor(grids),
+            padding=torch.cat(padding) if padding else None,
+        )
 
     def _limited(self, limits: Mapping[str, int]) -> Views:
         most = limits.get("max_tiles", self.rule.most)
@@ -296,8 +308,14 @@ class CanvasViews(Views):
             raise UserError(f"{min(unknown)}: this model sees tiles of one size; use max_tiles")
         return replace(self, rule=replace(self.rule, most=most, least=min(self.rule.least, most)))
 
-    def _views(self, image: Image.Image, grid: tuple[int, int]) -> list[Image.Image]:
-        """The views of an image, in the order of the stream."""
+    def _canvas(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of all tiles together."""
+        inner = 2 * self.rule.overlap
+        rows, columns = (count * (self.rule.tile - inner) + inner for count in grid)
+        return rows, columns
+
+    def _views(self, image: Image.Image, grid: tuple[int, int]) -> list[Tensor]:
+        """The views [3, tile, tile] of an image, in the order of the stream."""
         rule = self.rule
         whole = (
             [] if rule.whole == "none" else [self._placed(image, (rule.tile, rule.tile), rule.whole_place)]
@@ -305,22 +323,29 @@ class CanvasViews(Views):
         if rule.alone and grid == (1, 1):
             return whole
         step = rule.tile - 2 * rule.overlap
-        height, width = (count * step + 2 * rule.overlap for count in grid)
-        canvas = self._placed(image, (height, width), rule.place)
+        canvas = self._placed(image, self._canvas(grid), rule.place)
         tiles = [
-            canvas.crop((column * step, row * step, column * step + rule.tile, row * step + rule.tile))
+            canvas[:, row * step : row * step + rule.tile, column * step : column * step + rule.tile]
             for row in range(grid[0])
             for column in range(grid[1])
         ]
         return whole + tiles if rule.whole == "first" else tiles + whole
 
-    def _placed(self, image: Image.Image, size: tuple[int, int], place: str) -> Image.Image:
-        """An image on a canvas."""
-        resample = RESAMPLES[self.rule.resample]
+    def _inner(self, image: Image.Image, size: tuple[int, int], place: str) -> tuple[int, int]:
+        """Height and width of an image on a canvas."""
         if place == "stretch":
-            return image.resize(size[::-1], resample)
-        inner = letterbox_size(image.height, image.width, size)
-        return _on_canvas(image.resize(inner[::-1], resample), size, self.rule.pad_value, centred=True)
+            return size
+        return letterbox_size(image.height, image.width, size, self.rule.precise)
+
+    def _placed(self, image: Image.Image, size: tuple[int, int], place: str) -> Tensor:
+        """An image on a canvas, normalised: [3, height, width]."""
+        rule, inner = self.rule, self._inner(image, size, place)
+        if rule.precise:
+            pixels = float_canvas(image, inner, size, pad_colour(rule.pad_value), rule.resample)
+            mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+            return (pixels - mean) / std
+        resized = image.resize(inner[::-1], RESAMPLES[rule.resample])
+        return self._normal([_on_canvas(resized, size, rule.pad_value, centred=True)])[0]
 
 
 def _on_canvas(image: Image.Image, size: tuple[int, int], pad: PadValue, centred: bool) -> Image.Image:
@@ -358,7 +383,10 @@ def make_views(config: UniMMConfig) -> Views | None:
         return AreaViews(views.mean, views.std, views.least, views.most, views.stride)
     if isinstance(views, FitViewsConfig):
         return FitViews(views.mean, views.std, views, seeing)
-    return None if views is None else CanvasViews(views.mean, views.std, views)
+    if views is None:
+        return None
+    patch = views.tile // (seeing.side or 1) if seeing.marks_padding else None
+    return CanvasViews(views.mean, views.std, views, patch)
 
 
 def letterbox(image: Image.Image, side: int, colour: tuple[int, ...]) -> Image.Image:
