@@ -222,6 +222,17 @@ def test_a_line_for_what_does_not_fit(case: Case) -> None:
         um.model(input_ids=torch.tensor([ids]))
 
 
+@pytest.mark.parametrize("size", [(4000, 1), (1, 4000)])
+@torch.no_grad()
+def test_an_image_that_is_all_but_a_line_is_seen_or_refused_in_one(case: Case, size: tuple[int, int]) -> None:
+    try:
+        ids, images = case.um.processor.question("a", [picture(*size)])
+    except UserError as error:
+        assert str(error).startswith("image: ") and "\n" not in str(error)
+        return
+    assert bool(case.um.model(input_ids=torch.tensor([ids]), images=images).logits.isfinite().all())
+
+
 def test_a_conversation_of_turns(case: Case) -> None:
     """Two turns with images give what the reference's template and processor give."""
     oracle: Any = case.oracle
