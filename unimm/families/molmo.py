@@ -37,8 +37,8 @@ TOKENS = {"begin": "<im_start>", "end": "<im_end>", "row_end": "<im_col>"}
 FEATURE = "<im_patch>"
 
 Eps = Annotated[float, Field(gt=0, lt=1)]
-Count = Annotated[int, Field(gt=0, le=2**10)]
-Layer = Annotated[int, Field(ge=-(2**10), le=2**10)]
+_Count = Annotated[int, Field(gt=0, le=2**10)]
+_BlockNumber = Annotated[int, Field(ge=-(2**10), le=2**10)]
 Square = Annotated[tuple[Side, Side], Field(strict=False)]
 
 
@@ -46,10 +46,10 @@ class Tower(Published):
     """The vision tower, CLIP's ViT-L/14 at 336 pixels without its last block where nothing is said."""
 
     image_default_input_size: Square = (336, 336)
-    image_patch_size: Count = 14
+    image_patch_size: _Count = 14
     image_emb_dim: Width = 1024
     image_num_heads: HeadCount = 16
-    image_num_layers: Count = 23
+    image_num_layers: _Count = 23
     image_mlp_dim: Annotated[int, Field(gt=0, le=2**18)] = 4096
     image_mlp_activations: Literal["quick_gelu"] = "quick_gelu"
     image_norm_eps: Annotated[float, Field(ge=1e-5, le=1e-5)] = 1e-5  # what timm has
@@ -60,7 +60,7 @@ class Document(OwnCode):
 
     hidden_size: Width
     intermediate_size: Annotated[int, Field(gt=1, le=2**20, multiple_of=2)]  # of both halves
-    num_hidden_layers: Count
+    num_hidden_layers: _Count
     num_attention_heads: HeadCount
     num_key_value_heads: HeadCount | None = None
     max_position_embeddings: Annotated[int, Field(gt=0, le=2**24)]
@@ -76,16 +76,16 @@ class Document(OwnCode):
     weight_tying: Literal[False] = False
     tie_word_embeddings: Literal[False] = False
     vision_backbone: Tower = Field(default_factory=Tower)
-    vit_layers: Annotated[tuple[Layer, ...], Field(strict=False, min_length=1, max_length=8)] = (-2, -9)
+    vit_layers: Annotated[tuple[_BlockNumber, ...], Field(strict=False, min_length=1, max_length=8)] = (-2, -9)
 
 
 class Crops(OwnCode):
     """`preprocessor_config.json`, besides colours."""
 
     base_image_input_size: Square | None = None
-    image_patch_size: Count | None = None
+    image_patch_size: _Count | None = None
     max_crops: Annotated[int, Field(gt=0, le=64)] = 12
-    overlap_margins: Annotated[tuple[Count, Count], Field(strict=False)] = (4, 4)
+    overlap_margins: Annotated[tuple[_Count, _Count], Field(strict=False)] = (4, 4)
     image_padding_mask: Literal[True] = True
 
 
