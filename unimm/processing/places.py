@@ -157,7 +157,9 @@ def draw_places(image: Image.Image, places: Sequence[Coordinates], line: int | N
             x, y = place.numbers
             pen.circle((x, y), 2 * width, fill=colour, outline="white", width=max(width // 2, 1))
             corner = (x + 2 * width + 1, y)
-        if place.label:
+        if place.label:  # which stays on the image
+            right, bottom = pen.textbbox((0, 0), place.label, stroke_width=1)[2:]
+            corner = (min(corner[0], image.width - right), min(corner[1], image.height - bottom))
             pen.text(corner, place.label, fill=colour, stroke_width=1, stroke_fill="white")
     return drawn
 
