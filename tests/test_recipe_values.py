@@ -95,7 +95,7 @@ def test_a_key_that_no_section_has_is_named(recipe: Path, tmp_path: Path) -> Non
         (("model", "decoder", "model_type"), "lama", 'model.decoder.model_type: no decoder is of the kind "lama"'),
         (("model", "decoder", "num_key_value_heads"), 3, "model.decoder.num_key_value_heads: expected a divisor"),
         (("model", "decoder", "hiden"), 3, "model.decoder.hiden: unknown key"),
-        (("model", "vision", "name"), "hf-hub:a/b", "model.vision.name: no SigLIP encoder of timm is named"),
+        (("model", "vision", "name"), "hf-hub:a/b", "model.vision.name: no SigLIP or CLIP encoder of timm is named"),
         (("model", "vision", "kwargs"), {"checkpoint_path": "x"}, "model.vision.kwargs.checkpoint_path: unknown"),
         (("model", "vision", "tokens"), -1, "model.vision.tokens: expected more than 0"),
         (("model", "image_tokenizer", "model_type"), "x", "model.image_tokenizer.model_type: expected one of"),

@@ -76,7 +76,10 @@ class Document(OwnCode):
     weight_tying: Literal[False] = False
     tie_word_embeddings: Literal[False] = False
     vision_backbone: Tower = Field(default_factory=Tower)
-    vit_layers: Annotated[tuple[_BlockNumber, ...], Field(strict=False, min_length=1, max_length=8)] = (-2, -9)
+    vit_layers: Annotated[tuple[_BlockNumber, ...], Field(strict=False, min_length=1, max_length=8)] = (
+        -2,
+        -9,
+    )
 
 
 class Crops(OwnCode):
@@ -147,17 +150,7 @@ class Molmo(Family):
                 "feature": special_token(tokenizer, FEATURE, checkpoint.folder),
                 "code": decoder["vocab_size"] + NEW_TOKENS,  # which is no token
                 "grid": UNDRAWN,
-                "picture": {
-                    **{
-                        name: special_token(tokenizer, token, checkpoint.folder)
-                        for name, token in TOKENS.items()
-                    },
-                    "tile": (side // patch // POOL,) * 2,
-                    "whole_at": "first",
-                    "joint": True,
-                    "overlap": views["overlap"] // (patch * POOL),
-                    "add": True,
-                },
+                "picture": _picture(checkpoint, side // patch // POOL, views["overlap"] // (patch * POOL)),
             },
             "tie_word_embeddings": False,
         }
@@ -233,6 +226,16 @@ def _decoder(document: Document, where: str, ends: Mapping[str, int | None]) -> 
         **ends,
     )
     return decoder_of(config, kind)
+
+
+def _picture(checkpoint: Checkpoint, side: int, overlap: int) -> dict[str, Any]:
+    """What stands around the features of an image, of tiles of so many tokens a side."""
+    ends = {
+        name: special_token(checkpoint.text_tokenizer, token, checkpoint.folder)
+        for name, token in TOKENS.items()
+    }
+    tiles = {"tile": (side, side), "whole_at": "first", "joint": True, "overlap": overlap}
+    return {**ends, **tiles, "add": True}
 
 
 def _views(checkpoint: Checkpoint, document: Document) -> dict[str, Any]:

@@ -113,6 +113,17 @@ class Rope(Foreign):
     truncate: bool | None = None
 
 
+def check_rope(given: Any, key: str) -> None:
+    """Check that rotary positions are described by fields that there are.
+
+    Raises:
+        FieldError: a field is unknown.
+    """
+    for name in given if isinstance(given, Mapping) else ():
+        if name not in Rope.model_fields:
+            raise FieldError(f"{key}.{shown_key(name)}: unknown key{near(name, Rope.model_fields)}")
+
+
 Bounds = Mapping[str, Any]
 # by a field's name: the first that matches all of it
 _RANGES: tuple[tuple[str, Bounds], ...] = (

@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from unimm.documents import shown_key
 from unimm.errors import UserError
-from unimm.models.configs import own_keys, section_for
+from unimm.models.configs import check_rope, own_keys, section_for
 from unimm.sections import FieldError, near, show, validate
 
 DECODERS = (
@@ -58,6 +58,7 @@ def _checked(fields: Any) -> dict[str, Any]:
     for name in given:
         if name not in section.model_fields and name not in written:
             raise FieldError(f"{shown_key(name)}: unknown key{near(name, section.model_fields)}")
+    check_rope(given.get("rope_parameters"), "rope_parameters")
     return {"model_type": kind, **validate(section, given, "").model_dump(exclude_unset=True)}
 
 

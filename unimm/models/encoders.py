@@ -9,7 +9,7 @@ from pydantic import Field
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from unimm.models.configs import own_keys, section_for
+from unimm.models.configs import check_rope, own_keys, section_for
 from unimm.sections import FieldError, Section, near, show, validate
 
 FOREIGN_ENCODERS = ("pixtral", "idefics3_vision", "internvl_vision")
@@ -83,6 +83,7 @@ def check_foreign_encoder(name: str, kwargs: dict[str, Any]) -> None:
     for key in own_keys(kwargs):
         if key not in section.model_fields:
             raise FieldError(f"kwargs.{key}: unknown key{near(key, section.model_fields)}")
+    check_rope(kwargs.get("rope_parameters"), "kwargs.rope_parameters")
     validate(section, kwargs, "", "kwargs")
 
 

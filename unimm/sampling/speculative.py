@@ -80,8 +80,10 @@ class Window:
         ):
             raise UserError(f"window: {fixed!r}; give a whole number from 1 to {WIDEST}")
         self.fixed, self.widest = fixed, WIDEST
-        if fixed is None and is_quantised(model):
-            self.widest = SHORT - 1  # wider windows would leave the fast kernel
+        if fixed is None and is_quantised(
+            model
+        ):  # whose near ties nothing settles, so that all passes have to be alike
+            self.fixed = self.widest = SHORT - 1  # wider windows would leave the fast kernel
         if fixed is None and model.dtype in (torch.float16, torch.bfloat16):
             self.fixed = _HALF_WINDOW if model.device.type == "cuda" else 1
         config = model.decoder.config
