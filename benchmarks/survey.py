@@ -38,11 +38,12 @@ def compare(reference: Reference, batch: int, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         oracle = reference.write(Path(folder))
         um = unimm.load(folder, device="cpu")
+    um.processor.end_tokens = []  # both write all tokens, whichever they are
     questions = ["what is in this image?"] * batch
     images = [[picture(*SIZES[i])] for i in range(batch)]
-    options = GenerationConfig(max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
+    options = GenerationConfig(max_new_tokens=TOKENS, do_sample=False)
     engine = Engine(um.model, um.processor)
-    sampling = TextSampling(max_new_tokens=TOKENS, min_new_tokens=TOKENS)
+    sampling = TextSampling(max_new_tokens=TOKENS)
 
     def theirs() -> Any:
         oracle.reset()
