@@ -111,12 +111,15 @@ class Seeing(NamedTuple):
             return None
         return sum(self.each(grid))
 
+    def view_count(self, grid: Grid) -> int:
+        """Return the views of an image of a grid."""
+        return self.views.views(*grid) if isinstance(self.views, CanvasViewsConfig) else 1
+
     def each(self, grid: Grid) -> list[int]:
         """Return the features of each view of an image of a grid, at most."""
         rows, columns = grid
         if self.side is not None:
-            views = self.views.views(rows, columns) if isinstance(self.views, CanvasViewsConfig) else 1
-            return [self.side**2] * views
+            return [self.side**2] * self.view_count(grid)
         if isinstance(self.reducer, ResampleReducerConfig):
             most = {count: features for features, count in self.reducer.queries}
             return [most[rows * columns]]
@@ -188,9 +191,7 @@ def seen_of(seeing: Seeing, images: Images, layout: ImageLayout) -> Seen:
 def _shapes(seeing: Seeing, images: Images, grids: Sequence[Grid]) -> list[Grid]:
     """Return rows and columns of the features of each view."""
     if seeing.side is not None:
-        views = seeing.views
-        each = [views.views(*grid) if isinstance(views, CanvasViewsConfig) else 1 for grid in grids]
-        return [(seeing.side, seeing.side)] * sum(each)
+        return [(seeing.side, seeing.side)] * sum(map(seeing.view_count, grids))
     if isinstance(seeing.reducer, ResampleReducerConfig):  # which does not ask how they lie, only how many
         return [(1, count) for count in _counts(seeing, images)]
     side = getattr(seeing.reducer, "side", 1)
@@ -211,9 +212,7 @@ def feature_counts(seeing: Seeing, images: Images, layout: ImageLayout) -> list[
     """Return how many features each image has."""
     seen = seen_of(seeing, images, layout)
     counts = iter([rows * columns for rows, columns in seen.shapes])
-    views = seeing.views
-    each = [views.views(*grid) if isinstance(views, CanvasViewsConfig) else 1 for grid in seen.grids]
-    return [sum(next(counts) for _ in range(own)) for own in each]
+    return [sum(next(counts) for _ in range(seeing.view_count(grid))) for grid in seen.grids]
 
 
 def check_room(layout: ImageLayout, seen: Seen, room: int) -> None:
