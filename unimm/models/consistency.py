@@ -19,6 +19,7 @@ from unimm.models.parts import (
     PositionsConfig,
     ResampleReducerConfig,
     SquareViewsConfig,
+    TiledEncoderConfig,
     TimmEncoderConfig,
     TransformersEncoderConfig,
     ViewsConfig,
@@ -43,6 +44,8 @@ def check_seeing(seeing: Seeing, generation: ImageGenerationConfig | None, conte
         if not isinstance(views, AreaViewsConfig) or generation is None or not generation.shared:
             raise FieldError("encoder.kind: codes need views of the kind area, and `generation.shared`")
         _expect("views.stride", views.stride, generation.stride, "stride of generation")
+    elif isinstance(encoder, TiledEncoderConfig):
+        _check_tiled(encoder, seeing)
     elif seeing.side is not None:
         if not isinstance(views, SquareViewsConfig | CanvasViewsConfig):
             raise FieldError(
@@ -100,6 +103,30 @@ def _check_square(seeing: Seeing, image_size: int) -> None:
     if side**2 != tokens or (whole and side % reducer.side):
         raise FieldError(
             f"reducer.side: {reducer.side} x {reducer.side} features do not divide a square of {tokens}"
+        )
+
+
+def _check_tiled(encoder: TiledEncoderConfig, seeing: Seeing) -> None:
+    """Check that views are the tiles of an image alone, and as many as the encoder takes."""
+    views = seeing.views
+    if not isinstance(views, CanvasViewsConfig) or views.whole != "none" or views.overlap:
+        raise FieldError("views: expected the kind canvas, whole none and no overlap, for the tiled encoder")
+    if not isinstance(seeing.reducer, JoinReducerConfig) or seeing.reducer.side != 1:
+        raise FieldError("reducer: expected the kind join of side 1, for the tiled encoder")
+    _expect("views.tile", views.tile, encoder.image_size, "image_size of the encoder")
+    if views.most > encoder.tiles:
+        raise FieldError(
+            f"views.most: expected at most {encoder.tiles} (tiles of the encoder), got {views.most}"
+        )
+    if encoder.image_size % encoder.patch:
+        raise FieldError(f"encoder.patch: expected a divisor of {encoder.image_size}, got {encoder.patch}")
+    if encoder.hidden % encoder.heads:
+        raise FieldError(
+            f"encoder.heads: expected a divisor of hidden ({encoder.hidden}), got {encoder.heads}"
+        )
+    if encoder.layers and max(encoder.layers) >= encoder.depth:
+        raise FieldError(
+            f"encoder.layers: {max(encoder.layers)}, but depth is {encoder.depth} and they count from 0"
         )
 
 

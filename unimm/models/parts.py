@@ -7,18 +7,29 @@ decoder's stream; `generation` is the way of an image to generate.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from unimm.models.configs import Activation
-from unimm.models.encoders import check_architecture, check_encoder_options, check_foreign_encoder
+from unimm.models.encoder_parts import CodesEncoderConfig as CodesEncoderConfig
+from unimm.models.encoder_parts import EncoderKwargs as EncoderKwargs
+from unimm.models.encoder_parts import EncoderName as EncoderName
+from unimm.models.encoder_parts import Epsilon as Epsilon
+from unimm.models.encoder_parts import FeatureCount as FeatureCount
+from unimm.models.encoder_parts import HeadCount as HeadCount
+from unimm.models.encoder_parts import LinearEncoderConfig as LinearEncoderConfig
+from unimm.models.encoder_parts import NaflexEncoderConfig as NaflexEncoderConfig
+from unimm.models.encoder_parts import Stride as Stride
+from unimm.models.encoder_parts import TiledEncoderConfig as TiledEncoderConfig
+from unimm.models.encoder_parts import TimmEncoderConfig as TimmEncoderConfig
+from unimm.models.encoder_parts import TransformersEncoderConfig as TransformersEncoderConfig
+from unimm.models.encoder_parts import WholeNumber as WholeNumber
+from unimm.models.encoder_parts import Width as Width
 from unimm.models.image_tokenizers.sizes import Side
 from unimm.sections import FieldError, Positive, near, read_dataclass, show
 
-Width = Annotated[int, Field(gt=0, le=2**16)]
 Depth = Annotated[int, Field(gt=0, le=2**6)]
 Grey = Annotated[int, Field(ge=0, le=255)]
 Mean = Annotated[tuple[float, float, float], Field(strict=False)]
@@ -26,16 +37,9 @@ Deviation = Annotated[
     tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]],
     Field(strict=False),
 ]
-Stride = Annotated[int, Field(gt=0, le=2**10)]
 Merge = Annotated[int, Field(gt=0, le=2**6)]
-FeatureCount = Annotated[int, Field(gt=0, le=2**20)]
-EncoderKwargs = Annotated[dict[str, Any], AfterValidator(check_encoder_options)]
-EncoderName = Annotated[str, AfterValidator(check_architecture)]
 PadValue = Grey | Annotated[tuple[Grey, Grey, Grey], Field(strict=False)]
 QueryCount = Annotated[tuple[FeatureCount, FeatureCount], Field(strict=False)]
-WholeNumber = Annotated[int, Field(ge=0, le=2**20)]
-Epsilon = Annotated[float, Field(gt=0, lt=1)]
-HeadCount = Annotated[int, Field(gt=0, le=2**10)]
 Resample = Literal["bilinear", "bicubic"]
 DEFAULT_COLOURS = (0.5, 0.5, 0.5)
 
@@ -110,15 +114,17 @@ class FitViewsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CanvasViewsConfig:
-    """An image cut into square tiles, and the whole of it beside them (NVLM, Molmo, MM1.5, Baichuan-Omni).
+    """An image cut into square tiles, and the whole of it beside them (NVLM, Molmo, Llama 3.2, MM1.5, Baichuan-Omni).
 
     Attributes:
         tile: pixels a side of a tile.
         most: tiles of an image, the whole not counted.
         least: of these the fewest.
         choose: which arrangement of tiles is taken: the one whose "ratio" of width to height is nearest (NVLM), the
-            one that enlarges least (Molmo, Baichuan-Omni: "scale"), or that pads and shrinks least (MM1.5: "pad").
-        place: how the image fills the arrangement: "stretch" to all of it, or in the "centre" with padding around.
+            one that enlarges least (Molmo, Llama 3.2, Baichuan-Omni: "scale"), or that pads and shrinks least (MM1.5:
+            "pad").
+        place: how the image fills the arrangement: "stretch" to all of it, in the "centre" with padding around, or in
+            the upper left "corner", enlarged to the side of a tile at most (Llama 3.2).
         whole: where the whole image stands: "first", "last", or nowhere.
         whole_place: as `place`, of the whole.
         alone: whether an image of one tile is shown as the whole alone.
@@ -135,7 +141,7 @@ class CanvasViewsConfig:
     most: Annotated[int, Field(gt=0, le=64)]
     least: Annotated[int, Field(gt=0, le=64)] = 1
     choose: Literal["ratio", "scale", "pad"] = "ratio"
-    place: Literal["stretch", "centre"] = "stretch"
+    place: Literal["stretch", "centre", "corner"] = "stretch"
     whole: Literal["first", "last", "none"] = "last"
     whole_place: Literal["stretch", "centre"] = "stretch"
     alone: bool = False
@@ -147,103 +153,14 @@ class CanvasViewsConfig:
     std: Deviation = DEFAULT_COLOURS
     kind: Literal["canvas"] = "canvas"
 
+    def __post_init__(self) -> None:
+        if self.precise and self.place == "corner":
+            raise FieldError("precise: expected false where place is corner, got true")
+
     def views(self, rows: int, columns: int) -> int:
         """Views of an image of so many rows and columns of tiles, the whole among them."""
         tiles = rows * columns
         return 1 if tiles == 1 and self.alone else tiles + (self.whole != "none")
-
-
-@dataclasses.dataclass(frozen=True)
-class TimmEncoderConfig:
-    """A vision transformer of timm.
-
-    Attributes:
-        name: architecture, as timm names it.
-        tokens: features of a view (the square of the patches a side).
-        width: channels of a feature.
-        kwargs: what `unimm.models.vision.create_encoder` takes besides the name (image size, width, depth, ...).
-        layers: blocks whose states are joined to a feature, counted from 0; empty: the last, after the final norm.
-    """
-
-    name: EncoderName
-    tokens: FeatureCount
-    width: Width
-    kwargs: EncoderKwargs = dataclasses.field(default_factory=dict)
-    layers: Annotated[tuple[WholeNumber, ...], Field(strict=False)] = ()
-    kind: Literal["timm"] = "timm"
-
-    @property
-    def side(self) -> int:
-        """Features a side."""
-        return math.isqrt(self.tokens)
-
-
-@dataclasses.dataclass(frozen=True)
-class NaflexEncoderConfig:
-    """A vision transformer of timm for images of any size, with rotary positions of rows and columns (Qwen2-VL).
-
-    Attributes:
-        width: channels of a feature.
-        depth: blocks.
-        heads: attention heads.
-        patch: pixels a side of a feature.
-        frames: frames of a video that a patch spans; an image is repeated so often.
-        mlp_ratio: width of a block's MLP, in widths.
-        act: its activation.
-    """
-
-    width: Width
-    depth: Annotated[int, Field(gt=0, le=2**10)]
-    heads: HeadCount
-    patch: Stride
-    frames: Annotated[int, Field(gt=0, le=16)] = 1
-    mlp_ratio: Annotated[float, Field(gt=0, le=2**8)] = 4.0
-    act: Literal["gelu", "quick_gelu"] = "quick_gelu"
-    kind: Literal["naflex"] = "naflex"
-
-
-@dataclasses.dataclass(frozen=True)
-class TransformersEncoderConfig:
-    """An encoder of transformers.
-
-    Attributes:
-        name: its `model_type`, one of `unimm.models.encoders.FOREIGN_ENCODERS`.
-        width: channels of a feature.
-        patch: pixels a side of a feature.
-        side: features a side of every view; 0: views keep their own sizes.
-        kwargs: fields of its config.
-    """
-
-    name: str
-    width: Width
-    patch: Stride
-    side: WholeNumber = 0
-    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
-    kind: Literal["transformers"] = "transformers"
-
-    def __post_init__(self) -> None:
-        check_foreign_encoder(self.name, self.kwargs)
-
-
-@dataclasses.dataclass(frozen=True)
-class LinearEncoderConfig:
-    """No encoder but a projection of the pixels of each patch (Fuyu).
-
-    Attributes:
-        width: channels of a feature.
-        patch: pixels a side of a feature.
-    """
-
-    width: Width
-    patch: Stride
-    kind: Literal["linear"] = "linear"
-
-
-@dataclasses.dataclass(frozen=True)
-class CodesEncoderConfig:
-    """The image tokenizer: an image is understood by its codes, which are tokens of the text vocabulary (Emu3)."""
-
-    kind: Literal["codes"] = "codes"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -416,7 +333,7 @@ class ImageGenerationConfig:
 
 ViewsConfig: TypeAlias = SquareViewsConfig | AreaViewsConfig | FitViewsConfig | CanvasViewsConfig
 NativeEncoderConfig: TypeAlias = NaflexEncoderConfig | TransformersEncoderConfig | LinearEncoderConfig
-EncoderConfig: TypeAlias = TimmEncoderConfig | CodesEncoderConfig | NativeEncoderConfig
+EncoderConfig: TypeAlias = TimmEncoderConfig | CodesEncoderConfig | TiledEncoderConfig | NativeEncoderConfig
 ReducerConfig: TypeAlias = (
     JoinReducerConfig
     | MeanReducerConfig
@@ -434,6 +351,7 @@ PART_KINDS: dict[str, tuple[type, ...]] = {
         NaflexEncoderConfig,
         TransformersEncoderConfig,
         LinearEncoderConfig,
+        TiledEncoderConfig,
     ),
     "reducer": (
         JoinReducerConfig,

@@ -26,6 +26,7 @@ from unimm.models.parts import (
     ReducerConfig,
     ResampleReducerConfig,
     SquareViewsConfig,
+    TiledEncoderConfig,
     TimmEncoderConfig,
     TransformersEncoderConfig,
     ViewsConfig,
@@ -65,17 +66,27 @@ class Seeing(NamedTuple):
         encoder = self.encoder
         if isinstance(encoder, CodesEncoderConfig) and isinstance(self.views, AreaViewsConfig):
             return self.views.stride
-        if isinstance(encoder, NaflexEncoderConfig | TransformersEncoderConfig | LinearEncoderConfig):
+        if isinstance(
+            encoder,
+            NaflexEncoderConfig | TransformersEncoderConfig | LinearEncoderConfig | TiledEncoderConfig,
+        ):
             return encoder.patch
         return encoder.kwargs.get("patch_size") if isinstance(encoder, TimmEncoderConfig) else None
 
     @property
     def side(self) -> int | None:
-        """Features a side of every view; None where views differ."""
+        """Features a side of every view; None where views differ, or their features are no square."""
         encoder = self.encoder
         if isinstance(encoder, TimmEncoderConfig):
             return encoder.side
         return (encoder.side or None) if isinstance(encoder, TransformersEncoderConfig) else None
+
+    @property
+    def alike(self) -> Grid | None:
+        """Rows and columns of features of every view; None where views differ."""
+        if isinstance(self.encoder, TiledEncoderConfig):
+            return 1, self.encoder.tokens
+        return None if self.side is None else (self.side, self.side)
 
     @property
     def unit(self) -> int:
@@ -84,8 +95,8 @@ class Seeing(NamedTuple):
 
     def features(self, height: int, width: int) -> Grid:
         """Return rows and columns of features of a view."""
-        if self.side is not None:
-            return self.side, self.side
+        if self.alike is not None:
+            return self.alike
         assert self.patch is not None
         return -(-height // self.patch), -(-width // self.patch)
 
@@ -107,7 +118,7 @@ class Seeing(NamedTuple):
 
     def counted(self, grid: Grid) -> int | None:
         """Return the features of an image of a grid; None where several numbers of them have the same."""
-        if self.side is None and isinstance(self.reducer, ResampleReducerConfig):
+        if self.alike is None and isinstance(self.reducer, ResampleReducerConfig):
             return None
         return sum(self.each(grid))
 
@@ -118,12 +129,18 @@ class Seeing(NamedTuple):
     def each(self, grid: Grid) -> list[int]:
         """Return the features of each view of an image of a grid, at most."""
         rows, columns = grid
-        if self.side is not None:
-            return [self.side**2] * self.view_count(grid)
+        if self.alike is not None:
+            return [math.prod(self.alike)] * self.view_count(grid)
         if isinstance(self.reducer, ResampleReducerConfig):
             most = {count: features for features, count in self.reducer.queries}
             return [most[rows * columns]]
         return [rows * columns * getattr(self.reducer, "side", 1) ** 2]
+
+    def passes(self, grid: Grid) -> list[int]:
+        """Return the features that look at each other in the encoder, those of padding too, for an image of a grid."""
+        if isinstance(self.encoder, TiledEncoderConfig):
+            return [self.encoder.tiles * self.encoder.tokens]
+        return self.each(grid)
 
     @property
     def tile(self) -> Grid | None:
@@ -173,7 +190,7 @@ def seen_of(seeing: Seeing, images: Images, layout: ImageLayout) -> Seen:
     """
     if images.grids is not None:
         grids = [(rows, columns) for rows, columns in images.grids.tolist()]
-    elif images.pixels is not None and seeing.side is None and seeing.patch is not None:
+    elif images.pixels is not None and seeing.alike is None and seeing.patch is not None:
         grids = [seeing.tokens(*size) for size in images.view_sizes()]
     else:
         grids = [seeing.tile or layout.grid] * len(images)
@@ -190,8 +207,8 @@ def seen_of(seeing: Seeing, images: Images, layout: ImageLayout) -> Seen:
 
 def _shapes(seeing: Seeing, images: Images, grids: Sequence[Grid]) -> list[Grid]:
     """Return rows and columns of the features of each view."""
-    if seeing.side is not None:
-        return [(seeing.side, seeing.side)] * sum(map(seeing.view_count, grids))
+    if seeing.alike is not None:
+        return [seeing.alike] * sum(map(seeing.view_count, grids))
     if isinstance(seeing.reducer, ResampleReducerConfig):  # which does not ask how they lie, only how many
         return [(1, count) for count in _counts(seeing, images)]
     side = getattr(seeing.reducer, "side", 1)

@@ -25,9 +25,11 @@ from unimm.models.parts import (
     EncoderConfig,
     LinearEncoderConfig,
     NaflexEncoderConfig,
+    TiledEncoderConfig,
     TimmEncoderConfig,
     TransformersEncoderConfig,
 )
+from unimm.models.tiled import TiledTower
 
 
 class ConvStem(PatchEmbed):
@@ -83,8 +85,14 @@ class VisionTower(nn.Module):
         if config.layers:
             self.model.norm = nn.Identity()  # states of inner blocks are taken without it
 
-    def forward(self, pixels: Tensor, sizes: Tensor | None = None, lockstep: bool = False) -> Tensor:
-        """Return features [V, tokens, C] of pixels [V, 3, H, W], normalised."""
+    def forward(
+        self,
+        pixels: Tensor,
+        sizes: Tensor | None = None,
+        lockstep: bool = False,
+        tiles: Tensor | None = None,
+    ) -> Tensor:
+        """Return features [V, tokens, C] of pixels [V, 3, H, W], normalised; nothing else is asked for."""
         if not self.config.layers:
             features: Tensor = self.model.forward_features(pixels)
             return features[:, self.model.num_prefix_tokens :]
@@ -121,13 +129,20 @@ class NativeTower(nn.Module):
     def checkpoint(self, wanted: bool) -> None:
         """Whether activations are computed again in the backward pass; by default they are not."""
 
-    def forward(self, pixels: Tensor, sizes: Tensor | None = None, lockstep: bool = False) -> Tensor:
+    def forward(
+        self,
+        pixels: Tensor,
+        sizes: Tensor | None = None,
+        lockstep: bool = False,
+        tiles: Tensor | None = None,
+    ) -> Tensor:
         """Return features [V, tokens, C] where `side` says how many, else [P, C].
 
         Args:
             pixels: [V, 3, H, W], normalised, filled up on the right and below.
             sizes: int64 [V, 2], height and width of each without that filling; None: all of it.
             lockstep: whether all processes run the encoder equally often; needs a process group.
+            tiles: of no meaning here, views being looked at one by one.
         """
         if self.side:
             return self.encode(pixels)
@@ -253,7 +268,7 @@ class LinearTower(NativeTower):
         return features
 
 
-Encoder = VisionTower | NativeTower
+Encoder = VisionTower | NativeTower | TiledTower
 
 
 def build_encoder(config: EncoderConfig | None) -> Encoder | None:
@@ -264,4 +279,6 @@ def build_encoder(config: EncoderConfig | None) -> Encoder | None:
         return NaflexTower(config)
     if isinstance(config, TransformersEncoderConfig):
         return TransformersTower(config)
+    if isinstance(config, TiledEncoderConfig):
+        return TiledTower(config)
     return LinearTower(config) if isinstance(config, LinearEncoderConfig) else None
