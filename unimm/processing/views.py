@@ -1,8 +1,8 @@
 """How an image becomes what a model sees: brought to a size, as pixels, with the rows and columns it has in the stream.
 
 `SquareViews` bring every image to one square (Janus), `AreaViews` keep its ratio within an area (Emu3, Qwen2-VL),
-`FitViews` within a rectangle (Pixtral, Fuyu, Aria), and `CanvasViews` cut it into tiles (NVLM, Molmo). Images to learn
-drawing from are brought to a `TargetSize`.
+`FitViews` within a rectangle (Pixtral, Fuyu, Aria), and `CanvasViews` cut it into tiles (NVLM, Molmo, Llama 3.2).
+Images to learn drawing from are brought to a `TargetSize`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from unimm.models.parts import (
     FitViewsConfig,
     PadValue,
     SquareViewsConfig,
+    TiledEncoderConfig,
 )
 from unimm.models.seeing import Seeing
 from unimm.processing.canvas import float_canvas, padding_of_views
@@ -39,6 +40,7 @@ from unimm.processing.sizes import (
     choose_shrink,
     fit_size,
     letterbox_size,
+    size_in_canvas,
     tile_grids,
 )
 
@@ -259,10 +261,12 @@ class CanvasViews(Views):
     Attributes:
         rule: how it is cut.
         patch: pixels a side of a feature, where the model asks which are of padding.
+        tiles: most tiles that the model's encoder takes; None: any number.
     """
 
     rule: CanvasViewsConfig
     patch: int | None = None
+    tiles: int | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -306,6 +310,8 @@ class CanvasViews(Views):
         most = limits.get("max_tiles", self.rule.most)
         if unknown := limits.keys() - {"max_tiles"}:
             raise UserError(f"{min(unknown)}: this model sees tiles of one size; use max_tiles")
+        if self.tiles is not None and most > self.tiles:
+            raise UserError(f"max_tiles: {most}; this model's encoder takes {self.tiles} at most")
         return replace(self, rule=replace(self.rule, most=most, least=min(self.rule.least, most)))
 
     def _canvas(self, grid: tuple[int, int]) -> tuple[int, int]:
@@ -335,6 +341,8 @@ class CanvasViews(Views):
         """Height and width of an image on a canvas."""
         if place == "stretch":
             return size
+        if place == "corner":
+            return size_in_canvas(image.height, image.width, size, self.rule.tile)
         return letterbox_size(image.height, image.width, size, self.rule.precise)
 
     def _placed(self, image: Image.Image, size: tuple[int, int], place: str) -> Tensor:
@@ -345,7 +353,7 @@ class CanvasViews(Views):
             mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
             return (pixels - mean) / std
         resized = image.resize(inner[::-1], RESAMPLES[rule.resample])
-        return self._normal([_on_canvas(resized, size, rule.pad_value, centred=True)])[0]
+        return self._normal([_on_canvas(resized, size, rule.pad_value, centred=place == "centre")])[0]
 
 
 def _on_canvas(image: Image.Image, size: tuple[int, int], pad: PadValue, centred: bool) -> Image.Image:
@@ -386,7 +394,8 @@ def make_views(config: UniMMConfig) -> Views | None:
     if views is None:
         return None
     patch = views.tile // (seeing.side or 1) if seeing.marks_padding else None
-    return CanvasViews(views.mean, views.std, views, patch)
+    tiles = seeing.encoder.tiles if isinstance(seeing.encoder, TiledEncoderConfig) else None
+    return CanvasViews(views.mean, views.std, views, patch, tiles)
 
 
 def letterbox(image: Image.Image, side: int, colour: tuple[int, ...]) -> Image.Image:
