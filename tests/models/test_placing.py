@@ -12,7 +12,8 @@ from accelerate.utils import check_device_map
 import unimm
 from unimm.errors import UserError
 from unimm.models.placing import over_gpus
-from unimm.sampling.decoder import LlamaRunner, make_runner
+from unimm.sampling.decoder import LlamaRunner
+from unimm.sampling.runners import make_runner
 
 
 @pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}])

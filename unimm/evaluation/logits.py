@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from unimm.models.inputs import Images
 from unimm.processing.processor import CAPTION_REQUESTS
 from unimm.sampling.cache import RowCache, RowsAt
-from unimm.sampling.decoder import make_runner
+from unimm.sampling.runners import make_runner
 from unimm.sampling.sampler import guide
 
 if TYPE_CHECKING:

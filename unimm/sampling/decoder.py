@@ -2,22 +2,21 @@
 
 A small decoder spends nearly all of a pass on building masks, cache objects and module calls. Here rotary tables are
 made once, a pass has one mask, and small weights are joined, so that it is little more than its matrix products. This
-is done for Llama's blocks, which Mistral and Qwen2 share; every other decoder runs through its own forward, over the
-same cache. Shape suffixes: A rows, t new positions, C width, D head width.
+is done for Llama's blocks, which Mistral and Qwen2 share, and for those of `runners.py`; every other decoder runs
+through its own forward, over the same cache. Shape suffixes: A rows, t new positions, C width, D head width.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unimm.models.modeling import UniMMModel
-from unimm.models.placing import is_spread
 from unimm.models.quantization import Int4Linear, Int8Linear
 from unimm.sampling.cache import RowCache, RowsAt, cache_view
 from unimm.sampling.products import multiply, product
@@ -25,13 +24,8 @@ from unimm.sampling.products import multiply, product
 JOINED = 2**26  # weights up to which weights are joined: above, copies cost more than calls save
 JOINABLE = (nn.Linear, Int8Linear, Int4Linear)
 LLAMA_LIKE = ("llama", "mistral", "qwen2")
-ROPES = ("default", "linear", "llama3")  # rotary tables that do not depend on the length
-
-
-def make_runner(model: UniMMModel) -> Runner:
-    """Return the fastest runner that a model's decoder allows."""
-    decoder = model.decoder.get_decoder()
-    return (LlamaRunner if LlamaRunner.runs(decoder) and not is_spread(model) else Runner)(decoder)
+ROPES = ("default", "linear", "llama3", "yarn", "dynamic")  # rotary tables that do not depend on the length,
+GROWING = "dynamic"  # and those that do beyond the length that was trained
 
 
 class Runner:
@@ -92,24 +86,45 @@ class LlamaRunner(Runner):
         layers: its layers where they are not the decoder's own.
     """
 
+    kinds: ClassVar[tuple[str, ...]] = LLAMA_LIKE
+    activation: ClassVar[str] = "silu"
+
     def __init__(self, decoder: Any, layers: Iterable[Layer] | None = None) -> None:
         super().__init__(decoder)
         config = self.config
-        self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
+        self.heads = config.num_attention_heads
+        self.groups = getattr(config, "num_key_value_heads", None) or self.heads
         self.head_width = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self.tables: tuple[Tensor, Tensor] | None = None
-        self.layers = _prepared(decoder.layers) if layers is None else layers
+        # positions up to which the tables hold
+        self.fixed = config.max_position_embeddings - 1 if _rope(config) == GROWING else sys.maxsize
+        self.layers = self.prepared(decoder.layers) if layers is None else layers
+        self.norm = self.last_norm(decoder)
 
     @staticmethod
-    def runs(decoder: Any) -> bool:
+    def prepared(layers: nn.ModuleList) -> list[Any]:
+        """Return a decoder's layers, the products of small ones joined."""
+        joined = is_small(layers)
+        return [Layer(layer, joined) for layer in layers]
+
+    @staticmethod
+    def last_norm(decoder: Any) -> nn.Module:
+        """Return the norm behind the last layer."""
+        norm: nn.Module = decoder.norm
+        return norm
+
+    @classmethod
+    def runs(cls, decoder: Any) -> bool:
         """Whether a decoder is made of exactly the layers that are run here."""
         config = decoder.config
-        rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
         slides = getattr(config, "sliding_window", None) is not None and getattr(
             config, "use_sliding_window", True
         )
         return (
-            config.model_type in LLAMA_LIKE and config.hidden_act == "silu" and rope in ROPES and not slides
+            config.model_type in cls.kinds
+            and config.hidden_act == cls.activation
+            and _rope(config) in ROPES
+            and not slides
         )
 
     def __call__(
@@ -121,16 +136,18 @@ class LlamaRunner(Runner):
         for number, layer in enumerate(self.layers):
             stream = stream + self._attend(layer, number, cache, at, stream, rotary, seen)
             stream = stream + layer.transform(stream)
-        hidden: Tensor = self.decoder.norm(stream)
+        hidden: Tensor = self.norm(stream)
         return hidden
 
     def _rotary(self, at: RowsAt, stream: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return cosines and sines [A or 1, 1, t, D]."""
-        if positions is not None:
-            cos, sin = self.decoder.rotary_emb(stream, positions)
+        if positions is not None or at.end > self.fixed:
+            if positions is None:  # a short row lets it forget how long others were
+                self.decoder.rotary_emb(stream, at.positions.new_zeros(1, 1))
+            cos, sin = self.decoder.rotary_emb(stream, at.positions if positions is None else positions)
             return cos[:, None], sin[:, None]
         if self.tables is None or self.tables[0].shape[0] < at.end or self.tables[0].dtype != stream.dtype:
-            length = torch.arange(max(2 * at.end, 256), device=stream.device)[None]
+            length = torch.arange(min(max(2 * at.end, 256), self.fixed), device=stream.device)[None]
             self.tables = tuple(table[0] for table in self.decoder.rotary_emb(stream, length))
         cos, sin = self.tables
         if at.start is not None:
@@ -152,7 +169,7 @@ class LlamaRunner(Runner):
         # [A, q + k + v, t, D]
         heads = layer.project(stream).view(rows, count, -1, self.head_width).transpose(1, 2)
         turned, values = heads.split([self.heads + self.groups, self.groups], dim=1)
-        turned = turned * rotary[0] + _half_turn(turned) * rotary[1]
+        turned = turned * rotary[0] + half_turn(turned) * rotary[1]
         queries, keys = turned.split([self.heads, self.groups], dim=1)
         keys, values = cache.write(number, at, keys, values)
         found = F.scaled_dot_product_attention(
@@ -170,7 +187,7 @@ class Layer:
     """
 
     def __init__(self, layer: Any, joined: bool) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
+        attention, mlp = layer.self_attn, self.gated_mlp(layer)
         self.before, self.between = layer.input_layernorm, layer.post_attention_layernorm
         first = (attention.q_proj, attention.k_proj, attention.v_proj)
         second = (mlp.gate_proj, mlp.up_proj)
@@ -178,20 +195,34 @@ class Layer:
         self.second = _join(second) if joined and _plain(second) else _Beside(second)
         self.output, self.down = product(attention.o_proj), product(mlp.down_proj)
 
+    @staticmethod
+    def gated_mlp(layer: Any) -> Any:
+        """Return its MLP that every position runs through."""
+        return layer.mlp
+
     def project(self, stream: Tensor) -> Tensor:
         """Queries, keys and values [A, t, (q + k + v) D]."""
-        return self.first(_norm(self.before, stream))
+        return self.first(rms_norm(self.before, stream))
 
     def transform(self, stream: Tensor) -> Tensor:
+        """What the norm and the MLP make of a stream [A, t, C]."""
+        return self.gated(rms_norm(self.between, stream))
+
+    def gated(self, stream: Tensor) -> Tensor:
         """The gated MLP [A, t, C]."""
-        gate, up = self.second(_norm(self.between, stream)).chunk(2, dim=-1)
+        gate, up = self.second(stream).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
 
-def _prepared(layers: nn.ModuleList) -> list[Layer]:
-    """A decoder's layers, the products of small ones joined."""
-    joined = sum(t.numel() for t in chain(layers.parameters(), layers.buffers())) <= JOINED
-    return [Layer(layer, joined) for layer in layers]
+def is_small(layers: nn.Module) -> bool:
+    """Whether weights are so few that copies of them cost less than the calls that they save."""
+    return sum(t.numel() for t in chain(layers.parameters(), layers.buffers())) <= JOINED
+
+
+def _rope(config: Any) -> str:
+    """How a decoder's rotary table is made."""
+    kind: str = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    return kind
 
 
 class _Beside:
@@ -218,15 +249,15 @@ def _join(layers: tuple[Any, ...]) -> Callable[[Tensor], Tensor]:
     return lambda stream: multiply(weight, bias, stream)
 
 
-def _norm(norm: Any, stream: Tensor) -> Tensor:
-    """RMS norm; transformers' own rounds in between, which only matters in 16 bits."""
+def rms_norm(norm: Any, stream: Tensor) -> Tensor:
+    """Return an RMS norm's result; transformers' own rounds in between, which only matters in 16 bits."""
     if stream.dtype in (torch.float32, torch.float64):
         return F.rms_norm(stream, (stream.shape[-1],), norm.weight.to(stream.dtype), norm.variance_epsilon)
     result: Tensor = norm(stream)
     return result
 
 
-def _half_turn(heads: Tensor) -> Tensor:
-    """Swap the halves of each head, the first negated (rotary embedding as Llama has it)."""
+def half_turn(heads: Tensor) -> Tensor:
+    """Return each head with its halves swapped, the first negated (rotary embedding as Llama has it)."""
     first, second = heads.chunk(2, dim=-1)
     return torch.cat((-second, first), dim=-1)

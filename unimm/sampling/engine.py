@@ -23,11 +23,11 @@ from unimm.models.modeling import UniMMModel
 from unimm.models.seeing import seen_of
 from unimm.processing.processor import UniMMProcessor
 from unimm.sampling.cache import PrefixCache, RowCache, RowsAt
-from unimm.sampling.decoder import make_runner
 from unimm.sampling.exact import Exact
 from unimm.sampling.heads import Heads, failing_alone
 from unimm.sampling.memory import EngineLimits
 from unimm.sampling.requests import DrawingRequest, Request, TextRequest, Ticket
+from unimm.sampling.runners import make_runner
 from unimm.sampling.slots import CodeSlot, Slot, SlotRow, TextSlot, next_positions
 from unimm.sampling.speculative import Window
 
