@@ -122,7 +122,7 @@ def test_features_of_the_tower_and_their_padding(qwen: Case) -> None:
     model: Any = qwen.um.model
     seen = qwen.um.processor.look([image("upright")])
     assert seen.pixels is not None and seen.padding is not None
-    features = model.encode_images(seen.pixels)
+    features = model.vision(seen.pixels)
     views = DESCRIPTION["views"]["upright"]
     assert (features[views, ::9] - RECORDED["qwen.tower.upright"]).abs().max() < 1e-5
     marks = torch.cat([torch.zeros(1, features.shape[-1]), model.connector.reducer.padding])
@@ -136,9 +136,7 @@ def test_features_after_the_connector(name: str, qwen: Case) -> None:
     """Each token's, by where the authors' code puts it; of margins that another crop has there is none."""
     model: Any = qwen.um.model
     seen = qwen.um.processor.look([image(name)])
-    tokens = model.connector(
-        model.encode_images(seen.pixels), seen_of(model.seeing, seen, qwen.um.processor.layout)
-    )
+    tokens = model.connector(model.vision(seen.pixels), seen_of(model.seeing, seen, qwen.um.processor.layout))
     places = RECORDED[f"processor.{name}.image_input_idx"].long()
     order = {place: rank for rank, place in enumerate(sorted(places[places >= 0].tolist()))}
     assert len(order) == len(tokens)

@@ -14,7 +14,7 @@ from transformers.models.janus.configuration_janus import JanusVisionConfig, Jan
 
 from unimm.models.configs import Published, Text, section_for
 from unimm.models.image_tokenizers.sizes import Side
-from unimm.models.parts import Depth, Width
+from unimm.models.part_types import Depth, Width
 
 PixelCount = Annotated[int, Field(gt=0, le=2**31)]
 Number = Annotated[float, Field(gt=0)]

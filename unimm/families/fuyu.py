@@ -29,7 +29,7 @@ from unimm.families.source import Checkpoint, normalisation
 from unimm.models.configs import section_for
 from unimm.models.configuration import UniMMConfig
 from unimm.models.layout import TokenId
-from unimm.models.parts import Grey
+from unimm.models.part_types import Grey
 from unimm.models.turns import Turns
 from unimm.sections import validate
 

@@ -25,7 +25,8 @@ from unimm.families.source import Checkpoint, normalisation
 from unimm.models.configs import Published
 from unimm.models.configuration import UniMMConfig
 from unimm.models.image_tokenizers.sizes import Side
-from unimm.models.parts import AttendReducerConfig, HeadCount, Width
+from unimm.models.part_types import HeadCount, Width
+from unimm.models.parts import AttendReducerConfig
 from unimm.models.turns import Turns
 from unimm.sections import validate
 

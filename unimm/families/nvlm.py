@@ -32,7 +32,8 @@ from unimm.families.templates import PLACEHOLDER
 from unimm.models.configs import Activation, Published, section_for
 from unimm.models.configuration import UniMMConfig
 from unimm.models.image_tokenizers.sizes import Side
-from unimm.models.parts import HeadCount, TransformersEncoderConfig, Width
+from unimm.models.part_types import HeadCount, Width
+from unimm.models.parts import TransformersEncoderConfig
 from unimm.sections import validate
 
 FEATURE = "<|vision_pad|>"

@@ -28,7 +28,8 @@ from unimm.families.source import Checkpoint, normalisation
 from unimm.models.configs import Activation, Published, section_for
 from unimm.models.configuration import UniMMConfig
 from unimm.models.layout import TokenId
-from unimm.models.parts import HeadCount, TransformersEncoderConfig, Width
+from unimm.models.part_types import HeadCount, Width
+from unimm.models.parts import TransformersEncoderConfig
 from unimm.models.turns import Turns
 from unimm.sections import validate
 

@@ -13,8 +13,10 @@ from transformers import AutoConfig, PreTrainedConfig
 from unimm.errors import UserError
 from unimm.models.configs import DTYPE_KEYS, common_options, own_keys
 from unimm.models.consistency import (
+    check_fusion,
     check_generation,
     check_layout,
+    check_marks,
     check_positions,
     check_rasters,
     check_seeing,
@@ -28,6 +30,7 @@ from unimm.models.parts import (
     PART_KINDS,
     ConnectorConfig,
     EncoderConfig,
+    FusionConfig,
     ImageGenerationConfig,
     MlpConnectorConfig,
     PositionsConfig,
@@ -202,12 +205,15 @@ class UniMMConfig(PreTrainedConfig):
         tokenizer = self.image_tokenizer_config()
         seeing = self.seeing()
         check_seeing(seeing, generation, decoder.max_position_embeddings)
-        check_positions(self.positions_config(), decoder)
+        fusion = self.fusion_part()
+        check_fusion(fusion, seeing, decoder)
+        check_positions(self.positions_config(), fusion, decoder)
         if generation is not None and tokenizer is not None:
             check_generation(generation, tokenizer)
         if self.layout:
             check_layout(self.image_layout(), self.vocabulary, generation)
             check_rasters(self.image_layout(), seeing)
+            check_marks(self.image_layout(), fusion)
 
     def decoder_config(self) -> PreTrainedConfig:
         """Return the decoder's own config object."""
@@ -237,6 +243,11 @@ class UniMMConfig(PreTrainedConfig):
         """Return what brings features to the decoder's width."""
         connector: ConnectorConfig = self.part("connector")
         return connector
+
+    def fusion_part(self) -> FusionConfig:
+        """Return how what was seen reaches the decoder; transformers has another `fusion_config`."""
+        fusion: FusionConfig = self.part("fusion")
+        return fusion
 
     def connector_depth(self) -> int:
         """Return the connector's linear layers; 0 where there is none."""

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
+from unimm.models.fusion_parts import BothFusionConfig, CrossFusionConfig, StreamFusionConfig
 from unimm.models.image_tokenizers.movq import MoVQConfig
 from unimm.models.image_tokenizers.vq import ImageTokenizerConfig
-from unimm.models.layout import ImageLayout
+from unimm.models.layout import ImageLayout, PictureLayout
 from unimm.models.parts import (
     AreaViewsConfig,
     AttendReducerConfig,
     CanvasViewsConfig,
     CodesEncoderConfig,
     FitViewsConfig,
+    FusionConfig,
     ImageGenerationConfig,
     JoinReducerConfig,
     MropePositionsConfig,
@@ -168,14 +170,16 @@ def _check_area(views: AreaViewsConfig, context: int) -> None:
         )
 
 
-def check_positions(positions: PositionsConfig, decoder: PreTrainedConfig) -> None:
-    """Check that positions go with the decoder.
+def check_positions(positions: PositionsConfig, fusion: FusionConfig, decoder: PreTrainedConfig) -> None:
+    """Check that positions go with the decoder and with what it looks at.
 
     Raises:
         FieldError: they do not.
     """
     if not isinstance(positions, MropePositionsConfig):
         return
+    if not isinstance(fusion, StreamFusionConfig):
+        raise FieldError(f"positions.kind: expected counted where fusion is {fusion.kind}, got mrope")
     width = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
     rope = getattr(decoder, "rope_parameters", None) or {}
     turned = int(width * rope.get("partial_rotary_factor", 1.0)) // 2
@@ -206,6 +210,61 @@ def check_rasters(layout: ImageLayout, seeing: Seeing) -> None:
     for name, wanted in (("whole_at", views.whole), ("alone", views.alone)):
         if getattr(picture, name) != wanted:
             raise FieldError(f"layout.picture.{name}: expected {show(wanted)}, as in views")
+
+
+def check_fusion(fusion: FusionConfig, seeing: Seeing, decoder: PreTrainedConfig) -> None:
+    """Check that a memory goes with the decoder that looks at it, and with what it is made of.
+
+    Raises:
+        FieldError: it does not.
+    """
+    if isinstance(fusion, StreamFusionConfig):
+        return
+    if seeing.encoder is None or isinstance(seeing.encoder, CodesEncoderConfig):
+        raise FieldError(f"fusion.kind: {fusion.kind} needs an encoder whose features are a memory")
+    depth, width = decoder.num_hidden_layers, decoder.hidden_size
+    if list(fusion.layers) != sorted(set(fusion.layers)) or fusion.layers[-1] >= depth:
+        raise FieldError(
+            f"fusion.layers: expected rising numbers below {depth} (layers of the decoder), got {show(fusion.layers)}"
+        )
+    for name, value, whole in (("heads", width, fusion.heads), ("kv_heads", fusion.heads, fusion.kv_heads)):
+        if value % whole:
+            raise FieldError(f"fusion.{name}: expected a divisor of {value}, got {whole}")
+    views = seeing.views
+    if isinstance(views, CanvasViewsConfig) and views.overlap:
+        raise FieldError(f"views.overlap: expected 0 where fusion is {fusion.kind}, got {views.overlap}")
+    if not isinstance(fusion, BothFusionConfig):
+        return
+    if not isinstance(views, CanvasViewsConfig) or views.whole == "none":
+        raise FieldError("fusion.kind: both goes with views of the kind canvas that have a whole")
+    if fusion.tags and len(fusion.tags) != views.most:
+        raise FieldError(
+            f"fusion.tags: expected one for each of {views.most} tiles, or none, got {len(fusion.tags)}"
+        )
+
+
+def check_marks(layout: ImageLayout, fusion: FusionConfig) -> None:
+    """Check that what stands in the stream goes with what is a memory.
+
+    Raises:
+        FieldError: it does not.
+    """
+    picture = layout.picture or PictureLayout()
+    apart = isinstance(fusion, BothFusionConfig)
+    mark = "none"
+    if isinstance(fusion, CrossFusionConfig):
+        mark = "tile" if fusion.sees == "tile" else "image"
+    for name, wanted in (("mark", mark), ("apart", apart)):
+        if getattr(picture, name) != wanted:
+            raise FieldError(
+                f"layout.picture.{name}: expected {show(wanted)} where fusion is {fusion.kind}, "
+                f"got {show(getattr(picture, name))}"
+            )
+    if mark == "none" and not apart:
+        return
+    for name in ("row_end", "last_row_end", "joint", "add"):
+        if getattr(picture, name):
+            raise FieldError(f"layout.picture.{name}: expected none where fusion is {fusion.kind}")
 
 
 def check_generation(generation: ImageGenerationConfig, tokenizer: ImageTokenizerConfig | MoVQConfig) -> None:

@@ -6,19 +6,20 @@ import dataclasses
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
-from unimm.models.encoders import check_architecture, check_encoder_options, check_foreign_encoder
+from unimm.models.encoders import check_foreign_encoder
 from unimm.models.image_tokenizers.sizes import Side
-
-Width = Annotated[int, Field(gt=0, le=2**16)]
-Stride = Annotated[int, Field(gt=0, le=2**10)]
-FeatureCount = Annotated[int, Field(gt=0, le=2**20)]
-WholeNumber = Annotated[int, Field(ge=0, le=2**20)]
-HeadCount = Annotated[int, Field(gt=0, le=2**10)]
-Epsilon = Annotated[float, Field(gt=0, lt=1)]
-EncoderKwargs = Annotated[dict[str, Any], AfterValidator(check_encoder_options)]
-EncoderName = Annotated[str, AfterValidator(check_architecture)]
+from unimm.models.part_types import (
+    EncoderKwargs,
+    EncoderName,
+    Epsilon,
+    FeatureCount,
+    HeadCount,
+    Stride,
+    WholeNumber,
+    Width,
+)
 
 
 @dataclasses.dataclass(frozen=True)

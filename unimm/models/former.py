@@ -7,22 +7,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from unimm.models.image_tokenizers.sizes import Side
-from unimm.models.parts import (
+from unimm.models.part_types import (
     DEFAULT_COLOURS,
-    AreaViewsConfig,
-    CodesEncoderConfig,
     Deviation,
     EncoderKwargs,
     EncoderName,
     FeatureCount,
-    JoinReducerConfig,
     Mean,
     Merge,
-    MlpConnectorConfig,
     PadValue,
+    Width,
+)
+from unimm.models.parts import (
+    AreaViewsConfig,
+    CodesEncoderConfig,
+    JoinReducerConfig,
+    MlpConnectorConfig,
     SquareViewsConfig,
     TimmEncoderConfig,
-    Width,
     part_fields,
 )
 from unimm.sections import FieldError, read_dataclass, show

@@ -50,6 +50,9 @@ class PictureLayout:
         tile_tag: words before each tile, in which `{}` is its number from 1.
         whole_tag: words before the whole.
         add: whether features are added to the embedding of their placeholders, not put in its place (Molmo).
+        mark: where features are a memory, what stands for them: one placeholder for an "image" or for each "tile" (and
+            the whole), which is embedded as the token that it is; "none": features stand in the stream.
+        apart: whether tiles are a memory and the whole alone stands in the stream (NVLM-H).
     """
 
     opening: Tag = ""
@@ -67,27 +70,34 @@ class PictureLayout:
     tile_tag: Tag = ""
     whole_tag: Tag = ""
     add: bool = False
+    mark: Literal["none", "image", "tile"] = "none"
+    apart: bool = False
 
     def rasters(self, rows: int, columns: int) -> list[tuple[str, int, int]]:
-        """Return each raster of an image: the words before it, its rows and columns.
+        """Return each raster of placeholders of an image: the words before it, its rows and columns.
 
         Args:
             rows: of the image's features, or of its tiles where there is a canvas.
             columns: likewise.
         """
-        if self.tile is None:
-            return [("", rows, columns)]
-        whole = [] if self.whole_at == "none" else [(self.whole_tag, *(self.whole or self.tile))]
-        if self.alone and rows == columns == 1:
+        if self.mark == "image":
+            return [("", 1, 1)]
+        views = [("", rows, columns)] if self.tile is None else self._on_canvas(self.tile, rows, columns)
+        return [(tag, 1, 1) for tag, _, _ in views] if self.mark == "tile" else views
+
+    def _on_canvas(self, tile: Raster, rows: int, columns: int) -> list[tuple[str, int, int]]:
+        """The rasters of an image of so many tiles."""
+        whole = [] if self.whole_at == "none" else [(self.whole_tag, *(self.whole or tile))]
+        if self.apart or (self.alone and rows == columns == 1):
             return whole
         if self.joint:
             down, across = (
                 side * count - 2 * self.overlap * (count - 1)
-                for side, count in zip(self.tile, (rows, columns), strict=True)
+                for side, count in zip(tile, (rows, columns), strict=True)
             )
             tiles = [(self.tile_tag, down, across)]
         else:
-            tiles = [(self.tile_tag.format(i), *self.tile) for i in range(1, rows * columns + 1)]
+            tiles = [(self.tile_tag.format(i), *tile) for i in range(1, rows * columns + 1)]
         return whole + tiles if self.whole_at == "first" else tiles + whole
 
     def tokens(self) -> dict[str, int | None]:

@@ -6,6 +6,7 @@ N images to understand, M images as codes, h x w grid of codes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -24,15 +25,18 @@ from unimm.models.attention import (
     positions,
     raster_positions,
 )
+from unimm.models.code_tokens import put_tokens
 from unimm.models.configuration import UniMMConfig
 from unimm.models.connectors import CodeEmbedding, Connector
 from unimm.models.experts import losses_of_routers, quantise_experts
-from unimm.models.fusion import Embedded, scatter_rows
+from unimm.models.fusion import Attended, Embedded, Fusion, Looks, Memory, scatter_rows
+from unimm.models.fusion_parts import StreamFusionConfig
 from unimm.models.image_tokenizers.movq import MoVQTokenizer
 from unimm.models.image_tokenizers.vq import ImageTokenizer
 from unimm.models.inputs import Images, Rows
 from unimm.models.layout import IGNORED
 from unimm.models.losses import most_chunks, sum_scores, summed_loss
+from unimm.models.memory import Remembering, who_looks
 from unimm.models.model_outputs import AnswerScores, UniMMOutput
 from unimm.models.parts import (
     CodesEncoderConfig,
@@ -46,6 +50,7 @@ from unimm.models.quantization import (
     SmallWeights,
     quantise_decoder,
     quantise_large,
+    quantise_linears,
     some_rows,
 )
 from unimm.models.reducers import build_reducer
@@ -91,6 +96,8 @@ class UniMMModel(StrictModel):
             assert encoder is not None and not isinstance(encoder, CodesEncoderConfig)
             reducer = build_reducer(self.seeing, encoder.width)
             self.connector = Connector(config.connector_config(), reducer, encoder.width, width)
+        self.fusion: Fusion | None = None
+        self.remembering: Remembering | None = None
         places = config.positions_config()
         self.rotary = isinstance(places, MropePositionsConfig)
         if isinstance(places, MropePositionsConfig):
@@ -103,6 +110,10 @@ class UniMMModel(StrictModel):
         if sizes is not None:
             self.image_tokenizer = AutoModel.from_config(sizes, dtype=torch.get_default_dtype())
         self.layout = config.image_layout()
+        fusion = config.fusion_part()
+        if self.vision is not None and not isinstance(fusion, StreamFusionConfig):
+            self.fusion = Fusion(fusion, self.decoder.get_decoder())
+            self.remembering = Remembering(fusion, self.layout, self.seeing)
         self.post_init()
         if (small := config.small_weights()) is not None:
             others = (
@@ -125,7 +136,7 @@ class UniMMModel(StrictModel):
         fill: Any = getattr(module, "init_non_persistent_buffers", None)
         if fill is not None:  # tables of timm, which no file holds
             fill()
-        ours = (self.connector, self.code_embedding, self.code_head, self.extra_embedding)
+        ours = (self.connector, self.fusion, self.code_embedding, self.code_head, self.extra_embedding)
         if module not in ours:
             return
         for layer in module.modules():
@@ -144,7 +155,9 @@ class UniMMModel(StrictModel):
 
     def parts(self) -> dict[str, nn.Module]:
         """Return the trainable parts that this model has, by the names that recipes use."""
-        names = ("decoder", "vision", "connector", "code_embedding", "code_head", "extra_embedding")
+        names = (
+            "decoder", "vision", "connector", "fusion", "code_embedding", "code_head", "extra_embedding",
+        )  # fmt: skip
         return {name: part for name in names if (part := getattr(self, name)) is not None}
 
     def quantise(self, method: str = "int8") -> None:
@@ -171,6 +184,8 @@ class UniMMModel(StrictModel):
         tied = self.config.decoder_config().tie_word_embeddings  # transformers ties them after loading only
         quantise_decoder(self.decoder, heads, others, tied)
         quantise_experts(self.decoder, others)
+        if self.fusion is not None:
+            quantise_linears(self.fusion, others, keep=())
         if self.code_head is not None:
             quantise_large(self.code_head, heads)
 
@@ -200,6 +215,7 @@ class UniMMModel(StrictModel):
         lockstep: bool = False,
         counted: Tensor | None = None,
         visible: Tensor | None = None,
+        rows: Rows | None = None,
     ) -> Embedded:
         """Return what the decoder reads: the stream [B, T, C], and what goes with it.
 
@@ -209,6 +225,7 @@ class UniMMModel(StrictModel):
             lockstep: run parts that these inputs have no use for as well, on a blank that adds nothing.
             counted: [B, T], positions as they count the tokens of each sample; None: all of a row count.
             visible: who may look where, bool [B, 1, T, T]; None: everything that came before.
+            rows: the same of rows that hold several samples or branches.
 
         Raises:
             ValueError: the images do not fill the placeholders or their sizes do not fit, or the model lacks the
@@ -219,15 +236,16 @@ class UniMMModel(StrictModel):
             raise ValueError("images: this model has no understanding encoder")
         if self.sees_codes and images.pixels is not None:
             input_ids = self.put_tokens(input_ids, images)
-        stream = self._tokens(input_ids)
+        stream, memory = self._tokens(input_ids), None
         if self.vision is not None:
-            stream = self._put_features(stream, input_ids, images, lockstep)
+            looks = who_looks(input_ids.shape[1], rows, visible, input_ids.device)
+            stream, memory = self._put_features(stream, input_ids, images, lockstep, looks)
         if not self.layout.shared:
             stream = self._put_codes(stream, input_ids, images.codes, lockstep)
         elif images.codes is not None:
             raise ValueError("images: codes are tokens of this model's vocabulary; put them into input_ids")
         if not self.rotary:
-            return Embedded(stream)
+            return Embedded(stream, memory)
         if counted is None:
             counted = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
         return Embedded(stream, positions=self.place(input_ids, images, counted, visible))
@@ -258,24 +276,32 @@ class UniMMModel(StrictModel):
             blocks += find_blocks(self.layout.code_positions(input_ids), drawn)
         return raster_positions(counted, blocks, visible)
 
-    def _put_features(self, stream: Tensor, input_ids: Tensor, images: Images, lockstep: bool) -> Tensor:
-        """Fill the placeholders of images to understand."""
+    def _put_features(
+        self, stream: Tensor, input_ids: Tensor, images: Images, lockstep: bool, looks: Looks
+    ) -> tuple[Tensor, Memory | None]:
+        """Fill the placeholders of images to understand; return what they are a memory of, too."""
         assert self.vision is not None and self.connector is not None
         mask = self.layout.feature_positions(input_ids)
         seen = seen_of(self.seeing, images, self.layout)
         check_room(self.layout, seen, int(mask.sum()))
+        memory: Memory | None = None
         if len(images):
             tokens = self.connector(self._features(images, lockstep), seen)
             tokens = tokens.flatten(0, 1) if tokens.ndim == 3 else tokens
-            add = self.layout.picture is not None and self.layout.picture.add
-            stream = scatter_rows(stream, mask, tokens, "images: features", add)
+            if self.remembering is not None:
+                tokens, memory = self.remembering(tokens, seen.grids, mask, looks, self._tokens)
+            if tokens is not None:
+                add = self.layout.picture is not None and self.layout.picture.add
+                stream = scatter_rows(stream, mask, tokens, "images: features", add)
         if lockstep and images.pixels is None:
             blank = torch.zeros(self.seeing.blank, dtype=self.dtype, device=input_ids.device)
             nothing = self.vision(blank, lockstep=True)
             if images.features is None:
                 nothing = self.connector(nothing, self.seeing.blank_seen)
             stream = stream + 0 * nothing.mean()
-        return stream
+        if lockstep and self.fusion is not None and memory is None:
+            memory = Memory.unseen(stream)
+        return stream, memory
 
     def _put_codes(self, stream: Tensor, input_ids: Tensor, codes: Tensor | None, lockstep: bool) -> Tensor:
         """Fill the placeholders of images to generate [M, h, w], whose codes have a vocabulary of their own."""
@@ -296,16 +322,11 @@ class UniMMModel(StrictModel):
         if images.pixels is None:
             assert given is not None
             return given.to(dtype)
-        seen: Tensor = self.vision(images.pixels.to(dtype), images.sizes, lockstep)
+        tiles = None if images.grids is None else images.grids[~images.which().to(images.grids.device)]
+        seen: Tensor = self.vision(images.pixels.to(dtype), images.sizes, lockstep, tiles)
         if given is None:
             return seen
         return in_order(self.seeing, images, seen, given.to(seen.dtype))
-
-    def encode_images(self, pixels: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """Return the features of views [V, 3, H, W] of sizes [V, 2]: [V, n, width] or, of unlike many, [P, width]."""
-        assert self.vision is not None
-        features: Tensor = self.vision(pixels.to(self.dtype), sizes)
-        return features
 
     def as_features(self, images: Images) -> Images:
         """Return images to understand with their encoder's features in the place of pixels."""
@@ -319,34 +340,10 @@ class UniMMModel(StrictModel):
         )
 
     def put_tokens(self, input_ids: Tensor, images: Images) -> Tensor:
-        """Fill the placeholders of images that are understood by their codes with the tokens of these.
-
-        Raises:
-            ValueError: they do not fit the placeholders.
-        """
+        """Fill the placeholders of images that are understood by their codes; see `unimm.models.code_tokens`."""
         assert images.pixels is not None
-        tokens = self._image_tokens(images.pixels, images.sizes)
-        mask = self.layout.feature_positions(input_ids)
-        if int(mask.sum()) != len(tokens):
-            raise ValueError(f"images: {len(tokens)} tokens, but there is room for {int(mask.sum())}")
-        return input_ids.masked_scatter(mask, tokens)
-
-    def _image_tokens(self, pixels: Tensor, sizes: Tensor | None) -> Tensor:
-        """Return the tokens [P] of images [N, 3, H, W], each cut to its size [N, 2] and encoded alone.
-
-        What an encoder sees reaches far, so an image that is padded to a larger one has other codes. Images of one
-        size would differ in the last bits of their latents, enough to turn a code now and then.
-        """
-        if self.image_tokenizer is None:
-            raise ValueError("images: this model has no image tokenizer")
-        cuts = [list(pixels.shape[-2:])] * len(pixels) if sizes is None else sizes.tolist()
-        if len(cuts) != len(pixels):
-            raise ValueError(f"images: {len(cuts)} sizes for {len(pixels)} images; give one for each")
-        tokens = []
-        for image, (height, width) in zip(pixels, cuts, strict=True):
-            cut = image[None, :, :height, :width].contiguous()
-            tokens.append(self.layout.tokens(self.image_tokenizer.encode(cut.to(self.dtype))[0]))
-        return torch.cat(tokens)
+        given = dataclasses.replace(images, pixels=images.pixels.to(self.dtype))
+        return put_tokens(self.image_tokenizer, self.layout, input_ids, given)
 
     def embed_codes(self, codes: Tensor, start: int | Tensor = 0) -> Tensor:
         """Return [B, L, C] for codes [B, L] that begin at position `start` of their image, one for all or [B]."""
@@ -358,9 +355,10 @@ class UniMMModel(StrictModel):
         embedded: Tensor = self.code_embedding(codes, start)
         return embedded
 
-    def decode(self, stream: Tensor, **options: Any) -> Any:
+    def decode(self, stream: Tensor, memory: Attended | None = None, **options: Any) -> Any:
         """Run the decoder without its head: [B, T, C] to an output with `last_hidden_state` [B, T, C]."""
-        return self.decoder.get_decoder()(inputs_embeds=stream, **options)
+        looking = {} if self.fusion is None else self.fusion.looking(memory)
+        return self.decoder.get_decoder()(inputs_embeds=stream, **looking, **options)
 
     def code_logits(self, hidden: Tensor) -> Tensor:
         """Return [..., K] for hidden states [..., C]."""
@@ -428,12 +426,11 @@ class UniMMModel(StrictModel):
             visible = dense_mask(rows.samples, rows.branches) if self.rotary else None
         elif position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             position_ids = positions(attention_mask)
-        embedded = self.embed(input_ids, images, lockstep, position_ids, visible)
+        embedded = self.embed(input_ids, images, lockstep, position_ids, visible, rows)
         if embedded.positions is not None:
             position_ids = embedded.positions
-        return self.decode(
-            embedded.stream, attention_mask=attention_mask, position_ids=position_ids, **options
-        )
+        options |= {"attention_mask": attention_mask, "position_ids": position_ids}
+        return self.decode(embedded.stream, embedded.memory, **options)
 
     def score(
         self, inputs: Mapping[str, Any], count: int, temperature: float = 1.0, lockstep: bool = False

@@ -14,35 +14,29 @@ from pydantic import Field
 
 from unimm.models.configs import Activation
 from unimm.models.encoder_parts import CodesEncoderConfig as CodesEncoderConfig
-from unimm.models.encoder_parts import EncoderKwargs as EncoderKwargs
-from unimm.models.encoder_parts import EncoderName as EncoderName
-from unimm.models.encoder_parts import Epsilon as Epsilon
-from unimm.models.encoder_parts import FeatureCount as FeatureCount
-from unimm.models.encoder_parts import HeadCount as HeadCount
 from unimm.models.encoder_parts import LinearEncoderConfig as LinearEncoderConfig
 from unimm.models.encoder_parts import NaflexEncoderConfig as NaflexEncoderConfig
-from unimm.models.encoder_parts import Stride as Stride
 from unimm.models.encoder_parts import TiledEncoderConfig as TiledEncoderConfig
 from unimm.models.encoder_parts import TimmEncoderConfig as TimmEncoderConfig
 from unimm.models.encoder_parts import TransformersEncoderConfig as TransformersEncoderConfig
-from unimm.models.encoder_parts import WholeNumber as WholeNumber
-from unimm.models.encoder_parts import Width as Width
+from unimm.models.fusion_parts import BothFusionConfig, CrossFusionConfig, StreamFusionConfig
 from unimm.models.image_tokenizers.sizes import Side
+from unimm.models.part_types import (
+    DEFAULT_COLOURS,
+    Depth,
+    Deviation,
+    Epsilon,
+    HeadCount,
+    Mean,
+    Merge,
+    PadValue,
+    QueryCount,
+    Resample,
+    Stride,
+    WholeNumber,
+    Width,
+)
 from unimm.sections import FieldError, Positive, near, read_dataclass, show
-
-Depth = Annotated[int, Field(gt=0, le=2**6)]
-Grey = Annotated[int, Field(ge=0, le=255)]
-Mean = Annotated[tuple[float, float, float], Field(strict=False)]
-Deviation = Annotated[
-    tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]],
-    Field(strict=False),
-]
-Merge = Annotated[int, Field(gt=0, le=2**6)]
-PadValue = Grey | Annotated[tuple[Grey, Grey, Grey], Field(strict=False)]
-QueryCount = Annotated[tuple[FeatureCount, FeatureCount], Field(strict=False)]
-Resample = Literal["bilinear", "bicubic"]
-DEFAULT_COLOURS = (0.5, 0.5, 0.5)
-
 
 # --- images to understand -----------------------------------------------------------------------------------
 
@@ -272,13 +266,6 @@ class NoConnectorConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class StreamFusionConfig:
-    """Features stand in the stream, in the place of placeholders."""
-
-    kind: Literal["stream"] = "stream"
-
-
-@dataclasses.dataclass(frozen=True)
 class CountedPositionsConfig:
     """Positions count the tokens of the stream that are attended to."""
 
@@ -342,6 +329,7 @@ ReducerConfig: TypeAlias = (
     | AbstractReducerConfig
 )
 ConnectorConfig: TypeAlias = MlpConnectorConfig | NoConnectorConfig
+FusionConfig: TypeAlias = StreamFusionConfig | CrossFusionConfig | BothFusionConfig
 PositionsConfig: TypeAlias = CountedPositionsConfig | MropePositionsConfig
 PART_KINDS: dict[str, tuple[type, ...]] = {
     "views": (SquareViewsConfig, AreaViewsConfig, FitViewsConfig, CanvasViewsConfig),
@@ -361,7 +349,7 @@ PART_KINDS: dict[str, tuple[type, ...]] = {
         AbstractReducerConfig,
     ),
     "connector": (MlpConnectorConfig, NoConnectorConfig),
-    "fusion": (StreamFusionConfig,),
+    "fusion": (StreamFusionConfig, CrossFusionConfig, BothFusionConfig),
     "positions": (CountedPositionsConfig, MropePositionsConfig),
     "generation": (ImageGenerationConfig,),
 }

@@ -142,6 +142,10 @@ class Seeing(NamedTuple):
             return [self.encoder.tiles * self.encoder.tokens]
         return self.each(grid)
 
+    def tokens_of(self, grid: Grid) -> list[int]:
+        """Return the tokens of each view of an image of a grid."""
+        return [math.prod(self.tile or grid)] * self.view_count(grid)
+
     @property
     def tile(self) -> Grid | None:
         """Rows and columns of tokens of every view; None where views differ."""

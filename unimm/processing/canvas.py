@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unimm.models.layout import Grid
-from unimm.models.parts import Resample
+from unimm.models.part_types import Resample
 
 ALL, PARTLY = 1, 2  # kinds of padding, as `Images.padding` has them
 

@@ -21,11 +21,11 @@ from torch import Tensor
 from unimm.errors import UserError
 from unimm.images import read_image, to_tensor
 from unimm.models.inputs import Images
+from unimm.models.part_types import PadValue
 from unimm.models.parts import (
     AreaViewsConfig,
     CanvasViewsConfig,
     FitViewsConfig,
-    PadValue,
     SquareViewsConfig,
     TiledEncoderConfig,
 )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unimm.models.fusion import FUSION_KEYWORD, Looking
 from unimm.models.quantization import Int4Linear, Int8Linear
 from unimm.sampling.cache import RowCache, RowsAt, cache_view
 from unimm.sampling.products import multiply, product
@@ -41,7 +42,12 @@ class Runner:
         self.layers_count: int = self.config.num_hidden_layers
 
     def __call__(
-        self, cache: RowCache, at: RowsAt, stream_AtC: Tensor, positions: Tensor | None = None
+        self,
+        cache: RowCache,
+        at: RowsAt,
+        stream_AtC: Tensor,
+        positions: Tensor | None = None,
+        looking: Looking | None = None,
     ) -> Tensor:
         """Return the hidden states [A, t, C] of new positions, and write their keys and values.
 
@@ -50,6 +56,7 @@ class Runner:
             at: where the new positions lie.
             stream_AtC: what the decoder reads there.
             positions: [A, t], where they do not count the row's tokens.
+            looking: what the rows look at by cross-attention; None: nothing.
         """
         output = self.decoder(
             inputs_embeds=stream_AtC,
@@ -57,6 +64,7 @@ class Runner:
             position_ids=at.positions if positions is None else positions,
             cache=cache_view(cache, at),
             use_cache=True,
+            **({} if looking is None else {FUSION_KEYWORD: looking}),
         )
         hidden: Tensor = output.last_hidden_state
         return hidden
@@ -128,12 +136,19 @@ class LlamaRunner(Runner):
         )
 
     def __call__(
-        self, cache: RowCache, at: RowsAt, stream_AtC: Tensor, positions: Tensor | None = None
+        self,
+        cache: RowCache,
+        at: RowsAt,
+        stream_AtC: Tensor,
+        positions: Tensor | None = None,
+        looking: Looking | None = None,
     ) -> Tensor:
         """See `Runner`."""
         rotary = self._rotary(at, stream_AtC, positions)
         seen, stream = at.seen(), stream_AtC
         for number, layer in enumerate(self.layers):
+            if looking is not None:
+                stream = looking.before(number, stream)
             stream = stream + self._attend(layer, number, cache, at, stream, rotary, seen)
             stream = stream + layer.transform(stream)
         hidden: Tensor = self.norm(stream)

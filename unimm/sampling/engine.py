@@ -15,9 +15,9 @@ from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 import torch
-from torch import Tensor
 
 from unimm.errors import UserError
+from unimm.models.fusion import Looking
 from unimm.models.inputs import Images, digests
 from unimm.models.modeling import UniMMModel
 from unimm.models.seeing import seen_of
@@ -25,14 +25,15 @@ from unimm.processing.processor import UniMMProcessor
 from unimm.sampling.cache import PrefixCache, RowCache, RowsAt
 from unimm.sampling.exact import Exact
 from unimm.sampling.heads import Heads, failing_alone
+from unimm.sampling.looking import HeldMemories, looking_of
 from unimm.sampling.memory import EngineLimits
 from unimm.sampling.requests import DrawingRequest, Request, TextRequest, Ticket
 from unimm.sampling.runners import make_runner
 from unimm.sampling.slots import CodeSlot, Slot, SlotRow, TextSlot, next_positions
 from unimm.sampling.speculative import Window
+from unimm.sampling.staleness import WeightsNow
 
 GROWTH = 128  # positions by which the room of an answer of unknown length grows at least
-SAMPLED = 24  # tensors of a model of which a few values tell whether they have changed
 IMAGES_HELD = 16  # images whose codes are held for the next question about them
 
 
@@ -68,8 +69,11 @@ class Engine:
         self._preempted: dict[Ticket, TextSlot] = {}
         self._cancelled: set[Ticket] = set()
         self._image_tokens: OrderedDict[str, list[int]] = OrderedDict()
+        self._memories = (
+            None if model.fusion is None else HeldMemories(model.fusion, self.limits.prefix_tokens)
+        )
         self._lock = threading.Lock()
-        self._weights = _Weights(model)
+        self._weights = WeightsNow(model)
 
     def serves(self, model: UniMMModel, processor: UniMMProcessor, max_rows: int) -> bool:
         """Whether the engine is for this model as it is now: small weights are copied when it is made."""
@@ -336,9 +340,14 @@ class Engine:
         length, prefix = self.prefixes.find(line.tokens)
         if prefix is not None and bool(placeholders[0, length:].any()):
             length, prefix = 0, None  # an image has to be encoded in any case
+        if prefix is not None and self._memories is not None and line.images is not None:
+            line.memory = self._memories.again(model, line.tokens, input_ids, line.images)
+            length, prefix = (0, None) if line.memory is None else (length, prefix)
         if prefix is None and line.images is not None:
             embedded = model.embed(input_ids, images or line.images)
             line.places = None if embedded.positions is None else embedded.positions[:, 0]
+            if self._memories is not None and embedded.memory is not None:
+                line.memory = self._memories.keep(line.tokens, embedded.memory)
         else:
             embedded = model.embed(input_ids.masked_fill(placeholders, self.processor.pad))
             if embedded.positions is not None:
@@ -347,6 +356,10 @@ class Engine:
         if prefix is not None:
             self.cache.put(line.row, prefix, length)
         line.filled, line.prompt, line.started = length, embedded.stream[0, length:], True
+
+    def _looking(self, lines: Sequence[SlotRow], at: RowsAt) -> Looking | None:
+        """Return what rows look at in a pass."""
+        return looking_of(self.model.fusion, [line.memory for line in lines], at.positions)
 
     def _resolved(self, request: Request) -> tuple[list[int], Images | None]:
         """Return a prompt's tokens and images as the decoder takes them: images seen by their codes are tokens."""
@@ -402,7 +415,7 @@ class Engine:
         width = min(piece, room, max(line.unread - 1 for line in lines))
         stream = torch.stack([line.next(width) for line in lines])
         at = RowsAt(lines[0].row, [line.filled for line in lines], width, self.device)
-        self.runner(self.cache, at, stream, next_positions(lines, width))
+        self.runner(self.cache, at, stream, next_positions(lines, width), self._looking(lines, at))
         for line in lines:
             if line.read(width):
                 self.prefixes.keep(line.tokens[: line.filled], self.cache.read(line.row, line.filled))
@@ -422,7 +435,8 @@ class Engine:
             feeds = self._heads.feeds(slots, window)
             lines, width = _by_rows(slots), feeds.stream.shape[1]
             at = RowsAt(0, [line.filled for line in lines], width, self.device)
-            hidden = self.runner(self.cache, at, feeds.stream, next_positions(lines, width))
+            places, looking = next_positions(lines, width), self._looking(lines, at)
+            hidden = self.runner(self.cache, at, feeds.stream, places, looking)
             self._heads.sample(slots, feeds, hidden)
 
     def _has_room(self, slot: Slot) -> bool:
@@ -456,42 +470,3 @@ class Engine:
 def _by_rows(slots: Iterable[Slot]) -> list[SlotRow]:
     """Return the rows of slots in the order of the cache."""
     return sorted((line for slot in slots for line in slot.lines), key=lambda line: line.row)
-
-
-class _Weights:
-    """What a model's weights are now, so that a change is seen: what was copied or held would be stale.
-
-    Args:
-        model: of which all but the image tokenizer is looked at.
-    """
-
-    def __init__(self, model: UniMMModel) -> None:
-        self.model = model
-        self.tensors = [
-            tensor
-            for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())
-            if not name.startswith("image_tokenizer.") and tensor.numel()
-        ]
-        # Writing to `.data` leaves no trace but the values; whatever trains or merges changes many tensors.
-        self.sampled = self.tensors[:: max(1, len(self.tensors) // SAMPLED)]
-        self.before = self._now()
-
-    def unchanged(self) -> bool:
-        """Whether all is as it was."""
-        return self._now() == self.before
-
-    def _now(self) -> tuple[object, ...]:
-        modules = [id(module) for layer in self._layers() for module in layer.modules()]
-        with torch.no_grad():
-            some = [t.reshape(-1)[:: max(1, t.numel() // 8)].float().sum() for t in self.sampled]
-            sums: list[float] = torch.stack(some).tolist()
-        return (*modules, *(t.data_ptr() for t in self.tensors), *(_version(t) for t in self.tensors), *sums)
-
-    def _layers(self) -> Iterable[torch.nn.Module]:
-        layers: Iterable[torch.nn.Module] = getattr(self.model.decoder.get_decoder(), "layers", ())
-        return layers
-
-
-def _version(tensor: Tensor) -> int:
-    """Return how often a tensor was written to; tensors of inference do not count."""
-    return 0 if tensor.is_inference() else tensor._version

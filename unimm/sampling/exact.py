@@ -19,6 +19,7 @@ from unimm.models.placing import is_spread
 from unimm.models.quantization import is_quantised
 from unimm.sampling.cache import RowCache, RowsAt
 from unimm.sampling.decoder import Layer, LlamaRunner, Runner
+from unimm.sampling.looking import RowMemory, looking_of
 from unimm.sampling.slots import SlotRow
 
 _KEPT = 2**26  # weights up to which the layers' copies in float64 are kept
@@ -59,12 +60,17 @@ class Exact:
         model, runner = self._prepared()
         device = self.model.device
         ids = torch.tensor([row.ids], device=device)
-        stream = torch.cat([model.embed(ids, row.images).stream[0], *self._drawn(model, row)])
+        embedded = model.embed(ids, row.images)
+        stream = torch.cat([embedded.stream[0], *self._drawn(model, row)])
         cache = RowCache(runner.layers_count)
         cache.reserve(1, len(stream))
         at = RowsAt(0, [0], len(stream), device)
         places = None if row.places is None else row.places[:, None]
-        return runner(cache, at, stream[None], places)[0, -1]
+        looking = None
+        if model.fusion is not None and embedded.memory is not None:
+            memory = RowMemory(model.fusion.read(embedded.memory.states), embedded.memory.visible[0])
+            looking = looking_of(model.fusion, [memory], at.positions)
+        return runner(cache, at, stream[None], places, looking)[0, -1]
 
     def code_logits(self, hidden: Tensor) -> Tensor:
         """Return the code logits float64 [K]."""

@@ -19,6 +19,7 @@ from unimm.models.inputs import Images
 from unimm.models.layout import ImageLayout
 from unimm.processing.processor import UniMMProcessor
 from unimm.sampling.grammar import Grammar
+from unimm.sampling.looking import RowMemory
 from unimm.sampling.requests import DrawingRequest, FinishReason, TextRequest, Ticket
 from unimm.sampling.sampler import NoiseKind, gumbel
 
@@ -40,6 +41,7 @@ class SlotRow:
         prompt: the stream of the prompt [t, C] behind `filled`, until it has been read.
         places: positions of time, row and column [3, t] of what the row reads, from its first token on, where images
             have these; what lies behind counts on.
+        memory: what it looks at by cross-attention.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class SlotRow:
         self.reserved = self.filled = 0
         self.prompt: Tensor | None = None
         self.places: Tensor | None = None
+        self.memory: RowMemory | None = None
 
     def positions(self, first: int, count: int) -> Tensor:
         """Return the positions [3, count] from one of the row's on, where images have positions of their own."""

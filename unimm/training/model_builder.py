@@ -208,7 +208,7 @@ class Assembly:
             code = vocabulary
         seen: dict[str, Any] = {"connector": {"kind": "mlp", "depth": section.connector_depth}}
         if section.understanding is not None:
-            seen = section.understanding.parts()
+            seen = section.understanding.parts(text_tokenizer)
         elif vision is not None:
             seen |= read_dataclass(VisionConfig, vision, "", "vision").parts()
         return UniMMConfig(

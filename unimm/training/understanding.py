@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +13,7 @@ from unimm.sections import FieldError, Section
 
 TokenName = Annotated[str, Field(min_length=1, max_length=256)]
 TagWords = Annotated[str, Field(max_length=256)]
-_PARTS = ("views", "encoder", "reducer", "connector", "positions")
+_PARTS = ("views", "encoder", "reducer", "connector", "fusion", "positions")
 _TINY_PATCH = 4
 _TINY: dict[str, dict[str, Any]] = {
     "naflex": {"width": 16, "depth": 1, "heads": 2, "patch": _TINY_PATCH},
@@ -39,6 +39,8 @@ class PictureSection(Section):
     whole_tag: TagWords = ""
     joint: bool = False
     add: bool = False
+    mark: Literal["none", "image", "tile"] = "none"
+    apart: bool = False
 
 
 class UnderstandingSection(Section):
@@ -48,6 +50,8 @@ class UnderstandingSection(Section):
     encoder: dict[str, Any]
     reducer: dict[str, Any] = Field(default_factory=dict)
     connector: dict[str, Any] = Field(default_factory=dict)
+    fusion: dict[str, Any] = Field(default_factory=dict)
+    """With the kind `both` the words of `picture.tile_tag` stand in the memory, and become its `tags`."""
     positions: dict[str, Any] = Field(default_factory=dict)
     picture: PictureSection | None = None
     """Null: an image is a begin token, its features and an end token."""
@@ -63,9 +67,20 @@ class UnderstandingSection(Section):
             read_part(name, getattr(self, name))
         return self
 
-    def parts(self) -> dict[str, dict[str, Any]]:
-        """Return the parts as fields of `UniMMConfig`."""
-        return {name: part_fields(read_part(name, getattr(self, name))) for name in _PARTS}
+    def parts(self, text_tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, Any]]:
+        """Return the parts as fields of `UniMMConfig`.
+
+        Args:
+            text_tokenizer: makes tokens of tags that stand in a memory.
+        """
+        found = {name: part_fields(read_part(name, getattr(self, name))) for name in _PARTS}
+        tag = "" if self.picture is None else self.picture.tile_tag
+        if found["fusion"]["kind"] == "both" and tag:
+            words = [tag.format(number) for number in range(1, found["views"]["most"] + 1)]
+            found["fusion"]["tags"] = [
+                text_tokenizer.encode(word, add_special_tokens=False) for word in words
+            ]
+        return found
 
     def layout(self, text_tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Return how an image is written, as fields of `ImageLayout`; tokens that are lacking are added.
@@ -111,6 +126,9 @@ def tiny_understanding(section: dict[str, Any]) -> dict[str, Any]:
     connector = tiny["connector"]
     if connector.get("width") is not None:
         connector["width"] = 24
+    fusion = tiny["fusion"]
+    if "layers" in fusion:
+        fusion |= {"layers": [0, 1], "heads": 2, "kv_heads": 1, "width": 32}
     positions = tiny["positions"]
     if "sections" in positions:
         positions["sections"] = (2, 3, 3)  # of the tiny decoder's 8 frequencies
@@ -122,6 +140,7 @@ def tiny_understanding(section: dict[str, Any]) -> dict[str, Any]:
         "encoder": encoder,
         "reducer": reducer,
         "connector": connector,
+        "fusion": fusion,
         "positions": positions,
     }
 
