@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import click
 
 from unimm import __version__
-from unimm.cli import data, model, preferences, recipes
+from unimm.cli import data, evaluate, model, preferences, recipes
 from unimm.cli.commands import Group, mistake
 from unimm.cli.completion import answer_shell, completion
 from unimm.console import debugging, is_unicode, replace_unencodable, say
@@ -64,8 +64,8 @@ CLI = Group(
             recipes.plan,
             recipes.systems,
             recipes.hosts,
-            recipes.report,
-            recipes.evaluate,
+            evaluate.report,
+            evaluate.evaluate,
             TOKENIZER,
             RECIPES,
         ),

@@ -52,6 +52,19 @@ class Recipe(Text):
         return [name for name in (*names, *unique) if name.startswith(incomplete)]
 
 
+class Measure(Recipe):
+    """A protocol or a recipe of an evaluation, by name or file."""
+
+    def known(self, incomplete: str) -> list[str]:
+        """Return the names that begin with what is there."""
+        from unimm.evaluation.protocol import list_protocols
+
+        return [
+            *(name for name in list_protocols() if name.startswith(incomplete)),
+            *super().known(incomplete),
+        ]
+
+
 class Choice(click.Choice[str]):
     """One of some texts."""
 
@@ -89,6 +102,13 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _shard(text: str) -> tuple[int, int]:
+    number, _, parts = text.partition("/")
+    if not (number.isdecimal() and parts.isdecimal() and int(number) < int(parts)):
+        raise ValueError
+    return int(number), int(parts)
+
+
 def _size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"([1-9]\d{0,5})[xX×]([1-9]\d{0,5})", text)
     if match is None:
@@ -108,10 +128,12 @@ FOLDER = Text(files="dir")
 DEVICE = Text("auto", "cpu", "cuda")
 DTYPE = Text("auto", "float32", "bfloat16", "float16")
 RECIPE = Recipe(files="file")
+MEASURE = Measure(files="file")
 INTEGER = Parsed(int, "a whole number")
 POSITIVE = Parsed(_positive, "a whole number of at least 1")
 NUMBER = Parsed(float, "a number")
 NUMBER_OR_NONE = Parsed(lambda text: None if text == "none" else float(text), "a number or none")
+SHARD = Parsed(_shard, "PART/PARTS, as 0/4 for the first of four")
 SIZE = Parsed(_size, "WIDTHxHEIGHT in pixels, as 64x64")
 FIELD = Parsed(_field, "NAME=COLUMN, as text=caption_en")
 SPLITS = Choice("train", "seen", "composed", "vendor")  # of EmojiScenes

@@ -1,4 +1,4 @@
-"""The commands about recipes and runs: `train`, `plan`, `hosts`, `report`, `eval`, `tokenizer …` and `recipes …`.
+"""The commands about recipes and runs: `train`, `plan`, `hosts`, `tokenizer …` and `recipes …`.
 
 As in `unimm.cli.data`: their arguments, the calls behind them, and how a person sees the results.
 """
@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from unimm.cli.commands import Options, command
-from unimm.cli.options import FILE, FOLDER, NUMBER, POSITIVE, RECIPE, recipe_arguments
+from unimm.cli.options import FILE, NUMBER, POSITIVE, RECIPE, recipe_arguments
 from unimm.console import hide_loading_bars, print_table, print_text, print_tree
 from unimm.errors import UserError
 
@@ -155,21 +155,6 @@ def hosts(options: Options) -> Any:
     return {"hosts": {host.name: host.slots for host in hosts}, "slots": sum(host.slots for host in hosts)}
 
 
-def show_report(document: dict[str, str]) -> None:
-    """Say where the report is."""
-    print_text(f"Report: {document['sheet']}")
-
-
-@command("report", "draw curves and samples of a run", show_report)
-@click.argument("run", type=FOLDER, metavar="RUN", help="the output folder of a training run")
-@click.option("-o", "--output", type=FILE, metavar="FILE", help="default: report.png in that folder")
-def report(options: Options) -> Any:
-    """Draw the report of a run."""
-    from unimm.training.report import report as draw_report
-
-    return {"sheet": str(draw_report(options.run, options.output))}
-
-
 @command("eval", "evaluate an image tokenizer", print_tree)
 @recipe_arguments
 def evaluate_tokenizer(options: Options) -> Any:
@@ -179,24 +164,6 @@ def evaluate_tokenizer(options: Options) -> Any:
 
     hide_loading_bars()
     return evaluate_tokenizer(find_recipe(options.recipe), options.overrides)
-
-
-def show_evaluation(document: dict[str, Any]) -> None:
-    """Show the tables of an evaluation."""
-    from unimm.evaluation.report import print_report
-
-    print_report(document)
-
-
-@command("eval", "evaluate a model by a recipe", show_evaluation)
-@recipe_arguments
-def evaluate(options: Options) -> Any:
-    """Evaluate a model by a recipe."""
-    from unimm.evaluation import evaluate_recipe
-    from unimm.recipes import find_recipe
-
-    hide_loading_bars()
-    return evaluate_recipe(find_recipe(options.recipe), options.overrides)
 
 
 def show_recipes(rows: list[dict[str, str]]) -> None:
