@@ -31,6 +31,7 @@ from unimm.models.turns import (
     ASSISTANT_TEXT,
     END,
     START,
+    START_SEEN,
     SYSTEM_TEXT,
     TEMPLATE_FILE,
     USER_IMAGE,
@@ -206,7 +207,7 @@ def _begin_once(joins: dict[str, Join], bos: str | None) -> None:
     """Leave out the token that the stream begins with, however often a template opens with it."""
     for key, join in joins.items():
         words = join.words
-        while bos and key.startswith(f"{START}|") and words.startswith(bos):
+        while bos and key.startswith((f"{START}|", f"{START_SEEN}|")) and words.startswith(bos):
             words = words.removeprefix(bos)
         joins[key] = dataclasses.replace(join, words=words)
 
@@ -257,30 +258,43 @@ class _Reading:
         """Render every form and learn from it; raises as `follow`."""
         forms = [*TEXTS, *(IMAGES if looks else ()), *OTHERS, *(OTHER_IMAGES if looks else ())]
         needed = set(TEXTS + IMAGES)
-        asked = [(form, asks) for form in forms for asks in (True, False)]
+        # some take lists from users, and of the system a text alone
+        ways = {form: (False, True) if form[0] == "s" and self.base is None else (False,) for form in forms}
+        asked = [(form, asks, told) for form in forms for told in ways[form] for asks in (True, False)]
         requests = [
-            {"messages": self._messages(form, padded), "asks": asks and form.split(" ")[-1][0] == "u"}
-            for form, asks in asked
+            {"messages": self._messages(form, padded, told), "asks": asks and form.split(" ")[-1][0] == "u"}
+            for form, asks, told in asked
             for padded in (False, True)
         ]
         results = iter(_render(text, requests, names))
-        rendered = [(form, asks, next(results), next(results)) for form, asks in asked]
-        for form, _, plain, _ in rendered:
+        found = {key: (next(results), next(results)) for key in asked}
+        for (form, *_), (plain, _) in found.items():
             if form in needed and "text" not in plain:
                 self._fail(form, plain["error"])
             if form in TEXTS and self.base is None and _is_list(plain["text"]):
                 raise _NoListsError
+        whole = [key for key, texts in found.items() if self._is_whole(key, texts)]
         rendered = [
-            entry
-            for entry in rendered
-            if "text" in entry[2] and "text" in entry[3] and not _is_list(entry[2]["text"])
+            (form, asks, *found[form, asks, told])
+            for form, asks, told in whole
+            if not told or (form, asks, False) not in whole
         ]
         self.images_first = self._reorders([(form, plain["text"]) for form, _, plain, _ in rendered])
         for form, asks, plain, _ in rendered:
             self._learn(form, asks, plain["text"])
         for form, asks, _, padded in rendered:
             self._learn_spaces(form, asks, padded["text"])
+        self._merge_starts()
         return self
+
+    def _is_whole(self, key: tuple[str, bool, bool], texts: tuple[dict[str, str], dict[str, str]]) -> bool:
+        """Whether a conversation was rendered; with the system's words as a text, also that all of it is there."""
+        if not all("text" in text for text in texts) or _is_list(texts[0]["text"]):
+            return False
+        try:
+            return not key[2] or bool(self._pieces(key[0], texts[0]["text"]))
+        except UserError:
+            return False
 
     def _fail(self, form: str, reason: str) -> None:
         """Stop at a conversation that cannot be rendered; at the first, other contents may do."""
@@ -288,8 +302,8 @@ class _Reading:
             raise _NoListsError
         raise UserError(f"cannot write a conversation ({reason})")
 
-    def _messages(self, form: str, padded: bool) -> list[dict[str, Any]]:
-        """A conversation of a form, with a placeholder for each text."""
+    def _messages(self, form: str, padded: bool, told: bool) -> list[dict[str, Any]]:
+        """A conversation of a form, with a placeholder for each text; `told`: the system's is no list."""
         messages = []
         for number, (role, kinds) in enumerate(_turns(form)):
             texts = [_text(number, place) for place in range(len(kinds))]
@@ -301,6 +315,8 @@ class _Reading:
             ]
             if self.base is not None:
                 content = self._one_text(kinds, texts)
+            elif told and role == "s":
+                content = texts[0]
             messages.append({"role": ROLES[role], "content": content})
         return messages
 
@@ -392,6 +408,13 @@ class _Reading:
                 raise UserError(f"cannot be followed, between {left} and {right} it writes {both}")
             self.joins.setdefault(key, Join(words))
 
+    def _merge_starts(self) -> None:
+        """Let conversations with images open as others do, but where the template opens them in another way."""
+        for key in [key for key in self.joins if key.startswith(f"{START_SEEN}|")]:
+            plain = f"{START}|{key.partition('|')[2]}"
+            if self.joins.setdefault(plain, self.joins[key]) == self.joins[key]:
+                del self.joins[key]
+
     def _learn_spaces(self, form: str, asks: bool, text: str) -> None:
         """Note which white space around texts a template drops."""
         for key, words in self._between(form, asks, text):
@@ -412,7 +435,8 @@ class _Reading:
         """Each key of a conversation with the words there."""
         pieces, around = self._pieces(form, text)
         ask = asks and form.split(" ")[-1][0] == "u"
-        places = [(-1, START), *((number, place) for number, place, _ in pieces), (-2, ASK if ask else END)]
+        start = START_SEEN if any("i" in kinds for _, kinds in _turns(form)) else START
+        places = [(-1, start), *((number, place) for number, place, _ in pieces), (-2, ASK if ask else END)]
         keys = [
             join_key(left, right, number == other)
             for (number, left), (other, right) in itertools.pairwise(places)

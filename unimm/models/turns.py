@@ -21,6 +21,9 @@ START, ASK, END = (
     "ask",
     "end",
 )  # before the first piece; where an answer is to begin; after the last piece
+START_SEEN = (
+    "start.images"  # `START`, of a conversation with images, where a template opens it in another way
+)
 OPENING_IMAGE = "opening.image"  # of the user's, before the mark of its turn
 SYSTEM_TEXT, USER_TEXT, USER_IMAGE, ASSISTANT_TEXT = (
     "system.text",
@@ -120,7 +123,7 @@ class Turns:
         """Return what stands between two places.
 
         Args:
-            left: `START`, or the place of a piece, such as `user.image`.
+            left: `START` or `START_SEEN`, or the place of a piece, such as `user.image`.
             right: the place of a piece, `ASK` or `END`.
             same: whether both pieces are of one turn.
 
@@ -130,9 +133,12 @@ class Turns:
         left, right = (place.replace("assistant.image", ASSISTANT_TEXT) for place in (left, right))
         if same and left == ASSISTANT_TEXT:
             return Join()
+        start = left == START_SEEN
         if self.joins is None:
-            return Join(self._rule(left, right, same))
+            return Join(self._rule(START if start else left, right, same))
         found = self.joins.get(join_key(left, right, same))
+        if found is None and start:
+            return self.join(START, right, same)
         if found is None:
             raise UserError(f"{TEMPLATE_FILE}: the chat template writes no {right} after {left}")
         return Join(*found)

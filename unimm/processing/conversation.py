@@ -25,6 +25,7 @@ from unimm.models.turns import (
     END,
     OPENING_IMAGE,
     START,
+    START_SEEN,
     SYSTEM_TEXT,
     USER_IMAGE,
     USER_TEXT,
@@ -157,14 +158,15 @@ class Conversation:
         self, message: Message, images: Sequence[Grid], grid: Grid, praise: str | None = None
     ) -> list[LayoutPart]:
         """A prompt in parts, up to the drawing's first code; `praise`: what is added, None: the model's own."""
-        turns, left = self.turns, START
+        turns, left = self.turns, START_SEEN if images else START
         parts: list[LayoutPart] = [self.begin("first")]
         grids = iter(images)
         image_place = OPENING_IMAGE if turns.images_before else USER_IMAGE
         for place, part in _drawing_pieces(message, turns.praise if praise is None else praise, image_place):
             parts.append(self.begin("after_images") if isinstance(part, str) else [])
-            if not turns.bare_drawings or left != START:
-                parts += self.special(turns.join(left, place, same=left != START).words)
+            first = left in (START, START_SEEN)
+            if not turns.bare_drawings or not first:
+                parts += self.special(turns.join(left, place, same=not first).words)
             parts += [part] if isinstance(part, str) else self.layout.understanding(*next(grids))
             left = place
         if not turns.bare_drawings:
@@ -295,7 +297,8 @@ class _Writer:
 
     def write(self, pieces: Sequence[_Piece], asks: bool) -> Row:
         """Write all; `asks`: up to where an answer in words begins. Gives the row."""
-        left, before, begun = START, -2, False
+        seen = any(isinstance(piece.part, ImagePart) and not piece.labelled for piece in pieces)
+        left, before, begun = START_SEEN if seen else START, -2, False
         last = ASK if asks else END
         for number, piece in enumerate(pieces):
             after = pieces[number + 1] if number + 1 < len(pieces) else None
