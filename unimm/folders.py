@@ -28,6 +28,7 @@ from unimm.files import (
 _WEIGHTS = (
     "model*.safetensors",
     "consolidated*.safetensors",
+    "consolidated*.pth",
     "pytorch_model*.bin",
     "*.safetensors.index.json",
     "*.bin.index.json",

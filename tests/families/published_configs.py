@@ -203,7 +203,65 @@ MOLMO_7B_O = _molmo(
     intermediate_size=22016, layer_norm_eps=1e-6, num_attention_heads=32, num_hidden_layers=32,
     num_key_value_heads=None, attention_layer_norm=True, norm_after=True, qkv_bias=False, rope_theta=500000.0,
 )  # fmt: skip
+_LLAMA_ROPE = {
+    "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}  # fmt: skip
+
+
+def _llama_vision(name: str, total: int, vision: int, side: int, **sizes: Any) -> PublishedSize:
+    """One of those that differ in the side of a tile and the sizes of the decoder."""
+    return PublishedSize(
+        name,
+        {
+            "architectures": ["MllamaForConditionalGeneration"], "image_token_index": 128256, "model_type": "mllama",
+            "text_config": {
+                "bos_token_id": 128000, "cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38], "dropout": 0,
+                "eos_token_id": [128001, 128008, 128009], "hidden_act": "silu", "hidden_size": 4096,
+                "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 131072,
+                "model_type": "mllama_text_model", "num_attention_heads": 32, "num_hidden_layers": 40,
+                "num_key_value_heads": 8, "pad_token_id": 128004, "rms_norm_eps": 1e-5, "rope_scaling": _LLAMA_ROPE,
+                "rope_theta": 500000.0, "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 128256, **sizes,
+            },
+            "torch_dtype": "bfloat16",
+            "vision_config": {
+                "attention_heads": 16, "hidden_act": "gelu", "hidden_size": 1280, "image_size": side,
+                "intermediate_layers_indices": [3, 7, 15, 23, 30], "intermediate_size": 5120, "max_num_tiles": 4,
+                "model_type": "mllama_vision_model", "norm_eps": 1e-5, "num_channels": 3, "num_global_layers": 8,
+                "num_hidden_layers": 32, "patch_size": 14,
+                "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]],
+                "torch_dtype": "bfloat16", "vision_output_dim": 7680,
+            },
+        },
+        total,
+        vision + 7681 * sizes.get("hidden_size", 4096),
+        {"<|image|>": 128256},
+        preprocessor={"max_image_tiles": 4, "size": {"height": side, "width": side}, "do_pad": True, "resample": 2},
+    )  # fmt: skip
+
+
+LLAMA_11B = _llama_vision("meta-llama/Llama-3.2-11B-Vision-Instruct", 10_670_220_835, 863_567_379, 560)
+LLAMA_11B_BASE = _llama_vision("meta-llama/Llama-3.2-11B-Vision", 10_642_941_475, 836_288_019, 448)
+LLAMA_90B = _llama_vision(
+    "meta-llama/Llama-3.2-90B-Vision-Instruct", 88_593_355_323, 863_567_379, 560, hidden_size=8192,
+    intermediate_size=28672, num_hidden_layers=100, num_attention_heads=64,
+    cross_attention_layers=list(range(3, 100, 5)),
+)  # fmt: skip
+LLAMA_11B_ORIGINAL = PublishedSize(
+    "meta-llama/Llama-3.2-11B-Vision-Instruct/original",
+    {
+        "dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256, "ffn_dim_multiplier": 1.3,
+        "multiple_of": 1024, "norm_eps": 1e-5, "rope_theta": 500000.0, "use_scaled_rope": True,
+        "vision_chunk_size": 560, "vision_max_num_chunks": 4, "vision_num_cross_attention_layers": 8,
+    },
+    total=LLAMA_11B.total,
+    vision=LLAMA_11B.vision,
+    tokens=LLAMA_11B.tokens,
+    file="params.json",
+    # tables of 4 x 4 cells, where here there are 9 arrangements of 4 tiles
+    stored=(4 * 4 - 9 * 4) * (1601 + 1 + 1) * 1280,
+)  # fmt: skip
 PUBLISHED = (
     PIXTRAL_12B, PIXTRAL_12B_ORIGINAL, QWEN2_VL_2B, QWEN2_VL_7B, QWEN2_VL_72B, NVLM_D_72B, MOLMO_7B_D, MOLMO_72B,
-    MOLMO_7B_O,
+    MOLMO_7B_O, LLAMA_11B, LLAMA_11B_BASE, LLAMA_90B, LLAMA_11B_ORIGINAL,
 )  # fmt: skip

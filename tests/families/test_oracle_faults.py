@@ -17,6 +17,7 @@ from transformers import (
     FuyuImageProcessor,
     FuyuProcessor,
     InternVLForConditionalGeneration,
+    MllamaForConditionalGeneration,
     PixtralVisionConfig,
     Qwen2VLProcessor,
 )
@@ -24,6 +25,7 @@ from transformers.models.fuyu import processing_fuyu as fuyu
 
 from tests.families.aria_checkpoints import ARIA
 from tests.families.fuyu_checkpoints import FUYU
+from tests.families.llama_vision_checkpoints import CROSSING, ENTERING, LLAMA_VISION
 from tests.families.nvlm_checkpoints import NVLM
 from tests.families.qwen2_vl_checkpoints import QWEN2_VL
 from tests.families.survey import picture
@@ -134,6 +136,49 @@ def test_aria_ignores_the_side_in_its_folder(tmp_path: Path) -> None:
     assert processor.image_processor.max_image_size == 490
     made = processor(text=["<|img|>a"], images=[picture(64, 52)], return_tensors="pt")
     assert made["pixel_values"].shape[-1] == 980
+
+
+@torch.no_grad()
+def test_mllama_joins_states_that_leave_layers() -> None:
+    """Meta's code joins those that enter layers 3, 7, 15, 23 and 30, as transformers did at first."""
+    vision: Any = MllamaForConditionalGeneration(LLAMA_VISION.make().model.config).eval().model.vision_model
+    states: list[torch.Tensor] = []
+    for layer in vision.transformer.layers:
+        layer.register_forward_hook(lambda _, args, output: states.append(output))
+    mask = torch.ones(1, 1, 4, dtype=torch.int64)
+    pixels = torch.randn(1, 1, 4, 3, 28, 28)
+    found = vision(pixels, torch.tensor([[6]]), mask).last_hidden_state
+    inner = found[0, 0, 0, :, 36:].unflatten(-1, (36, -1))
+    for place, layer in enumerate(ENTERING):
+        assert torch.equal(inner[..., place], states[layer][0, : inner.shape[0]])
+
+
+@torch.no_grad()
+def test_mllama_shows_an_image_to_the_text_before_it() -> None:
+    """Where a text sees nothing its attention is the mean of all, and is added; its MLP is taken away."""
+    mended = LLAMA_VISION.make()
+    oracle: Any = mended.model
+    plain = MllamaForConditionalGeneration(oracle.config).eval()
+    plain.load_state_dict(oracle.state_dict())
+    moved = {}
+    for name, model in (("mended", oracle), ("plain", plain)):
+        logits = []
+        for seed in (0, 1):
+            image = picture(37, 91, seed)
+            inputs = mended.inputs_of(["what is this? <|image|>"], [[image]])
+            mark = inputs["input_ids"][0].tolist().index(mended.placeholders[0])
+            logits.append(model(**inputs).logits[0, : mark + 1])
+        moved[name] = (logits[0] - logits[1]).abs().amax(-1)
+    assert moved["plain"][:-1].min() > 0.01
+    assert not moved["mended"][:-1].any() and moved["mended"][-1] > 0.01
+
+
+def test_mllama_is_causal_where_it_has_no_mask() -> None:
+    """Attention that says nothing of itself is taken for causal; neither the encoder's nor the blocks' is."""
+    model: Any = LLAMA_VISION.make().model
+    attention = model.model.vision_model.transformer.layers[0].self_attn
+    crossing = model.model.language_model.layers[CROSSING[0]].cross_attn
+    assert not hasattr(attention, "is_causal") and not hasattr(crossing, "is_causal")
 
 
 def fuyu_processor() -> FuyuProcessor:

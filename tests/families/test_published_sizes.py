@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.families.published_configs import (
+    LLAMA_11B,
     MOLMO_7B_D,
     NVLM_D_72B,
     PIXTRAL_12B,
@@ -63,6 +64,7 @@ def test_parameters(published: PublishedSize, tmp_path: Path) -> None:
         (QWEN2_VL_7B, (391, 2691, 1775, 16)),
         (NVLM_D_72B, (1792, 768, 1024, 256)),
         (MOLMO_7B_D, (740, 1196, 1252, 316)),
+        (LLAMA_11B, (1, 1, 1, 1)),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
@@ -76,3 +78,13 @@ def test_tokens_of_images(published: PublishedSize, counts: tuple[int, ...], tmp
         parts = layout.understanding(*views.grid_of(height, width))
         tokens = [token for part in parts if not isinstance(part, str) for token in part]
         assert sum(token in own for token in tokens) == count
+
+
+def test_what_a_mark_of_llama_stands_for(tmp_path: Path) -> None:
+    """The arrangement of tiles of four sizes, and the features that text behind the mark sees."""
+    config = Checkpoint(write(LLAMA_11B, tmp_path)).config
+    views, seeing = make_views(config), config.seeing()
+    assert views is not None
+    grids = [views.grid_of(*size) for size in PICTURES]
+    assert grids == [(1, 2), (2, 2), (3, 1), (1, 1)]
+    assert [sum(seeing.tokens_of(grid)) for grid in grids] == [3202, 6404, 4803, 1601]

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 import unimm
+from tests.families.llama_vision_checkpoints import LLAMA_VISION, RATIOS
 from tests.families.nvlm_checkpoints import NVLM
 from tests.families.pixtral_checkpoints import PIXTRAL
 from tests.families.qwen2_vl_checkpoints import QWEN2_VL
@@ -66,11 +67,20 @@ def nvlm(inputs: Inputs, oracle: Oracle) -> Seen:
     return [list(own) for own in inputs["pixel_values"].split(counts)]
 
 
+def llama_vision(inputs: Inputs, oracle: Oracle) -> Seen:
+    """Tiles filled up with zeros to the most, and the arrangement that each image has."""
+    (pixels,), (ids,) = inputs["pixel_values"], inputs["aspect_ratio_ids"].tolist()
+    counts = [rows * columns for rows, columns in (RATIOS[number - 1] for number in ids)]
+    assert all(not own[count:].any() for own, count in zip(pixels, counts, strict=True))
+    return [list(own[:count]) for own, count in zip(pixels, counts, strict=True)]
+
+
 Unpacked = Callable[[Inputs, Oracle], Seen]
 PROCESSORS: tuple[tuple[Reference, Unpacked], ...] = (
     (PIXTRAL, pixtral),
     (QWEN2_VL, qwen2_vl),
     (NVLM, nvlm),
+    (LLAMA_VISION, llama_vision),
 )
 CASES = [(reference, layout, unpacked) for reference, unpacked in PROCESSORS for layout in reference.layouts]
 

@@ -164,7 +164,8 @@ def feature_range(
         batch = places[start : start + ENCODING_BATCH]
         images = processor.look([image.image() for _, image in batch])
         assert images.pixels is not None
-        seen = vision(images.pixels.to(device), images.sizes).float().cpu().numpy().astype(dtype)
+        features = vision(images.pixels.to(device), images.sizes, tiles=images.grids)
+        seen = features.float().cpu().numpy().astype(dtype)
         counts = feature_counts(processor.seeing, images, processor.layout)
         parts = np.split(seen.reshape(-1, seen.shape[-1]), np.cumsum(counts)[:-1])
         padding = [images.part(n, n + 1).padding for n in range(len(images))]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -19,8 +19,9 @@ from unimm.errors import UserError
 from unimm.families import own
 from unimm.families.family import LAYOUTS, OWN, PARAMS_FILE, Family, Writer, family_of
 from unimm.families.image_tokenizers import convert_image_tokenizer, describes_image_tokenizer
-from unimm.families.keymap import Entry, KeyMap, translated
+from unimm.families.keymap import Entry, translated
 from unimm.families.model import OurTensors, key_map
+from unimm.families.shards import write_shards
 from unimm.families.source import MODEL_FILE, Checkpoint
 from unimm.families.tensors import INDEXES, SINGLES, WeightFiles, write_single
 from unimm.folders import write_folder
@@ -94,16 +95,10 @@ class _Conversion:
 
     def write(self, target: Path) -> None:
         """Write everything."""
-        extra = {} if self.to == OWN else self.kept
-        tensors = chain(_translated(self.ours, self.map, "", self.subfolders), extra.items())
-        if (single := self.family.weight_files.get(self.to)) is None:
-            _write_weights(target, tensors)
-        else:
-            shapes = {name: part for entry in self._returned() for name, part in self._shapes(entry)}
-            write_single(target / single, {**shapes, **extra}, tensors)
+        self._write_weights(target)
         for prefix, name in self.subfolders.items():
             (target / name).mkdir()
-            _write_weights(target / name, _translated(self.ours, self.map, prefix, self.subfolders))
+            _write_weights(target / name, self._translated(prefix))
         if self.to == OWN:
             self._write_own_files(target)
         elif self.writer is None:
@@ -111,6 +106,32 @@ class _Conversion:
         else:
             self.writer.write(self.config, self.processor, target, self.to)
             self.processor.write_end_tokens(target)
+
+    def _write_weights(self, target: Path) -> None:
+        """Write the tensors of the model's own folder, in the files that the layout has."""
+        taken = {name for entry in self._returned() for name in entry.theirs}
+        extra = {name: tensor for name, tensor in self.kept.items() if self.to != OWN and name not in taken}
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            return chain(self._translated(""), extra.items())
+
+        if (axis := self.family.shard_axes.get(self.to)) is not None:
+            write_shards(target, getattr(self.config, "source_shards", 0), axis, tensors)
+        elif (single := self.family.weight_files.get(self.to)) is not None:
+            shapes = {name: part for entry in self._returned() for name, part in self._shapes(entry)}
+            write_single(target / single, {**shapes, **extra}, tensors())
+        else:
+            _write_weights(target, tensors())
+
+    def _translated(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
+        """Their names (without the prefix) and tensors of one folder, one of ours after the other."""
+
+        def here(entry: Entry) -> bool:
+            place = next((other for other in self.subfolders if entry.theirs[0].startswith(other)), "")
+            return place == prefix
+
+        for name, tensor in translated(list(filter(here, self._returned())), self.ours, self.kept):
+            yield name.removeprefix(prefix), tensor.contiguous()
 
     def _returned(self) -> list[Entry]:
         return [entry for entry in self.map.returned(self.ours) if entry.ours not in self.map.tied]
@@ -169,19 +190,6 @@ def _writer(family: Family) -> Writer:
     return family.writer
 
 
-def _translated(
-    ours: OurTensors, map_: KeyMap, prefix: str, subfolders: Mapping[str, str]
-) -> Iterator[tuple[str, Tensor]]:
-    """Their names (without the prefix) and tensors of one folder, one of ours after the other."""
-
-    def here(entry: Entry) -> bool:
-        place = next((other for other in subfolders if entry.theirs[0].startswith(other)), "")
-        return place == prefix and entry.ours not in map_.tied
-
-    for name, tensor in translated([entry for entry in map_.returned(ours) if here(entry)], ours):
-        yield name.removeprefix(prefix), tensor.contiguous()
-
-
 def _write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Write shards of at most `SHARD_BYTES` (or one tensor), and their index."""
     shards: list[list[str]] = []
@@ -224,7 +232,7 @@ def _kept(ours: OurTensors, checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 def _small_files(folder: Path, prefix: str) -> list[Path]:
     """Return the files of a checkpoint that are no weights: configuration, tokenizer, processor, readme."""
-    weights = (".safetensors", ".bin", ".pt", ".safetensors.index.json", ".bin.index.json")
+    weights = (".safetensors", ".bin", ".pt", ".pth", ".safetensors.index.json", ".bin.index.json")
     return [
         file
         for file in sorted(folder.glob(f"{prefix}*"))

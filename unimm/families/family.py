@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -94,6 +94,8 @@ class Family(ABC):
         needs: keys of `UniMMConfig` that a model must have to be written in its layouts, such as `generation`.
         image_tokenizers: by layout, the image tokenizer that the layout has apart.
         weight_files: by layout, the one file that it has weights in, where that is not as transformers has it.
+        shard_axes: by layout, the axis that a tensor is cut along, by its name, where files hold slices
+            (`unimm.families.shards`); None: it is whole in each.
         writer: writes models of other layouts; None: there is no such thing.
     """
 
@@ -103,6 +105,7 @@ class Family(ABC):
     needs: ClassVar[tuple[str, ...]] = ()
     image_tokenizers: ClassVar[Mapping[str, SeparateImageTokenizer]] = {}
     weight_files: ClassVar[Mapping[str, str]] = {}
+    shard_axes: ClassVar[Mapping[str, Callable[[str], int | None]]] = {}
     writer: ClassVar[Writer | None] = None
 
     @abstractmethod
@@ -189,8 +192,9 @@ REGISTRY = (
     Registered("fuyu", "Fuyu", {"fuyu": "transformers"}),
     Registered("nvlm", "NVLM-D", {"NVLM_D": "original"}),
     Registered("molmo", "Molmo", {"molmo": "original"}),
+    Registered("llama_vision", "Llama 3.2 Vision", {"mllama": "transformers", "mllama_params": "original"}),
 )
-PARAMS_KINDS = {"vision_encoder": "pixtral_params"}
+PARAMS_KINDS = {"vision_chunk_size": "mllama_params", "vision_encoder": "pixtral_params"}
 """Key of a `params.json`, which says no `model_type`: the kind that it stands for."""
 FAMILIES = {kind: registered for registered in REGISTRY for kind in registered.layouts}
 """By `model_type`."""

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from unimm.errors import UserError
 from unimm.models.weights import refuse
 
 _HOLES = {"end": "weight|bias", "rest": ".+"}  # what a placeholder may stand for; any other is a number
@@ -31,12 +32,15 @@ class Op:
         rows: which rows of one of theirs are ours, where others of ours have the other rows; `to_theirs` leaves
             those 0.
         zeros: what of one of theirs no module here needs, and has to be 0.
+        put_back: where ours are only a part of one of theirs: makes theirs of one of ours and of theirs as it was. It
+            raises a `ValueError` if ours is of no such form any more.
     """
 
     to_ours: Callable[[Sequence[Tensor]], Tensor]
     to_theirs: Callable[[Tensor, int], list[Tensor]]
     rows: slice | None = None
     zeros: Callable[[Tensor], Tensor] | None = None
+    put_back: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 SAME = Op(lambda theirs: theirs[0], lambda ours, _: [ours])
@@ -189,7 +193,8 @@ class KeyMap:
             where: the checkpoint's path, for errors.
 
         Returns:
-            An entry for each of our tensors that the checkpoint gives, and the names that are only carried along.
+            An entry for each of our tensors that the checkpoint gives, and the names that are only carried along, those
+            of which ours are a part among them.
 
         Raises:
             UserError: a line that names what is missing, surplus, of another shape or of another kind of
@@ -224,22 +229,32 @@ class KeyMap:
             list(dict.fromkeys(faults)) for faults in (missing, misshapen, mistyped)
         )
         used = {source for entry in entries for source in entry.theirs}
+        partly = [entry.theirs[0] for entry in entries if entry.op.put_back is not None]
         kept = [name for name in theirs if name not in used and _any(self.kept, name)]
         surplus = [f"{n} {list(t.shape)}" for n, t in theirs.items() if n not in used and n not in kept]
         refuse(where, missing=missing, misshapen=misshapen, mistyped=mistyped, surplus=surplus)
-        return entries, kept
+        return entries, [*kept, *partly]
 
 
-def translated(entries: Sequence[Entry], ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def translated(
+    entries: Sequence[Entry], ours: Mapping[str, Tensor], kept: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
     """Return their names and tensors, entry by entry; one that has rows of several of ours, once it has all of them.
 
     Args:
         entries: of one layout, as `KeyMap.returned` gives them.
         ours: our tensors by name; each is asked for once.
+        kept: theirs as they were, of which ours are a part.
+
+    Raises:
+        UserError: one of ours cannot be given back.
     """
     left = Counter(entry.theirs[0] for entry in entries if entry.op.rows is not None)
     wholes: dict[str, Tensor] = {}
     for entry in entries:
+        if entry.op.put_back is not None:
+            yield entry.theirs[0], _put_back(entry, ours[entry.ours], kept)
+            continue
         parts = entry.op.to_theirs(ours[entry.ours], len(entry.theirs))
         if (rows := entry.op.rows) is None:
             yield from zip(entry.theirs, parts, strict=True)
@@ -250,6 +265,18 @@ def translated(entries: Sequence[Entry], ours: Mapping[str, Tensor]) -> Iterator
         left[name] -= 1
         if not left[name]:
             yield name, wholes.pop(name)
+
+
+def _put_back(entry: Entry, tensor: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
+    """One of theirs of which ours is a part."""
+    (name,) = entry.theirs
+    if name not in kept:
+        raise UserError(f"{entry.ours}: is a part of {name}, which was not kept; convert the source again")
+    assert entry.op.put_back is not None
+    try:
+        return entry.op.put_back(tensor, kept[name])
+    except ValueError as error:
+        raise UserError(f"{entry.ours}: cannot be written as {name}: {error}") from None
 
 
 def _kind(tensor: Tensor) -> str:

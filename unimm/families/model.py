@@ -42,7 +42,9 @@ def build_skeleton(config: UniMMConfig, tensors: int, where: Path) -> UniMMModel
         where: the checkpoint, for errors.
     """
     decoder = config.decoder_config()
-    depth = max(decoder.num_hidden_layers, (config.encoder or {}).get("kwargs", {}).get("depth") or 0)
+    encoder = config.encoder or {}
+    given = (encoder, encoder.get("kwargs", {}))
+    depth = max(decoder.num_hidden_layers, *(fields.get("depth") or 0 for fields in given))
     if depth > tensors:
         raise UserError(f"{where}: config.json asks for {depth} layers, the weights hold {tensors} tensors")
     try:

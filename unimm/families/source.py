@@ -19,6 +19,7 @@ from unimm.errors import UserError
 from unimm.families.documents import ImageOptions
 from unimm.families.family import PARAMS_FILE, Family, SeparateImageTokenizer, recognise
 from unimm.families.generation_config import read_end_tokens, read_sampling
+from unimm.families.shards import ShardedFiles, sharded_files
 from unimm.families.tensors import NoWeightsError, WeightFiles, weight_files
 from unimm.files import read_json, read_optional, settled
 from unimm.models.configuration import UniMMConfig
@@ -156,11 +157,16 @@ class Checkpoint:
     @cached_property
     def own_weight_files(self) -> list[Path]:
         """The files of weights in its own folder."""
+        if self.layout in self.family.shard_axes and (found := sharded_files(self.folder)):
+            return found
         return weight_files(self.folder)
 
     @cached_property
-    def tensors(self) -> WeightFiles:
+    def tensors(self) -> WeightFiles | ShardedFiles:
         """Its tensors, until the block that it is the manager of ends."""
+        axis = self.family.shard_axes.get(self.layout)
+        if axis is not None and sharded_files(self.folder):
+            return ShardedFiles(self.own_weight_files, axis)
         files = {
             prefix: weight_files(place) if prefix else self.own_weight_files
             for prefix, place in self.folders.items()

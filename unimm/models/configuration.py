@@ -116,7 +116,12 @@ def _as_python(value: Any) -> Any:
 
 OPTIONAL_PARTS = ("views", "encoder", "generation")
 ALWAYS_THERE = ("reducer", "connector", "fusion", "positions")
-SOURCE_KEYS = ("source_keys", "source_layout", "source_heads")  # where a converted model comes from
+SOURCE_KEYS = (
+    "source_keys",
+    "source_layout",
+    "source_heads",
+    "source_shards",
+)  # where a converted model comes from
 
 
 class UniMMConfig(PreTrainedConfig):

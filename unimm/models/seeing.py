@@ -31,6 +31,7 @@ from unimm.models.parts import (
     TransformersEncoderConfig,
     ViewsConfig,
 )
+from unimm.models.tiled import tile_ratios
 
 
 class Seen(NamedTuple):
@@ -138,9 +139,16 @@ class Seeing(NamedTuple):
 
     def passes(self, grid: Grid) -> list[int]:
         """Return the features that look at each other in the encoder, those of padding too, for an image of a grid."""
-        if isinstance(self.encoder, TiledEncoderConfig):
-            return [self.encoder.tiles * self.encoder.tokens]
-        return self.each(grid)
+        return self._together(1) or self.each(grid)
+
+    def passes_of(self, seen: Seen) -> list[int]:
+        """Return the same for the images of a batch."""
+        return self._together(len(seen.grids)) or [rows * columns for rows, columns in seen.shapes]
+
+    def _together(self, images: int) -> list[int]:
+        """The features of all tiles of so many images, where all are looked at together."""
+        encoder = self.encoder
+        return [encoder.tiles * encoder.tokens] * images if isinstance(encoder, TiledEncoderConfig) else []
 
     def tokens_of(self, grid: Grid) -> list[int]:
         """Return the tokens of each view of an image of a grid."""
@@ -285,7 +293,37 @@ def read_inputs(inputs: dict[str, Any], seeing: Seeing) -> Images | None:
     inputs.pop("mm_token_type_ids", None)  # which tokens are of images their ids say
     if (grids := inputs.pop("image_grid_thw", None)) is not None:
         return from_patches(inputs.pop("pixel_values"), grids, seeing)
+    if (ratios := inputs.pop("aspect_ratio_ids", None)) is not None:
+        for name in (
+            "aspect_ratio_mask",
+            "cross_attention_mask",
+        ):  # which follow from those and from the tokens
+            inputs.pop(name, None)
+        return from_tiles(inputs.pop("pixel_values"), ratios, seeing)
     return Images.from_inputs(inputs)
+
+
+def from_tiles(pixels: Tensor, ratios: Tensor, seeing: Seeing) -> Images:
+    """Return images that transformers' Llama 3.2 processor has cut into tiles, without those that are none.
+
+    Args:
+        pixels: `pixel_values` [B, N, T, 3, S, S], filled up with zeros to the most images and tiles.
+        ratios: `aspect_ratio_ids` int64 [B, N], arrangements of tiles from 1; 0: no image.
+        seeing: the parts that they go through.
+
+    Raises:
+        ValueError: they are of other parts.
+    """
+    encoder = seeing.encoder
+    if not isinstance(encoder, TiledEncoderConfig) or int(ratios.max()) > len(tile_ratios(encoder.tiles)):
+        raise ValueError("aspect_ratio_ids: only of this model's own tiles")
+    known = tile_ratios(encoder.tiles)
+    grids = [known[number - 1] for number in ratios.flatten().tolist() if number]
+    shown = pixels.flatten(0, 1)[ratios.flatten() > 0]
+    tiles = [own[: rows * columns] for own, (rows, columns) in zip(shown, grids, strict=True)]
+    return Images(
+        pixels=torch.cat(tiles), views=torch.tensor([len(own) for own in tiles]), grids=torch.tensor(grids)
+    )
 
 
 def from_patches(patches: Tensor, grids: Tensor, seeing: Seeing) -> Images:
