@@ -19,6 +19,7 @@ from unimm.models.modeling import UniMMModel
 from unimm.models.parts import (
     EncoderConfig,
     NaflexEncoderConfig,
+    TiledEncoderConfig,
     TimmEncoderConfig,
     TransformersEncoderConfig,
 )
@@ -100,6 +101,8 @@ def encoder_depth(encoder: EncoderConfig | None) -> int:
     """Return the blocks of an encoder times their width, which a pair of features costs; 0 for one of no blocks."""
     if isinstance(encoder, NaflexEncoderConfig):
         return encoder.depth * encoder.width
+    if isinstance(encoder, TiledEncoderConfig):
+        return (encoder.depth + encoder.global_depth) * encoder.hidden
     if isinstance(encoder, TimmEncoderConfig):
         width = encoder.kwargs.get("embed_dim", encoder.width // max(len(encoder.layers), 1))
         return int((encoder.kwargs.get("depth") or 0) * width)

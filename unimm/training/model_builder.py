@@ -199,13 +199,17 @@ class Assembly:
         side = 1 if sizes is None else sizes.image_size // sizes.stride  # 1: nothing is drawn
         section = self.section
         image: dict[str, Any] = {}
+        size, extra = len(text_tokenizer), 0
         if section.understanding is not None:  # before the vocabulary is counted
-            image = section.understanding.layout(text_tokenizer)
+            image, extra = section.understanding.layout(text_tokenizer), section.understanding.extra_tokens
+            if extra and (added := len(text_tokenizer) - size) > extra:
+                message = f"expected at least {added}, the tokens that the text tokenizer lacks, got {extra}"
+                raise self.recipe.error("model.understanding.extra_tokens", message)
         begin, end, feature, code = (text_tokenizer.convert_tokens_to_ids(name) for name in IMAGE_TOKENS)
         decoder = dict(section.decoder or {})
-        vocabulary = max(len(text_tokenizer), decoder.get("vocab_size", 0))
+        vocabulary = max(size if extra else len(text_tokenizer), decoder.get("vocab_size", 0))
         if code is None or code == text_tokenizer.unk_token_id:  # an id beyond the text vocabulary will do
-            code = vocabulary
+            code = vocabulary + extra
         seen: dict[str, Any] = {"connector": {"kind": "mlp", "depth": section.connector_depth}}
         if section.understanding is not None:
             seen = section.understanding.parts(text_tokenizer)
@@ -214,6 +218,7 @@ class Assembly:
         return UniMMConfig(
             decoder={**decoder, "vocab_size": vocabulary, **_special(text_tokenizer)},
             **seen,
+            extra_tokens=extra,
             generation=None if sizes is None else self._generation(sizes),
             image_tokenizer=None if sizes is None else _plain(sizes),
             layout={

@@ -205,7 +205,7 @@ def _sample(model: UniMMModel, kind: str, words: int, size: int | None) -> Count
         parts = [part for part in layout.understanding(*grid) if not isinstance(part, str)]
         tokens = sum(map(len, parts))
         if model.vision is not None:
-            features = model.seeing.each(grid)
+            features = model.seeing.passes(grid)
     length = words + codes + tokens
     return Counts(
         tokens=length,

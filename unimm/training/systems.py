@@ -23,6 +23,7 @@ from unimm.models.parts import (
     NaflexEncoderConfig,
     ResampleReducerConfig,
     SquareViewsConfig,
+    TiledEncoderConfig,
     TimmEncoderConfig,
     TransformersEncoderConfig,
 )
@@ -147,6 +148,9 @@ def encoder_in_words(model: UniMMModel) -> str | None:
         TimmEncoderConfig: lambda part: part.name,
         NaflexEncoderConfig: lambda part: f"ViT of any size, {part.depth} x {part.width}",
         TransformersEncoderConfig: lambda part: part.name,
+        TiledEncoderConfig: lambda part: (
+            f"ViT of all tiles at once, {part.depth} + {part.global_depth} x {part.hidden}"
+        ),
     }
     return f"{names[type(encoder)](encoder)}, {size}"  # type: ignore[no-untyped-call]
 

@@ -19,7 +19,11 @@ _TINY: dict[str, dict[str, Any]] = {
     "naflex": {"width": 16, "depth": 1, "heads": 2, "patch": _TINY_PATCH},
     "linear": {"width": 32, "patch": _TINY_PATCH},
     "timm": {"tokens": 64, "width": 16},
-}
+    "tiled": {
+        "image_size": 64, "patch": 8, "hidden": 16, "depth": 2, "global_depth": 1, "heads": 2, "mlp_width": 32,
+        "tiles": 4, "layers": [1],
+    },
+}  # fmt: skip
 _TINY_SIDE = 64  # pixels of a view
 
 
@@ -53,6 +57,9 @@ class UnderstandingSection(Section):
     fusion: dict[str, Any] = Field(default_factory=dict)
     """With the kind `both` the words of `picture.tile_tag` stand in the memory, and become its `tags`."""
     positions: dict[str, Any] = Field(default_factory=dict)
+    extra_tokens: Annotated[int, Field(ge=0, le=2**16)] = 0
+    """Tokens behind the decoder's vocabulary that are read and never written: those of images that the text tokenizer
+    lacks get a table of their own, which a stage may train while the decoder is frozen."""
     picture: PictureSection | None = None
     """Null: an image is a begin token, its features and an end token."""
     begin: TokenName | None = "<begin_of_image>"
@@ -111,7 +118,7 @@ class UnderstandingSection(Section):
         """What follows from the views for the grammar, where these are tiles."""
         seeing = Seeing(*(read_part(name, getattr(self, name)) for name in ("views", "encoder", "reducer")))
         views = seeing.views
-        if not isinstance(views, CanvasViewsConfig):
+        if not isinstance(views, CanvasViewsConfig) or (self.picture and self.picture.mark == "image"):
             return {}
         overlap = seeing.overlap // getattr(seeing.reducer, "side", 1)
         return {"tile": seeing.tile, "whole_at": views.whole, "alone": views.alone, "overlap": overlap}

@@ -426,8 +426,8 @@ class UnifiedTask:
         # A position sees as many as come before it in its sample or branch: its number says so.
         pairs = int((rows.positions + 1)[real].sum())
         encoded = images is not None and images.pixels is not None and not self.processor.sees_codes
-        shapes = seen_of(self.processor.seeing, images, self.processor.layout).shapes if encoded else ()
-        features = [rows * columns for rows, columns in shapes]
+        seeing = self.processor.seeing
+        features = seeing.passes_of(seen_of(seeing, images, self.processor.layout)) if encoded else []
         counts = Counts(
             int(real.sum()), pairs, words, codes, sum(features), sum(count**2 for count in features)
         )
