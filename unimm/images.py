@@ -85,6 +85,15 @@ def read_image(source: ImageInput, name: str | None = None, max_pixels: int | No
         return _past_texts(lambda opened: _decode(opened, said, limit), file, limit)
 
 
+@contextmanager
+def opened_image(source: ImageInput) -> Iterator[Image.Image]:
+    """Give an image file as Pillow opens it, for who reads more of it than its first frame; errors: `read_image`."""
+    limit = pixel_limit()
+    with _opened(source, None, limit) as (file, said), _open(file, said, limit) as opened:
+        _check_size(opened, said, limit)
+        yield opened
+
+
 def is_image(value: Any) -> bool:
     """Whether this is one image, of any kind that `read_image` takes, and not a collection of them."""
     if isinstance(value, str | os.PathLike | bytes | bytearray | memoryview | Image.Image):

@@ -15,14 +15,22 @@ from unimm.console import ProgressCallback, no_progress
 from unimm.devices import choose_device, choose_dtype
 from unimm.errors import UserError, UserNote
 from unimm.folders import write_folder
-from unimm.images import as_size, is_image, read_image
+from unimm.images import as_size, read_image
 from unimm.models.image_tokenizers.movq import MoVQTokenizer
 from unimm.models.image_tokenizers.vq import ImageTokenizer
 from unimm.models.modeling import UniMMModel
 from unimm.models.quantization import is_quantised
 from unimm.processing.places import FUYU_OPEN, Coordinates, fuyu_words, read_places
 from unimm.processing.processor import CAPTION_REQUESTS, UniMMProcessor
-from unimm.sampling.arguments import ImageInputs, check_text, grid_of, images_of, images_of_each, listed
+from unimm.sampling.arguments import (
+    ImageInputs,
+    check_text,
+    grid_of,
+    images_of,
+    images_of_each,
+    is_shown,
+    listed,
+)
 from unimm.sampling.drawing import DrawingOrder
 from unimm.sampling.engine import Engine
 from unimm.sampling.memory import EngineLimits
@@ -169,10 +177,10 @@ class UniMM:
         Raises:
             UserError: an image cannot be read, or the model understands none.
         """
-        shown = [images] if is_image(images) else listed(images, "images")
+        shown = [images] if is_shown(images) else listed(images, "images")
         requests = [CAPTION_REQUESTS[0]] * len(shown)
         texts = [answer.text for answer in self.answers(shown, requests, max_new_tokens, **options)]
-        return texts[0] if is_image(images) else texts
+        return texts[0] if is_shown(images) else texts
 
     @overload
     def ask(
@@ -216,7 +224,7 @@ class UniMM:
                 numbers do not match.
         """
         texts = [answer.text for answer in self.answers(images, questions, max_new_tokens, **options)]
-        return texts[0] if isinstance(questions, str) and (images is None or is_image(images)) else texts
+        return texts[0] if isinstance(questions, str) and (images is None or is_shown(images)) else texts
 
     def answers(
         self,
@@ -232,7 +240,7 @@ class UniMM:
         """
         sampling = TextSampling.of(options, max_new_tokens)
         asked: list[Any] = [questions] if isinstance(questions, str) else listed(questions, "questions")
-        if images is None or is_image(images):
+        if images is None or is_shown(images):
             shown: list[Any] = [images] * len(asked)
         else:
             shown = listed(images, "images")

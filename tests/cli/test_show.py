@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.families.qwen2_vl_checkpoints import QWEN2_VL
+from unimm import Video, load
+
 POINT = r'<point x="[1-9][0-9]\.0" y="[1-9][0-9]\.0" alt="a">a</point>'
 BOX = r"<[1-4][0-9]0, [1-4][0-9]0, [5-9][0-9]0, [5-9][0-9]0>"
 
@@ -47,3 +50,18 @@ def test_there_is_nothing_to_draw_on_without_an_image(unimm, tmp_path: Path) -> 
     done = unimm("ask", "where is it?", "--show", str(tmp_path / "shown.png"))
     assert done.code != 0 and done.err.strip() == "unimm: ask: --show draws on the first image; name one"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("more", [("--frames", "2"), ("--fps", "1")])
+def test_frames_are_for_models_that_look_at_videos(unimm, tmp_path: Path, more: tuple[str, str]) -> None:
+    frames = [Image.new("RGB", (60, 40), colour) for colour in ("red", "green", "blue", "white")]
+    clip, own = tmp_path / "clip.gif", tmp_path / "qwen2_vl"
+    frames[0].save(clip, save_all=True, append_images=frames[1:], duration=500)
+    refused = unimm("ask", str(clip), "what happens?", *more)
+    assert refused.code != 0 and "video: this model understands images only" in refused.err
+    QWEN2_VL.write(own)
+    done = unimm("ask", str(clip), "what happens?", *more, "--max-new-tokens", "4", "--model", own, "--json")
+    assert done.code == 0, done.err
+    kept = {"--frames": frames[::2], "--fps": frames}[more[0]]  # at least 4 by time
+    wanted = load(own, device="cpu").ask(Video(kept), "what happens?", max_new_tokens=4)
+    assert json.loads(done.out)["answer"] == wanted

@@ -41,6 +41,8 @@ TEMPLATE = """
 {%- set images.seen = images.seen + 1 -%}
 {%- if add_vision_id is defined and add_vision_id -%}{{- 'Picture ' + images.seen | string + ': ' -}}{%- endif -%}
 {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+{%- elif part['type'] == 'video' or 'video' in part -%}
+{{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
 {%- elif 'text' in part -%}{{- part['text'] -}}
 {%- endif -%}
 {%- endfor -%}

@@ -19,6 +19,7 @@ from unimm.cli.options import (
     FILE,
     FOLDER,
     INTEGER,
+    NUMBER,
     POSITIVE,
     SIZE,
     Choice,
@@ -116,22 +117,25 @@ def caption(options: Options) -> Any:
     nargs=-1,
     required=True,
     metavar="[IMAGE]... QUESTION",
-    help="image files, if any, then one question",
+    help="image or video files, if any, then one question",
 )
 @click.option(
     "--show", type=FILE, metavar="FILE", help="write the first image with the answer's points and boxes"
 )
+@click.option("--fps", type=NUMBER, metavar="N", help="frames of a second of a video or GIF (default: 2)")
+@click.option("--frames", type=POSITIVE, metavar="N", help="frames of a video or GIF, in place of --fps")
 @answer_options
 @model_options
 def ask(options: Options) -> Any:
     """Ask one question about any number of images."""
     from unimm.images import SUFFIXES, read_image
+    from unimm.videos import Video, as_shown
 
     *paths, question = options.items
     if os.path.isfile(question) or (not paths and question.lower().endswith(SUFFIXES)):
         raise UserError(f"ask: after the images comes a question; {question!r} is the last argument")
-    images = [read_image(path) for path in paths]
-    if options.show is not None and not images:
+    images = [as_shown(path, options.fps, options.frames) or read_image(path) for path in paths]
+    if options.show is not None and not (images and not isinstance(images[0], Video)):
         raise UserError("ask: --show draws on the first image; name one")
     values = answer_values(options)
     um = load(options)

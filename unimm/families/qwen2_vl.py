@@ -1,4 +1,4 @@
-"""Qwen2-VL: images of any size, and positions of time, row and column.
+"""Qwen2-VL: images and videos of any size, and positions of time, row and column.
 
 Sources: Wang et al. 2024 (arXiv 2409.12191); transformers `models/qwen2_vl`.
 """
@@ -6,10 +6,10 @@ Sources: Wang et al. 2024 (arXiv 2409.12191); transformers `models/qwen2_vl`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from PIL import Image
-from pydantic import create_model
+from pydantic import ConfigDict, Field, create_model
 from transformers import Qwen2Config, Qwen2VLConfig
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig, Qwen2VLVisionConfig
 
@@ -21,6 +21,7 @@ from unimm.models.configs import section_for
 from unimm.models.configuration import UniMMConfig
 from unimm.models.layout import TokenId
 from unimm.models.parts import NaflexEncoderConfig
+from unimm.processing.processor import PROCESSOR_FILE
 from unimm.sections import validate
 
 _TEXT: Any = section_for(Qwen2VLTextConfig)
@@ -33,8 +34,19 @@ DOCUMENT: Any = create_model(
     image_token_id=_TOKEN,
     vision_start_token_id=_TOKEN,
     vision_end_token_id=_TOKEN,
+    video_token_id=_TOKEN,
     tie_word_embeddings=(bool, None),
 )
+VIDEO_FILE = "video_preprocessor_config.json"
+_Pixels: Any = Annotated[int, Field(gt=0, lt=2**40)] | None
+VideoOptions: Any = create_model(
+    "Qwen2VLVideoOptions",
+    __config__=ConfigDict(extra="allow"),
+    size=(dict[str, _Pixels] | None, None),
+    min_pixels=(_Pixels, None),
+    max_pixels=(_Pixels, None),
+)
+"""What is read of how frames of videos are prepared; without it they are as images."""
 LEAST, MOST = 56 * 56, 28 * 28 * 1280  # pixels of an image, where a checkpoint does not say
 # transformers' model has the names of `inner`, but goes on writing those of the hub, and reads both
 PREFIXES = {"hub": ("visual.", "model."), "inner": ("model.visual.", "model.language_model.")}
@@ -81,6 +93,7 @@ class Qwen2VL(Family):
                 "begin": config.vision_start_token_id,
                 "end": config.vision_end_token_id,
                 "feature": config.image_token_id,
+                "video": config.video_token_id if config.video_token_id < text.vocab_size else None,
                 "code": text.vocab_size,
                 "grid": UNDRAWN,
             },
@@ -128,15 +141,26 @@ def _even(frequencies: int) -> tuple[int, int, int]:
     return time, (frequencies - time) // 2, frequencies - time - (frequencies - time) // 2
 
 
+def _given(frames: dict[str, int | None]) -> dict[str, int]:
+    return {name: value for name, value in frames.items() if value is not None}
+
+
 def _views(checkpoint: Checkpoint) -> dict[str, Any]:
     """Limits and normalisation of images."""
     options, path = checkpoint.image_options()
     size = options.get("size") or {}
     least = options.get("min_pixels") or size.get("shortest_edge") or LEAST
     most = options.get("max_pixels") or size.get("longest_edge") or MOST
+    videos = checkpoint.json(PROCESSOR_FILE).get("video_processor") or checkpoint.json(VIDEO_FILE)
+    videos = validate(VideoOptions, videos, str(checkpoint.folder / VIDEO_FILE)).model_dump()
+    area = videos["size"] or {}
+    frames = {
+        "frame_least": videos["min_pixels"] or area.get("shortest_edge"),
+        "frame_most": videos["max_pixels"] or area.get("longest_edge"),
+    }
     options = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD, **options}
     fixed = {"do_resize": True, "resample": int(Image.Resampling.BICUBIC)}
-    return {"least": least, "most": most, **normalisation(options, path, fixed)}
+    return {"least": least, "most": most, **_given(frames), **normalisation(options, path, fixed)}
 
 
 FAMILY = Qwen2VL()

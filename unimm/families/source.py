@@ -220,6 +220,7 @@ class Checkpoint:
         processor = UniMMProcessor(config, text_tokenizer)
         if not (layout := processor.layout).shared:
             placeholders = {"feature": layout.feature, "code": layout.code}
+            placeholders |= {} if layout.video is None else {"video": layout.video}
             check_placeholders(text_tokenizer, placeholders, processor.turns.words(), self.folder)
         path = self.folder / GENERATION_FILE
         processor.end_answers_at(read_end_tokens(self.json(GENERATION_FILE), len(text_tokenizer), path))

@@ -56,34 +56,40 @@ class Block(NamedTuple):
         row: of the batch.
         places: the positions of its features or codes in the row, in raster order.
         columns: of its raster.
+        times: rasters of a video, one below the other; 1 of an image.
     """
 
     row: int
     places: list[int]
     columns: int
+    times: int = 1
 
 
-def find_blocks(placeholders: Tensor, grids: Iterable[tuple[int, int]]) -> list[Block]:
+def find_blocks(
+    placeholders: Tensor, grids: Iterable[tuple[int, int]], times: Iterable[int] = ()
+) -> list[Block]:
     """Return where images stand, by their placeholders and rasters.
 
     Args:
         placeholders: bool [B, T].
         grids: rows and columns of each image, in the order of the stream; further ones are not looked at.
+        times: of those that are videos, whose rows are those of all times; 0 of an image, as of those not named.
     """
     where = iter(placeholders.nonzero().tolist())
-    blocks = []
+    blocks, rest = [], iter(times)
     for rows, columns in grids:
+        count = max(next(rest, 0), 1)
         own = [place for _, place in zip(range(rows * columns), where, strict=False)]
         if len(own) == rows * columns:
-            blocks.append(Block(own[0][0], [place for _, place in own], columns))
+            blocks.append(Block(own[0][0], [place for _, place in own], columns, count))
     return blocks
 
 
 def raster_positions(counted: Tensor, blocks: Sequence[Block], visible: Tensor | None = None) -> Tensor:
     """Return positions of time, row and column: int64 [3, B, T].
 
-    All of an image has one time; its rows and columns count from there. What comes after goes on behind the larger of
-    the two (Qwen2-VL `get_rope_index`).
+    All of an image has one time, a video has several; rows and columns count from there. What comes after goes on
+    behind the largest of the three (Qwen2-VL `get_rope_index`).
 
     Args:
         counted: [B, T], positions as they would be if all tokens counted one after the other.
@@ -92,15 +98,15 @@ def raster_positions(counted: Tensor, blocks: Sequence[Block], visible: Tensor |
             see an image is not moved by it.
     """
     moved = counted.expand(3, *counted.shape).clone()
-    for row, places, columns in blocks:
+    for row, places, columns, times in blocks:
         count, last = len(places), places[-1]
-        rows = count // columns
+        rows = count // columns // times
         seers = torch.arange(counted.shape[1], device=counted.device) > last
         if visible is not None:
             seers &= visible[row, ..., last].reshape(-1, counted.shape[1])[0]
-        moved[:, row, seers] += max(rows, columns) - count
+        moved[:, row, seers] += max(rows, columns, times) - count
         order = torch.arange(count, device=counted.device)
-        own = torch.stack([torch.zeros_like(order), order // columns, order % columns])
+        own = torch.stack([order // (rows * columns), order // columns % rows, order % columns])
         moved[:, row, places] += own - order
     return moved
 

@@ -313,7 +313,7 @@ def check_layout(layout: ImageLayout, vocabulary: int, generation: ImageGenerati
             raise FieldError(f"layout.{name}: expected a token where codes are tokens, and there alone")
     if layout.picture is not None:
         tokens |= {f"picture.{name}": token for name, token in layout.picture.tokens().items()}
-    named = {**{name: tokens[name] for name in ("begin", "end", "feature")}, "code": layout.code}
+    named = {**{name: tokens[name] for name in ("begin", "end", "feature", "video")}, "code": layout.code}
     apart = {name: token for name, token in named.items() if token is not None}
     if generation is not None and layout.begin is None:
         raise FieldError(
@@ -327,7 +327,7 @@ def check_layout(layout: ImageLayout, vocabulary: int, generation: ImageGenerati
 
 
 _SHARED_TOKENS = ("wrapper", "end_of_line", "end_of_frame")
-_TOKENS = ("begin", "end", "feature", *_SHARED_TOKENS)
+_TOKENS = ("begin", "end", "feature", "video", *_SHARED_TOKENS)
 
 
 def _expect(key: str, value: int, wanted: int, why: str) -> None:

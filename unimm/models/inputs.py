@@ -22,7 +22,9 @@ INPUT_FIELDS = {
     "image_codes": "codes",
 }
 """Keyword inputs as transformers' processors name them: fields of `Images`."""
-CANVAS_FIELDS = {"image_views": "views", "image_grids": "grids", "image_padding": "padding"}
+CANVAS_FIELDS = {
+    "image_views": "views", "image_grids": "grids", "image_padding": "padding", "image_times": "times",
+}  # fmt: skip
 """Keyword inputs of images that have several views."""
 
 
@@ -31,7 +33,8 @@ class Images:
     """Images in the order in which they stand in the stream; each field is None where there is nothing of its kind.
 
     Attributes:
-        pixels: float [V, 3, H, W], views of images to understand, normalised, filled up on the right and below.
+        pixels: float [V, 3, H, W], views of images to understand, normalised, filled up on the right and below; where
+            there are videos, [V, 3 frames, H, W], each time of one a view, an image as frames that are alike.
         sizes: int64 [V, 2], height and width of each view without that filling; None: all are of one size.
         features: float [F, tokens, width], images to understand as their encoder's features; where images have
             unlike many, [P, width] of all, one after the other.
@@ -39,11 +42,12 @@ class Images:
         featured: bool [N], which images come as features, where others come as pixels.
         views: int64 [N - F], views of each image; None: each has one.
         grids: int64 [N, 2], rows and columns that each image to understand has in the stream: of tokens, or of tiles
-            on a canvas.
+            on a canvas; of a video, the rows of all times.
         codes: int64 [M, h, w], images to generate.
         owners: int64 [N], the row of the batch that each image to understand stands in.
         padding: uint8 [W, tokens], of the views of all images, those that come as features too: 0 where a feature is of
             the image, 1 where it is all padding, 2 where some is; None: the model does not ask.
+        times: int64 [N], times of each video, 0 of an image; None: there are no videos.
     """
 
     pixels: Tensor | None = None
@@ -56,6 +60,7 @@ class Images:
     views: Tensor | None = None
     lengths: Tensor | None = None
     padding: Tensor | None = None
+    times: Tensor | None = None
 
     @classmethod
     def from_inputs(cls, inputs: dict[str, Any]) -> Images | None:
@@ -84,6 +89,11 @@ class Images:
     def __bool__(self) -> bool:
         """Whether there is any image, to understand or to generate."""
         return len(self) > 0 or (self.codes is not None and len(self.codes) > 0)
+
+    def each_times(self) -> list[int]:
+        """Return the times of each video, 0 of an image."""
+        times: list[int] = [0] * len(self) if self.times is None else self.times.tolist()
+        return times
 
     def view_sizes(self) -> list[tuple[int, int]]:
         """Return height and width of each view."""
@@ -165,7 +175,10 @@ class Images:
         grids, owners, padding = (
             _cat([getattr(part, name) for part in seen]) for name in ("grids", "owners", "padding")
         )
-        return cls(pixels, sizes, features, featured, grids, codes, owners, views, lengths, padding)
+        times = None
+        if any(part.times is not None for part in seen):
+            times = torch.tensor([count for part in seen for count in part.each_times()])
+        return cls(pixels, sizes, features, featured, grids, codes, owners, views, lengths, padding, times)
 
     def which(self) -> Tensor:
         """Which images to understand come as features: bool [N]."""
@@ -218,7 +231,8 @@ def _pad(parts: Sequence[Images]) -> tuple[Tensor | None, Tensor | None]:
     stacks = [part.pixels for part in parts if part.pixels is not None]
     if not stacks:
         return None, None
-    height, width = (max(stack.shape[axis] for stack in stacks) for axis in (2, 3))
+    channels, height, width = (max(stack.shape[axis] for stack in stacks) for axis in (1, 2, 3))
+    stacks = [stack.repeat_interleave(channels // stack.shape[1], dim=1) for stack in stacks]
     padded = [F.pad(stack, (0, width - stack.shape[3], 0, height - stack.shape[2])) for stack in stacks]
     if all(part.sizes is None for part in parts) and len({stack.shape[2:] for stack in stacks}) == 1:
         return torch.cat(padded), None

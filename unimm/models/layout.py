@@ -23,6 +23,8 @@ Raster = Annotated[tuple[GridSide, GridSide], Field(strict=False)]
 Tag = Annotated[str, Field(max_length=256)]
 Grid: TypeAlias = tuple[int, int]
 """Rows and columns of codes, of features, of tokens or of tiles."""
+ImageGrid: TypeAlias = "Grid | tuple[int, int, int]"
+"""An image to understand by its grid; a video by rows of all times, columns and times."""
 LayoutPart = str | Sequence[int]
 """A piece of a prompt: words that are still to be tokenised, or tokens as they are."""
 
@@ -128,6 +130,7 @@ class ImageLayout:
         end_of_line: token id after each row of codes.
         end_of_frame: token id after the last row.
         picture: what more stands in an image to understand.
+        video: token id that stands where a feature of a video goes; None: there are no videos.
     """
 
     begin: TokenId | None
@@ -140,11 +143,17 @@ class ImageLayout:
     end_of_line: TokenId | None = None
     end_of_frame: TokenId | None = None
     picture: Annotated[PictureLayout, BeforeValidator(_read_picture)] | None = None
+    video: TokenId | None = None
 
     @property
     def shared(self) -> bool:
         """Whether codes are tokens of the text vocabulary."""
         return self.codes > 0
+
+    @property
+    def placeholders(self) -> tuple[int | None, ...]:
+        """Tokens that stand where features go: of an image, and of a video."""
+        return self.feature, self.video
 
     @property
     def sized(self) -> bool:
@@ -167,13 +176,17 @@ class ImageLayout:
         """Return what comes after an image."""
         return [token for token in (self.end_of_frame, self.end) if token is not None]
 
-    def understanding(self, rows: int, columns: int) -> list[LayoutPart]:
+    def understanding(self, rows: int, columns: int, times: int = 0) -> list[LayoutPart]:
         """Return an image to understand, with a placeholder for each feature (Emu3: code and line end).
 
         Args:
-            rows: of its features, or of its tiles where there is a canvas.
+            rows: of its features, or of its tiles where there is a canvas; of a video, those of all times.
             columns: likewise.
+            times: of a video; 0: it is an image.
         """
+        if times:
+            assert self.video is not None
+            return [*self.opening(rows, columns), [self.video] * (rows * columns), self.closing()]
         if self.picture is not None:
             return [*self.opening(rows, columns), *self._picture(self.picture, rows, columns), self.closing()]
         ends = 0 if self.end_of_line is None else 1
@@ -241,7 +254,8 @@ class ImageLayout:
 
     def feature_positions(self, input_ids: Tensor) -> Tensor:
         """Return where encoder features stand: bool, of the shape of `input_ids`."""
-        return input_ids == self.feature
+        of_images = input_ids == self.feature
+        return of_images if self.video is None else of_images | (input_ids == self.video)
 
 
 def shorter(tokens: int, words: int, room: int, images: bool) -> str:

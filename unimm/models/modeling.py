@@ -270,7 +270,7 @@ class UniMMModel(StrictModel):
         """Return positions of time, row and column [3, B, T], for `embed`'s arguments."""
         grids = [] if not len(images) else seen_of(self.seeing, images, self.layout).grids
         rasters = [raster for grid in grids for raster in self.layout.rasters(*grid)]
-        blocks = find_blocks(self.layout.feature_positions(input_ids), rasters)
+        blocks = find_blocks(self.layout.feature_positions(input_ids), rasters, images.each_times())
         if images.codes is not None:
             drawn = [(images.codes.shape[1], images.codes.shape[2])] * len(images.codes)
             blocks += find_blocks(self.layout.code_positions(input_ids), drawn)
@@ -336,8 +336,9 @@ class UniMMModel(StrictModel):
             lengths = torch.tensor(feature_counts(self.seeing, images, self.layout))
             features = features.flatten(0, 1) if features.ndim == 3 else features
         return Images(
-            features=features, lengths=lengths, grids=grids, owners=images.owners, padding=images.padding
-        )
+            features=features, lengths=lengths, grids=grids, owners=images.owners, padding=images.padding,
+            times=images.times,
+        )  # fmt: skip
 
     def put_tokens(self, input_ids: Tensor, images: Images) -> Tensor:
         """Fill the placeholders of images that are understood by their codes; see `unimm.models.code_tokens`."""

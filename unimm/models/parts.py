@@ -61,7 +61,7 @@ class SquareViewsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AreaViewsConfig:
-    """An image at its own ratio, within an area (Emu3).
+    """An image at its own ratio, within an area (Emu3, Qwen2-VL).
 
     Attributes:
         least: pixels of the smallest area.
@@ -69,6 +69,8 @@ class AreaViewsConfig:
         stride: pixels that both sides are multiples of.
         mean: what is taken from each colour channel in [0, 1], and
         std: what it is then divided by; the defaults give [-1, 1].
+        frame_least: pixels of the smallest area of a frame of a video; None: as of an image.
+        frame_most: of the largest.
     """
 
     least: Positive
@@ -76,6 +78,8 @@ class AreaViewsConfig:
     stride: Stride
     mean: Mean = DEFAULT_COLOURS
     std: Deviation = DEFAULT_COLOURS
+    frame_least: Positive | None = None
+    frame_most: Positive | None = None
     kind: Literal["area"] = "area"
 
 

@@ -283,16 +283,17 @@ def in_order(seeing: Seeing, images: Images, computed: Tensor, given: Tensor) ->
         views = [1] * len(computed) if images.views is None else images.views.tolist()
         own = [part.flatten(0, 1) for part in computed.split(views)]
     else:
-        own = list(computed.split([math.prod(seeing.features(*size)) for size in images.view_sizes()]))
+        each = [math.prod(seeing.features(*size)) for size in images.view_sizes()]
+        if images.views is not None:  # the times of a video
+            left = iter(each)
+            each = [sum(next(left) for _ in range(views)) for views in images.views.tolist()]
+        own = list(computed.split(each))
     parts = {True: iter(images.each_feature()), False: iter(own)}
     return torch.cat([next(parts[featured]) for featured in images.featured.tolist()])
 
 
 def read_inputs(inputs: dict[str, Any], seeing: Seeing) -> Images | None:
     """Take the images out of keyword inputs as transformers' processors give them; None where there are none."""
-    inputs.pop("mm_token_type_ids", None)  # which tokens are of images their ids say
-    if (grids := inputs.pop("image_grid_thw", None)) is not None:
-        return from_patches(inputs.pop("pixel_values"), grids, seeing)
     if (ratios := inputs.pop("aspect_ratio_ids", None)) is not None:
         for name in (
             "aspect_ratio_mask",
@@ -300,7 +301,32 @@ def read_inputs(inputs: dict[str, Any], seeing: Seeing) -> Images | None:
         ):  # which follow from those and from the tokens
             inputs.pop(name, None)
         return from_tiles(inputs.pop("pixel_values"), ratios, seeing)
-    return Images.from_inputs(inputs)
+    kinds = inputs.pop("mm_token_type_ids", None)
+    bundles = [
+        from_patches(inputs.pop(pixels), grids, seeing, moving)
+        for pixels, name, moving in PATCHES
+        if (grids := inputs.pop(name, None)) is not None
+    ]
+    if len(bundles) < 2:
+        return bundles[0] if bundles else Images.from_inputs(inputs)
+    if kinds is None:
+        raise ValueError("mm_token_type_ids: missing; it says in which order images and videos stand")
+    left, parts = [0, 0], []
+    for kind in _runs(kinds):
+        parts.append(bundles[kind - 1].part(left[kind - 1], left[kind - 1] + 1))
+        left[kind - 1] += 1
+    return Images.cat(parts)
+
+
+PATCHES = (("pixel_values", "image_grid_thw", False), ("pixel_values_videos", "video_grid_thw", True))
+"""Keyword inputs of images and of videos as transformers' Qwen2-VL processor names them: patches and grids."""
+
+
+def _runs(kinds: Tensor) -> list[int]:
+    """Whether an image (1) or a video (2) stands there, of each in the order of the stream, by kinds of tokens."""
+    before = torch.cat([torch.zeros_like(kinds[:, :1]), kinds[:, :-1]], dim=1)
+    found: list[int] = kinds[(kinds != 0) & (kinds != before)].tolist()
+    return found
 
 
 def from_tiles(pixels: Tensor, ratios: Tensor, seeing: Seeing) -> Images:
@@ -326,29 +352,34 @@ def from_tiles(pixels: Tensor, ratios: Tensor, seeing: Seeing) -> Images:
     )
 
 
-def from_patches(patches: Tensor, grids: Tensor, seeing: Seeing) -> Images:
-    """Return images that transformers' Qwen2-VL processor has cut into patches, put together again.
+def from_patches(patches: Tensor, grids: Tensor, seeing: Seeing, moving: bool = False) -> Images:
+    """Return images, or videos, that transformers' Qwen2-VL processor has cut into patches, put together again.
 
     Args:
         patches: `pixel_values` [P, 3 · frames · patch²], in squares of `reducer.side` patches a side, of all images.
-        grids: `image_grid_thw` int64 [N, 3], frames, rows and columns of patches of each image.
+        grids: `image_grid_thw` int64 [N, 3], times, rows and columns of patches of each image.
         seeing: the parts that they go through.
+        moving: whether they are videos, each time of which is several frames.
 
     Raises:
-        ValueError: they are of videos, or of other parts.
+        ValueError: they are images of several times, or of other parts.
     """
     encoder, side = seeing.encoder, getattr(seeing.reducer, "side", 1)
-    if not isinstance(encoder, NaflexEncoderConfig) or bool((grids[:, 0] != 1).any()):
-        raise ValueError("image_grid_thw: only images of this model's own patches, one frame each")
+    if not isinstance(encoder, NaflexEncoderConfig) or not (moving or bool((grids[:, 0] == 1).all())):
+        raise ValueError("image_grid_thw: only images of this model's own patches, one time each")
     patch, views = encoder.patch, []
-    for part, (_, rows, columns) in zip(patches.split(grids.prod(1).tolist()), grids.tolist(), strict=True):
-        cells = part.view(rows // side, columns // side, side, side, 3, encoder.frames, patch, patch)
-        views.append(
-            cells[..., 0, :, :].permute(4, 0, 2, 5, 1, 3, 6).reshape(3, rows * patch, columns * patch)
-        )
-    sizes = grids[:, 1:] * patch
+    for part, (times, rows, columns) in zip(
+        patches.split(grids.prod(1).tolist()), grids.tolist(), strict=True
+    ):
+        cells = part.view(times, rows // side, columns // side, side, side, 3 * encoder.frames, patch, patch)
+        cells = cells.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(times, -1, rows * patch, columns * patch)
+        views.append(cells if moving else cells[:, :: encoder.frames])
+    times = grids[:, 0]
+    sizes = (grids[:, 1:] * patch).repeat_interleave(times, dim=0)
     height, width = (int(most) for most in sizes.amax(0))
-    pixels = torch.stack(
-        [F.pad(view, (0, width - view.shape[2], 0, height - view.shape[1])) for view in views]
-    )
-    return Images(pixels=pixels, sizes=sizes, grids=grids[:, 1:] // side)
+    pixels = torch.cat([F.pad(view, (0, width - view.shape[3], 0, height - view.shape[2])) for view in views])
+    cells = grids[:, 1:] // side
+    if not moving:
+        return Images(pixels=pixels, sizes=sizes, grids=cells)
+    cells = torch.stack([times * cells[:, 0], cells[:, 1]], dim=1)
+    return Images(pixels=pixels, sizes=sizes, grids=cells, views=times, times=times)

@@ -194,7 +194,8 @@ class NaflexTower(NativeTower):
     def encode(self, pixels: Tensor) -> Tensor:
         """See `NativeTower`."""
         rows, columns = pixels.shape[-2] // self.patch, pixels.shape[-1] // self.patch
-        frames = pixels.repeat_interleave(self.frames, dim=1)  # of a channel: one frame after the other
+        # of a channel: one frame after the other, alike where it is an image
+        frames = pixels.repeat_interleave(3 * self.frames // pixels.shape[1], dim=1)
         patches = F.unfold(frames, self.patch, stride=self.patch).transpose(1, 2)
         coordinates = torch.cartesian_prod(
             torch.arange(rows, device=pixels.device), torch.arange(columns, device=pixels.device)

@@ -1,9 +1,13 @@
 """Images on a canvas in float32, and which features of its tiles are of padding: what Molmo's processor does.
 
+Also views of unlike sizes as one tensor.
+
 Source: allenai/molmo `olmo/data/model_preprocessor.py` (`resize_and_pad`, `MultiModalPreprocessor`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -82,3 +86,12 @@ def _covered(
     pixels = np.stack([real[number * step : number * step + tile] for number in range(count)])
     covered = pixels.reshape(count, tile // patch, patch).sum(-1)
     return covered == patch, covered == 0
+
+
+def filled(views: Sequence[Tensor]) -> Tensor:
+    """Return views [3, H, W] of unlike sizes as one tensor [V, 3, H, W], filled up with 0 on the right and below."""
+    height, width = (max(view.shape[axis] for view in views) for axis in (1, 2))
+    pixels = torch.zeros(len(views), 3, height, width)
+    for i, view in enumerate(views):
+        pixels[i, :, : view.shape[1], : view.shape[2]] = view
+    return pixels

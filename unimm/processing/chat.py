@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from unimm.errors import UserError
 from unimm.processing.messages import SHOWN, ImagePart, Message, Role
+from unimm.videos import Video
 
 if TYPE_CHECKING:
     from unimm.images import ImageInput
@@ -19,13 +20,14 @@ CHAT_ROLES: dict[str, Role] = {
 }
 
 
-def read_chat(messages: Any) -> tuple[list[Message], list[ImageInput]]:
+def read_chat(messages: Any) -> tuple[list[Message], list[ImageInput | Video]]:
     """Read a conversation that ends in the user's turn.
 
     Args:
         messages: mappings with `role` and `content`: a text, or a list of parts `{"type": "text", "text": …}`,
-            `{"type": "image_url", "image_url": {"url": …}}` and `{"type": "image", "image": …}`, whose image is
-            whatever `unimm.images.read_image` takes.
+            `{"type": "image_url", "image_url": {"url": …}}`, `{"type": "image", "image": …}`, whose image is
+            whatever `unimm.images.read_image` takes, and `{"type": "video", "video": …}` (or `video_url`), a file or a
+            list of frames, with the options of `unimm.videos.Video` beside it.
 
     Returns:
         The messages, and their images in their order.
@@ -36,7 +38,7 @@ def read_chat(messages: Any) -> tuple[list[Message], list[ImageInput]]:
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Iterable):
         raise UserError(f"messages: expected a list of messages, got {type(messages).__name__}")
     read: list[Message] = []
-    images: list[ImageInput] = []
+    images: list[ImageInput | Video] = []
     for number, message in enumerate(messages):
         where = f"messages[{number}]"
         if not isinstance(message, Mapping):
@@ -62,14 +64,14 @@ def _role(role: Any, where: str, first: bool) -> Role:
     return CHAT_ROLES[role]
 
 
-def _parts(content: Any, where: str) -> tuple[list[str | ImagePart], list[ImageInput]]:
+def _parts(content: Any, where: str) -> tuple[list[str | ImagePart], list[ImageInput | Video]]:
     """Return what a message says and shows."""
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, Sequence) or not content:
         raise UserError(f"{where}: expected a text or a list of parts")
     parts: list[str | ImagePart] = []
-    images: list[ImageInput] = []
+    images: list[ImageInput | Video] = []
     for number, part in enumerate(content):
         at = f"{where}[{number}]"
         kind = part.get("type") if isinstance(part, Mapping) else None
@@ -80,11 +82,34 @@ def _parts(content: Any, where: str) -> tuple[list[str | ImagePart], list[ImageI
         elif kind in ("image_url", "image"):
             images.append(_image(part, kind, at))
             parts.append(SHOWN)
+        elif kind in ("video_url", "video"):
+            images.append(_video(part, kind, at))
+            parts.append(SHOWN)
         else:
-            raise UserError(f"{at}.type: {kind!r}; use text, image_url or image")
+            raise UserError(f"{at}.type: {kind!r}; use text, image_url, image or video")
     if not images and not any(isinstance(part, str) and part.strip() for part in parts):
         raise UserError(f"{where}: empty; say something")
     return parts, images
+
+
+def _video(part: Mapping[str, Any], kind: str, at: str) -> Video:
+    """Return the video of a part; `nframes` is what users of Qwen2-VL call the number of frames."""
+    given = part.get(kind)
+    if kind == "video_url":
+        given = given.get("url") if isinstance(given, Mapping) else given
+    if isinstance(given, Video):
+        return given
+    if given is None:
+        raise UserError(f"{at}.{kind}: missing; give a file or a list of frames")
+    if isinstance(given, str):
+        given = given.removeprefix("file://")
+    named = {"fps": "fps", "nframes": "frames", "frames": "frames"}
+    named |= {name: name for name in ("min_pixels", "max_pixels")}
+    options = {ours: part[name] for name, ours in named.items() if part.get(name) is not None}
+    try:
+        return Video(given, **options)
+    except UserError as error:
+        raise UserError(f"{at}.{error}") from None
 
 
 def _image(part: Mapping[str, Any], kind: str, at: str) -> ImageInput:

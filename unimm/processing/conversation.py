@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from unimm.errors import UserError
-from unimm.models.layout import IGNORED, Grid, ImageLayout, LayoutPart, shorter
+from unimm.models.layout import IGNORED, Grid, ImageGrid, ImageLayout, LayoutPart, shorter
 from unimm.models.turns import (
     ASK,
     ASSISTANT_TEXT,
@@ -35,7 +35,7 @@ from unimm.models.turns import (
 from unimm.processing.messages import SHOWN, ImagePart, Message
 from unimm.processing.rows import Row
 
-ImageSlot: TypeAlias = "Grid | Tensor"
+ImageSlot: TypeAlias = "ImageGrid | Tensor"
 """What is known of an image when it is written: the grid of one to understand, the codes [h, w] of one to generate."""
 
 
@@ -90,7 +90,7 @@ class Conversation:
             raise UserError(f"{what}, the context holds {self.context}; {way}")
         return ids
 
-    def ask_to_draw(self, prompt: str, grid: Grid, images: Sequence[Grid] = ()) -> list[int]:
+    def ask_to_draw(self, prompt: str, grid: Grid, images: Sequence[ImageGrid] = ()) -> list[int]:
         """Return the tokens of a prompt for a drawing, up to its first code.
 
         Args:
@@ -106,7 +106,7 @@ class Conversation:
         return self._prompt(Message("user", (*[SHOWN] * len(images), prompt)), images, grid)
 
     def _prompt(
-        self, message: Message, images: Sequence[Grid], grid: Grid, praise: str | None = None
+        self, message: Message, images: Sequence[ImageGrid], grid: Grid, praise: str | None = None
     ) -> list[int]:
         """A prompt for a drawing, if the context has room for that."""
         ids = self.ids(*self._drawing_prompt(message, images, grid, praise))
@@ -150,12 +150,13 @@ class Conversation:
         assert isinstance(codes, Tensor)
         grids = [_grid(image) for image in images[:-1]]
         row = Row(seen=len(grids), drawn=1)
-        row.add(self.ids(*self._drawing_prompt(prompt, grids, _grid(codes))))
+        size = (int(codes.shape[0]), int(codes.shape[1]))
+        row.add(self.ids(*self._drawing_prompt(prompt, grids, size)))
         row.add(*self.layout.drawing(codes))
         return row
 
     def _drawing_prompt(
-        self, message: Message, images: Sequence[Grid], grid: Grid, praise: str | None = None
+        self, message: Message, images: Sequence[ImageGrid], grid: Grid, praise: str | None = None
     ) -> list[LayoutPart]:
         """A prompt in parts, up to the drawing's first code; `praise`: what is added, None: the model's own."""
         turns, left = self.turns, START_SEEN if images else START
@@ -437,8 +438,8 @@ def _is_drawing(messages: Sequence[Message]) -> bool:
     )
 
 
-def _grid(image: ImageSlot) -> Grid:
-    """Rows and columns of an image."""
+def _grid(image: ImageSlot) -> ImageGrid:
+    """Rows and columns of an image, and the times of a video."""
     if isinstance(image, Tensor):
         return int(image.shape[0]), int(image.shape[1])
     return image

@@ -25,15 +25,16 @@ from unimm.files import atomic_write, write_json
 from unimm.images import to_uint8
 from unimm.models.configuration import UniMMConfig
 from unimm.models.inputs import Images
-from unimm.models.layout import Grid, LayoutPart
+from unimm.models.layout import Grid, ImageGrid, LayoutPart
 from unimm.models.parts import CodesEncoderConfig
 from unimm.models.turns import Turns
 from unimm.processing.chat import read_chat
 from unimm.processing.conversation import Conversation
 from unimm.processing.messages import SHOWN, Message
 from unimm.processing.tokenizer_files import load_tokenizer
-from unimm.processing.views import SquareViews, TargetSize, make_views, square_pixels
+from unimm.processing.views import AreaViews, SquareViews, TargetSize, make_views, square_pixels
 from unimm.sections import read_dataclass
+from unimm.videos import Video
 
 if TYPE_CHECKING:
     from unimm.images import ImageInput
@@ -125,7 +126,7 @@ class UniMMProcessor:
         """Return the tokens of a text given in parts; see `Conversation.ids`."""
         return self.conversation.ids(*parts)
 
-    def question_ids(self, question: str, images: int | Sequence[Grid] = 1) -> list[int]:
+    def question_ids(self, question: str, images: int | Sequence[ImageGrid] = 1) -> list[int]:
         """Return a prompt for a text answer: the images first, then the question.
 
         Args:
@@ -139,7 +140,9 @@ class UniMMProcessor:
         message = Message("user", (*[SHOWN] * len(grids), question.strip()))
         return self.conversation.ask([message], grids)
 
-    def drawing_ids(self, prompt: str, grid: Grid | None = None, images: Sequence[Grid] = ()) -> list[int]:
+    def drawing_ids(
+        self, prompt: str, grid: Grid | None = None, images: Sequence[ImageGrid] = ()
+    ) -> list[int]:
         """Return a prompt for a drawing of this grid of codes, up to its first code.
 
         Args:
@@ -215,17 +218,22 @@ class UniMMProcessor:
         if self.drawing_size is None:
             raise UserError(f"{key}: this model cannot draw")
 
-    def look(self, images: Sequence[ImageInput]) -> Images:
-        """Return images to understand as the model takes them.
+    def look(self, images: Sequence[ImageInput | Video]) -> Images:
+        """Return images and videos to understand as the model takes them.
 
         Raises:
-            UserError: one cannot be read, or the model understands no images.
+            UserError: one cannot be read, or the model understands no images, or no videos.
         """
         if not images:
             return Images()
         self.check_understands()
         assert self.views is not None
-        return self.views.prepare(images)
+        if isinstance(self.views, AreaViews) and self.views.frames:
+            return self.views.prepare(images)
+        for image in images:
+            if isinstance(image, Video):
+                raise UserError("video: this model understands images only; give some frames as images")
+        return self.views.prepare(images)  # type: ignore[arg-type]  # without videos
 
     def store_features(
         self, features: NDArray[Any], grid: Grid, padding: NDArray[Any] | None = None
@@ -307,7 +315,9 @@ class UniMMProcessor:
 
     # --- inputs -----------------------------------------------------------------------------------------------
 
-    def __call__(self, questions: Sequence[str], images: Sequence[Sequence[ImageInput]]) -> BatchFeature:
+    def __call__(
+        self, questions: Sequence[str], images: Sequence[Sequence[ImageInput | Video]]
+    ) -> BatchFeature:
         """Return a batch of questions, each with its own images, padded on the left."""
         seen = self.look([image for own in images for image in own])
         left = iter(grids_of(seen))
@@ -318,7 +328,7 @@ class UniMMProcessor:
         input_ids, attention_mask = self.pad_left(rows)
         return BatchFeature({"input_ids": input_ids, "attention_mask": attention_mask, **seen.inputs()})
 
-    def question(self, text: str, images: Sequence[ImageInput] = ()) -> tuple[list[int], Images]:
+    def question(self, text: str, images: Sequence[ImageInput | Video] = ()) -> tuple[list[int], Images]:
         """Return one question with its images: its tokens, and what the model sees.
 
         Raises:
@@ -372,9 +382,14 @@ class UniMMProcessor:
         return [Image.fromarray(array) for array in to_uint8(pixels)]
 
 
-def grids_of(images: Images) -> list[Grid]:
-    """Return the rows and columns of each image to understand."""
-    return [] if images.grids is None else [(rows, columns) for rows, columns in images.grids.tolist()]
+def grids_of(images: Images) -> list[ImageGrid]:
+    """Return the rows and columns of each image to understand, and of a video its times."""
+    if images.grids is None:
+        return []
+    return [
+        (rows, columns, times) if times else (rows, columns)
+        for (rows, columns), times in zip(images.grids.tolist(), images.each_times(), strict=True)
+    ]
 
 
 def read_tokenizer(folder: str | Path, config: Mapping[str, Any] | None = None) -> PreTrainedTokenizerBase:

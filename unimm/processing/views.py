@@ -26,11 +26,13 @@ from unimm.models.parts import (
     AreaViewsConfig,
     CanvasViewsConfig,
     FitViewsConfig,
+    NaflexEncoderConfig,
     SquareViewsConfig,
     TiledEncoderConfig,
 )
 from unimm.models.seeing import Seeing
-from unimm.processing.canvas import float_canvas, padding_of_views
+from unimm.processing.canvas import filled, float_canvas, padding_of_views
+from unimm.processing.clips import video_views
 from unimm.processing.sizes import (
     GridOrder,
     area_size,
@@ -43,6 +45,7 @@ from unimm.processing.sizes import (
     size_in_canvas,
     tile_grids,
 )
+from unimm.videos import Video
 
 if TYPE_CHECKING:
     from unimm.images import ImageInput
@@ -155,11 +158,17 @@ class AreaViews(Views):
         least: pixels of the smallest area.
         most: of the largest.
         stride: pixels a side of a code.
+        frames: of a time of a video; 0: no videos are seen.
+        frame_least: pixels of the smallest area of a frame.
+        frame_most: of the largest.
     """
 
     least: int
     most: int
     stride: int
+    frames: int = 0
+    frame_least: int = 0
+    frame_most: int = 0
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -180,18 +189,49 @@ class AreaViews(Views):
             raise UserError(
                 f"max_pixels: {most}; give at least {self.stride**2} (one token), and min_pixels ({least})"
             )
-        return replace(self, least=least, most=most)
+        frames = {f"frame_{name}": value for name, value in (("least", least), ("most", most)) if self.frames}
+        return replace(self, least=least, most=most, **frames)
 
-    def prepare(self, images: Sequence[ImageInput]) -> Images:
-        """Return images as pixels, filled up with 0 to the largest, and their sizes; see `Views.prepare`."""
+    def prepare(self, images: Sequence[ImageInput | Video]) -> Images:
+        """Return images as pixels, filled up with 0 to the largest, and their sizes; see `Views.prepare`.
+
+        Videos among them are pixels [times, 3 frames, H, W] each.
+        """
+        if any(isinstance(image, Video) for image in images):
+            return self._with_videos(images)
         resized = []
         for image in images:
             opened = read_image(image)
             height, width = area_size(opened.height, opened.width, self.stride, self.least, self.most)
             resized.append(opened.resize((width, height), Image.Resampling.BICUBIC))
         sizes = torch.tensor([(opened.height, opened.width) for opened in resized])
-        pixels = _filled([self._normal([opened])[0] for opened in resized])
+        pixels = filled([self._normal([opened])[0] for opened in resized])
         return Images(pixels=pixels, sizes=sizes, grids=sizes // self.stride)
+
+    def _with_videos(self, images: Sequence[ImageInput | Video]) -> Images:
+        """Images and videos in their order."""
+        bundles = [
+            self._video(image) if isinstance(image, Video) else self.prepare([image]) for image in images
+        ]
+        together = Images.cat(bundles)
+        assert together is not None
+        return together
+
+    def _video(self, video: Video) -> Images:
+        """A video, its frames brought to limits of their own."""
+        least = video.min_pixels or min(self.frame_least, video.max_pixels or self.frame_least)
+        most = video.max_pixels or max(self.frame_most, least)
+        if least > most or most < self.stride**2:
+            raise UserError(
+                f"video: max_pixels: {most}; give at least {self.stride**2} (one token), and min_pixels ({least})"
+            )
+        return video_views(
+            video.read(),
+            lambda height, width: area_size(height, width, self.stride, least, most),
+            self._normal,
+            self.frames,
+            self.stride,
+        )
 
 
 @dataclass(frozen=True)
@@ -250,7 +290,7 @@ class FitViews(Views):
             )  # of a padded view, what is real is looked at
         grids = torch.tensor([self.seeing.tokens(*size) for size in sizes])
         return Images(
-            pixels=_filled([self._normal([one])[0] for one in padded]), sizes=torch.tensor(sizes), grids=grids
+            pixels=filled([self._normal([one])[0] for one in padded]), sizes=torch.tensor(sizes), grids=grids
         )
 
 
@@ -366,15 +406,6 @@ def _on_canvas(image: Image.Image, size: tuple[int, int], pad: PadValue, centred
     return canvas
 
 
-def _filled(views: Sequence[Tensor]) -> Tensor:
-    """Views of unlike sizes as one tensor, filled up with 0 on the right and below."""
-    height, width = (max(view.shape[axis] for view in views) for axis in (1, 2))
-    pixels = torch.zeros(len(views), 3, height, width)
-    for i, view in enumerate(views):
-        pixels[i, :, : view.shape[1], : view.shape[2]] = view
-    return pixels
-
-
 def pad_colour(pad: PadValue) -> tuple[int, ...]:
     """Return the RGB of a padding, given as a grey level or as one for each channel."""
     return (pad,) * 3 if isinstance(pad, int) else tuple(pad)
@@ -388,7 +419,12 @@ def make_views(config: UniMMConfig) -> Views | None:
         colour = pad_colour(views.pad_value)
         return SquareViews(views.mean, views.std, views.image_size, colour, seeing.tile[0])
     if isinstance(views, AreaViewsConfig):
-        return AreaViews(views.mean, views.std, views.least, views.most, views.stride)
+        frames = seeing.encoder.frames if isinstance(seeing.encoder, NaflexEncoderConfig) else 0
+        return AreaViews(
+            views.mean, views.std, views.least, views.most, views.stride,
+            frames if config.image_layout().video is not None else 0,
+            views.frame_least or views.least, views.frame_most or views.most,
+        )  # fmt: skip
     if isinstance(views, FitViewsConfig):
         return FitViews(views.mean, views.std, views, seeing)
     if views is None:

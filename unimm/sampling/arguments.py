@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from unimm.errors import UserError, UserNote
 from unimm.images import is_image
+from unimm.videos import Video
 
 if TYPE_CHECKING:
     from unimm.images import ImageInput
     from unimm.models.modeling import UniMMModel
     from unimm.processing.processor import UniMMProcessor
 
-ImageInputs: TypeAlias = "ImageInput | Iterable[ImageInput | Iterable[ImageInput] | None] | None"
-"""What goes with questions or prompts: one image for all, or for each an image, several, or None."""
+ImageInputs: TypeAlias = (
+    "ImageInput | Video | Iterable[ImageInput | Video | Iterable[ImageInput | Video] | None] | None"
+)
+"""What goes with questions or prompts: one image or video for all, or for each one, several, or None."""
 
 
 def listed(values: Any, name: str) -> list[Any]:
@@ -37,16 +40,21 @@ def check_text(text: Any, name: str, wanted: str) -> None:
         raise UserError(f"{name}: empty; {wanted}")
 
 
-def images_of(entry: Any) -> list[ImageInput]:
+def is_shown(value: Any) -> bool:
+    """Whether this is one image or video, and not a collection of them."""
+    return isinstance(value, Video) or is_image(value)
+
+
+def images_of(entry: Any) -> list[ImageInput | Video]:
     """Return the images that go with one question or prompt."""
     if entry is None:
         return []
-    return [entry] if is_image(entry) else listed(entry, "images")
+    return [entry] if is_shown(entry) else listed(entry, "images")
 
 
-def images_of_each(images: ImageInputs, prompts: int) -> list[list[ImageInput]]:
+def images_of_each(images: ImageInputs, prompts: int) -> list[list[ImageInput | Video]]:
     """Return the images of each prompt."""
-    if images is None or is_image(images):
+    if images is None or is_shown(images):
         return [images_of(images)] * prompts
     entries = listed(images, "images")
     if len(entries) != prompts:

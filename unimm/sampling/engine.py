@@ -385,7 +385,7 @@ class Engine:
         seen = iter(self._placeholders(images))
         tokens: list[Hashable] = []
         for token in request.ids:
-            holds = token == self.model.layout.feature
+            holds = token in self.model.layout.placeholders
             found: Hashable = next(seen, None) if holds else token
             if found is None:
                 raise UserError(f"images: {len(images)} given, but the prompt has room for more")

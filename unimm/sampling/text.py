@@ -92,7 +92,7 @@ def _requests(model: UniMMModel, inputs: BatchFeature, sampling: TextSampling) -
     seen = 0
     for row, mask in zip(given["input_ids"], given["attention_mask"].bool(), strict=True):
         ids = row[mask].tolist()
-        left, first = ids.count(layout.feature), seen
+        left, first = int(layout.feature_positions(row[mask]).sum()), seen
         while left > 0 and seen < len(grids):
             left -= layout.features(*grids[seen])
             seen += 1
