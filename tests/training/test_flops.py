@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import unimm
+from tests.models.test_fusion import LIKE_LLAMA, build, sample
 from unimm.data.emojiscenes.settings import SAMPLE_KINDS
 from unimm.models.attention import dense_mask
+from unimm.models.memory import who_looks
 from unimm.training.batches import read_step
 from unimm.training.flops import Counts, Operations
 from unimm.training.recipe import load_recipe
@@ -100,3 +103,22 @@ def test_the_log_has_utilisation(tiny: Path, tmp_path: Path) -> None:
     for line in lines:
         assert line["tflops"] > 0 and line["mfu"] == pytest.approx(line["tflops"] / 0.5)
     assert torch.isfinite(torch.tensor([line["mfu"] for line in lines])).all()
+
+
+@pytest.mark.parametrize("trained", [("fusion", "decoder", "connector"), ("connector", "fusion", "vision")])
+def test_what_is_looked_at_counts(trained: tuple[str, ...]) -> None:
+    """Blocks compute what no token sees as well; from the first token on all of a memory is seen here."""
+    model = build(LIKE_LLAMA).train()
+    ids, images = sample(model, [(1, 1)], before=0, after=9)
+    for name, part in model.parts().items():
+        part.requires_grad_(name in trained)
+    model.decoder.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(ids, images=images, labels=ids).loss.backward()
+    length, features = ids.shape[1], 4
+    assert model.remembering is not None
+    looks = who_looks(length, None, None, ids.device)
+    looked = model.remembering.counts(model.layout.feature_positions(ids), [(1, 1)], looks)
+    assert looked == {"memory": features, "looking": length, "looks": length * features}
+    counts = Counts(length, length**2, length - 1, 0, features, features**2, **looked)
+    assert Operations(model, trained).of(counts) == pytest.approx(counter.get_total_flops(), rel=0.03)

@@ -24,8 +24,8 @@ from unimm.training.tasks.unified import UnifiedRecipe
 from unimm.training.trainer import train
 
 SYSTEMS = (
-    "pixtral-12b", "qwen2-vl-7b", "nvlm-d-72b", "molmo-7b-d", "aria", "fuyu-8b", "mm1.5-3b", "baichuan-omni-7b",
-    "llama-3.2-11b-vision",
+    "pixtral-12b", "qwen2-vl-7b", "nvlm-d-72b", "nvlm-x-72b", "nvlm-h-72b", "molmo-7b-d", "aria", "fuyu-8b", "mm1.5-3b",
+    "baichuan-omni-7b", "llama-3.2-11b-vision",
 )  # fmt: skip
 SIZES = [(40, 64), (90, 30), (64, 64), (25, 61), (130, 70), (33, 48)]
 

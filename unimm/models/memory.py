@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from unimm.models.configuration import UniMMConfig
 from unimm.models.fusion import Looks, Memory, Piece, visible_rows
-from unimm.models.fusion_parts import BothFusionConfig, CrossFusionConfig
+from unimm.models.fusion_parts import BothFusionConfig, CrossFusionConfig, StreamFusionConfig
 from unimm.models.inputs import Rows
 from unimm.models.layout import Grid, ImageLayout
 from unimm.models.parts import CanvasViewsConfig
@@ -46,6 +47,14 @@ class Remembering(NamedTuple):
     layout: ImageLayout
     seeing: Seeing
 
+    @classmethod
+    def of(cls, config: UniMMConfig) -> Remembering | None:
+        """Return that of a model's configuration; None where images are no memory."""
+        fusion, seeing = config.fusion_part(), config.seeing()
+        if isinstance(fusion, StreamFusionConfig) or seeing.encoder is None:
+            return None
+        return cls(fusion, config.image_layout(), seeing)
+
     def __call__(
         self, tokens: Tensor, grids: Sequence[Grid], placeholders: Tensor, looks: Looks, embed: EmbedTokens
     ) -> tuple[Tensor | None, Memory | None]:
@@ -77,6 +86,17 @@ class Remembering(NamedTuple):
             pieces += self._pieces(grid, own)
         shape = (placeholders.shape[0], placeholders.shape[1])
         return MemoryPlan(pieces, visible_rows(pieces, shape, looks, self.fusion.sees)) if pieces else None
+
+    def counts(self, placeholders: Tensor, grids: Sequence[Grid], looks: Looks) -> dict[str, int]:
+        """Return the rows of all memories, positions that see any, and pairs of these; arguments as of `plan`."""
+        plan = self.plan(placeholders, grids, looks)
+        if plan is None:
+            return {"memory": 0, "looking": 0, "looks": 0}
+        return {
+            "memory": sum(piece.count for piece in plan.pieces),
+            "looking": int(plan.visible.any(-1).sum()),
+            "looks": int(plan.visible.sum()),
+        }
 
     def _pieces(self, grid: Grid, places: list[list[int]]) -> list[Piece]:
         """What an image gives, its placeholders at [row, position]."""

@@ -30,7 +30,6 @@ from unimm.models.configuration import UniMMConfig
 from unimm.models.connectors import CodeEmbedding, Connector
 from unimm.models.experts import losses_of_routers, quantise_experts
 from unimm.models.fusion import Attended, Embedded, Fusion, Looks, Memory, scatter_rows
-from unimm.models.fusion_parts import StreamFusionConfig
 from unimm.models.image_tokenizers.movq import MoVQTokenizer
 from unimm.models.image_tokenizers.vq import ImageTokenizer
 from unimm.models.inputs import Images, Rows
@@ -110,10 +109,9 @@ class UniMMModel(StrictModel):
         if sizes is not None:
             self.image_tokenizer = AutoModel.from_config(sizes, dtype=torch.get_default_dtype())
         self.layout = config.image_layout()
-        fusion = config.fusion_part()
-        if self.vision is not None and not isinstance(fusion, StreamFusionConfig):
-            self.fusion = Fusion(fusion, self.decoder.get_decoder())
-            self.remembering = Remembering(fusion, self.layout, self.seeing)
+        if self.vision is not None and (remembering := Remembering.of(config)) is not None:
+            self.fusion = Fusion(remembering.fusion, self.decoder.get_decoder())
+            self.remembering = remembering
         self.post_init()
         if (small := config.small_weights()) is not None:
             others = (

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from unimm.models.experts import idle_weights
+from unimm.models.fusion_parts import CrossFusionConfig
 from unimm.models.modeling import UniMMModel
 from unimm.models.parts import (
     EncoderConfig,
@@ -29,8 +30,10 @@ BEFORE_DECODER = {
     "connector",
     "code_embedding",
     "vision",
+    "fusion",
     "lora",
 }  # gradients pass the decoder to these
+MEMORY_SIDE, HEADS = {"connector", "vision"}, {"code_head"}
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,9 @@ class Counts:
         codes: positions whose code loss counts.
         features: that the understanding encoder makes.
         feature_pairs: of two features that see each other there.
+        memory: rows that are looked at by cross-attention.
+        looking: positions of the decoder that see any of them.
+        looks: pairs of such a position and a row that it sees.
     """
 
     tokens: float
@@ -52,6 +58,9 @@ class Counts:
     codes: float
     features: float = 0
     feature_pairs: float = 0
+    memory: float = 0
+    looking: float = 0
+    looks: float = 0
 
 
 class Operations:
@@ -73,10 +82,10 @@ class Operations:
         decoder = model.decoder.get_decoder()
         body = weights_of(decoder) - table.weight.numel() - idle_weights(decoder)
         code_head = head if model.code_head is None else model.code_head
-        self.token = body * (2 + 2 * passes + 2 * learns)
-        self.pair = (
-            4 * config.num_hidden_layers * width * (3 if passes else 1)
-        )  # queries by keys, and by values
+        passed = passes * _share_passed(model, groups)
+        self.token = body * (2 + 2 * passed + 2 * learns)
+        # queries by keys, and by values
+        self.pair = 4 * config.num_hidden_layers * width * (1 + 2 * passed)
         self.word = weights_of(head) * (4 + 2 * learns)
         self.code = weights_of(code_head) * (4 + 2 * bool(groups & {"decoder", "code_head"}))
         self.feature = self.feature_pair = 0
@@ -84,6 +93,13 @@ class Operations:
             times = 3 if "vision" in groups else 1
             self.feature = 2 * weights_of(model.vision) * times
             self.feature_pair = 4 * encoder_depth(encoder) * times
+        self.memory = self.looking = self.look = 0
+        if model.fusion is not None:
+            every = list(model.fusion.blocks.values())
+            reads = sum(weights_of(layer) for block in every for layer in (block.k_proj, block.v_proj))  # type: ignore[arg-type]
+            times = 2 + 2 * passes + 2 * ("fusion" in groups)
+            self.memory, self.looking = reads * times, (weights_of(model.fusion) - reads) * times
+            self.look = 4 * len(every) * width * (3 if passes else 1)
 
     def of(self, counts: Counts) -> float:
         """Operations on what is counted."""
@@ -94,7 +110,18 @@ class Operations:
             + counts.codes * self.code
             + counts.features * self.feature
             + counts.feature_pairs * self.feature_pair
+            + counts.memory * self.memory
+            + counts.looking * self.looking
+            + counts.looks * self.look
         )
+
+
+def _share_passed(model: UniMMModel, groups: set[str]) -> float:
+    """Share of the decoder's layers that gradients pass: of a memory alone, those behind its first block."""
+    fusion = model.config.fusion_part()
+    if not isinstance(fusion, CrossFusionConfig) or groups - {"fusion", *MEMORY_SIDE, *HEADS}:
+        return 1.0
+    return 1 - float(fusion.layers[0] / model.config.decoder_config().num_hidden_layers)
 
 
 def encoder_depth(encoder: EncoderConfig | None) -> int:

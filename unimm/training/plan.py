@@ -17,6 +17,7 @@ from torch import nn
 
 from unimm.data.emojiscenes.settings import SAMPLE_KINDS, SCENE_NAMES
 from unimm.models.lora import add_adapters
+from unimm.models.memory import who_looks
 from unimm.models.modeling import UniMMModel
 from unimm.processing.views import make_views
 from unimm.training.flops import Counts, Operations, weights_of
@@ -203,10 +204,16 @@ def _sample(model: UniMMModel, kind: str, words: int, size: int | None) -> Count
         seen = views is not None and not model.sees_codes
         grid = views.grid_of(*TYPICAL_IMAGE) if views is not None and seen else (rows, columns)
         parts = [part for part in layout.understanding(*grid) if not isinstance(part, str)]
-        tokens = sum(map(len, parts))
+        image = [token for part in parts for token in part]
+        tokens = len(image)
         if model.vision is not None:
             features = model.seeing.passes(grid)
     length = words + codes + tokens
+    looked = {}
+    if kind == "understanding" and model.remembering is not None:
+        ids = torch.tensor([[*image, *[0] * words]])
+        looks = who_looks(ids.shape[1], None, None, ids.device)
+        looked = model.remembering.counts(layout.feature_positions(ids), [grid], looks)
     return Counts(
         tokens=length,
         pairs=length * (length + 1) / 2,
@@ -214,4 +221,5 @@ def _sample(model: UniMMModel, kind: str, words: int, size: int | None) -> Count
         codes=codes,
         features=sum(features),
         feature_pairs=sum(count**2 for count in features),
+        **looked,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
+from unimm.models.fusion_parts import StreamFusionConfig
 from unimm.models.modeling import UniMMModel
 from unimm.models.parts import (
     AbstractReducerConfig,
@@ -80,7 +81,7 @@ def describe_system(recipe: UnifiedRecipe) -> dict[str, Any]:
     return {
         "system": recipe.system.name,
         "year": recipe.system.year,
-        "fusion": config.fusion["kind"],
+        "fusion": fusion_in_words(model),
         "views": views_in_words(model),
         "encoder": encoder_in_words(model),
         "reducer": reducer_in_words(model),
@@ -188,6 +189,14 @@ def _(reducer: AbstractReducerConfig) -> str:
 def reducer_in_words(model: UniMMModel) -> str | None:
     """Return what makes fewer features of many."""
     return None if model.vision is None else _reduced(model.config.reducer_config())
+
+
+def fusion_in_words(model: UniMMModel) -> str:
+    """Return how what was seen reaches the decoder."""
+    fusion = model.config.fusion_part()
+    if isinstance(fusion, StreamFusionConfig) or model.fusion is None:
+        return fusion.kind
+    return f"{fusion.kind}, {len(fusion.layers)} blocks, {in_billions(weights_of(model.fusion))}"
 
 
 def connector_in_words(model: UniMMModel) -> str | None:

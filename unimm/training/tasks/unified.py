@@ -31,6 +31,7 @@ from unimm.models.experts import routing
 from unimm.models.inputs import Images, Rows
 from unimm.models.layout import IGNORED
 from unimm.models.lora import LoraSection, add_adapters, save_model
+from unimm.models.memory import Remembering, who_looks
 from unimm.models.modeling import UniMMModel
 from unimm.models.seeing import seen_of
 from unimm.pipeline import UniMM
@@ -211,6 +212,7 @@ class UnifiedTask:
         self.recipe = recipe
         self._assembly = Assembly(recipe)
         self.config, self.processor = self._assembly.config, self._assembly.processor
+        self.remembering = Remembering.of(self.config)
         self.image_tokenizer: Any = self._assembly.image_tokenizer
         self.target_size: TargetSize | None = None  # what images to draw are brought to
         if self.processor.drawing_size is not None:
@@ -427,9 +429,21 @@ class UnifiedTask:
         pairs = int((rows.positions + 1)[real].sum())
         encoded = images is not None and images.pixels is not None and not self.processor.sees_codes
         seeing = self.processor.seeing
-        features = seeing.passes_of(seen_of(seeing, images, self.processor.layout)) if encoded else []
+        seen = None if images is None else seen_of(seeing, images, self.processor.layout)
+        features = seeing.passes_of(seen) if seen is not None and encoded else []
+        looked = {}
+        if seen is not None and self.remembering is not None:
+            marks = self.processor.layout.feature_positions(batch["input_ids"])
+            looks = who_looks(marks.shape[1], rows, None, marks.device)
+            looked = self.remembering.counts(marks, seen.grids, looks)
         counts = Counts(
-            int(real.sum()), pairs, words, codes, sum(features), sum(count**2 for count in features)
+            int(real.sum()),
+            pairs,
+            words,
+            codes,
+            sum(features),
+            sum(count**2 for count in features),
+            **looked,
         )
         return {**found, OPERATIONS: self.operations.of(counts)}
 
