@@ -51,5 +51,5 @@ $(READY): pyproject.toml
 	  fi; \
 	fi; \
 	[ -x $(BIN)/python ] || "$$uv" venv --quiet --python '>=3.11' $(VENV); \
-	"$$uv" pip install --python $(BIN)/python --editable '.[dev,data,eval,emu3,lora,lpips,report,serve,structured,video]'; \
+	"$$uv" pip install --python $(BIN)/python --editable '.[dev,data,eval,emu3,lora,lpips,report,serve,structured,tables,video]'; \
 	touch $@

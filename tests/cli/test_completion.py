@@ -56,7 +56,9 @@ def test_options(complete) -> None:
 
 
 def test_values(complete) -> None:
-    assert complete("data", "preview", "--split", "") == plain("train", "seen", "composed", "vendor")
+    assert complete("data", "preview", "--split", "") == plain(
+        "train", "seen", "composed", "vendor", "larger", "font"
+    )
     assert complete("data", "preview", "--split", "=", "s") == plain("seen")  # --split=s, as bash cuts it
     assert complete("data", "preview", "--split", "=") == complete("data", "preview", "--split", "")
     assert complete("convert", "a", "b", "--to", "t") == plain("transformers")

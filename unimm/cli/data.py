@@ -9,18 +9,19 @@ import click
 
 from unimm.cli.commands import Options, command
 from unimm.cli.options import (
+    ALL_SPLITS,
     DEVICE,
     FIELD,
     FILE,
     FOLDER,
     INTEGER,
     POSITIVE,
-    SPLITS,
     Choice,
     F,
     decorate,
 )
 from unimm.console import hide_loading_bars, print_table, print_text, print_tree, progress
+from unimm.errors import UserError
 
 SHOWN = 20  # bad items on the screen; `--json` has more
 
@@ -118,18 +119,30 @@ def show_sheet(document: dict[str, str]) -> None:
     print_text(f"Contact sheet: {document['sheet']}")
 
 
-@command("preview", "show scenes of a data set on a sheet", show_sheet)
+@command("preview", "show scenes or tables on a sheet", show_sheet)
+@click.option("--data", type=Choice("emojiscenes", "tables"), default="emojiscenes", help="default: emojiscenes")
+@click.option("--difficulty", type=Choice("full", "small"), default="full", help="of tables (default: full)")
 @click.option("-o", "--output", type=FILE, default="preview.png", metavar="FILE", help="default: preview.png")
-@click.option("--split", type=SPLITS, default="train", help="default: train")
-@click.option("--seed", type=INTEGER, default=0, metavar="SEED", help="of the scenes (default: 0)")
+@click.option("--split", type=ALL_SPLITS, default="train", help="default: train")
+@click.option("--seed", type=INTEGER, default=0, metavar="SEED", help="of the sample (default: 0)")
 def preview(options: Options) -> Any:
-    """Write a contact sheet of scenes."""
+    """Write a contact sheet of scenes or tables."""
     from unimm.data.emojiscenes.preview import contact_sheet
+    from unimm.data.emojiscenes.scenes import SPLITS as SCENE_SPLITS
+    from unimm.data.tables.preview import table_sheet
+    from unimm.data.tables.settings import TABLE_SPLITS, TableSettings
     from unimm.images import save_image
     from unimm.outputs import check_output, is_image_file
 
+    known: tuple[str, ...] = TABLE_SPLITS if options.data == "tables" else SCENE_SPLITS
+    if options.split not in known:
+        raise UserError(f"--split: {options.data} has no {options.split!r}; use one of {', '.join(known)}")
     check_output(options.output, "an image", is_image_file)
-    save_image(contact_sheet(split=options.split, seed=options.seed), options.output)
+    if options.data == "tables":
+        sheet = table_sheet(options.split, options.seed, TableSettings(difficulty=options.difficulty))
+    else:
+        sheet = contact_sheet(split=options.split, seed=options.seed)
+    save_image(sheet, options.output)
     return {"sheet": options.output}
 
 

@@ -137,6 +137,7 @@ SHARD = Parsed(_shard, "PART/PARTS, as 0/4 for the first of four")
 SIZE = Parsed(_size, "WIDTHxHEIGHT in pixels, as 64x64")
 FIELD = Parsed(_field, "NAME=COLUMN, as text=caption_en")
 SPLITS = Choice("train", "seen", "composed", "vendor")  # of EmojiScenes
+ALL_SPLITS = Choice(*SPLITS.choices, "larger", "font")  # of EmojiScenes and of tables
 
 
 def hub_options(function: F) -> F:

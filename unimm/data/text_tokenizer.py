@@ -31,6 +31,7 @@ def train_text_tokenizer(
     texts: Iterable[str],
     vocab_size: int = 1024,
     special_tokens: Sequence[str] = SPECIAL_TOKENS,
+    digits: bool = False,
 ) -> PreTrainedTokenizerFast:
     """Learn a byte-level BPE tokenizer.
 
@@ -38,6 +39,7 @@ def train_text_tokenizer(
         texts: the corpus; the result depends on word counts only, not on their order.
         vocab_size: most tokens to have, special tokens and 256 bytes included; a small corpus gives fewer.
         special_tokens: get the first ids, in this order; must hold ``<pad>``, ``<bos>`` and ``<eos>``.
+        digits: whether each digit is a token, so that a number is read figure by figure.
 
     Returns:
         A fast tokenizer that adds no tokens of its own: the caller decides where ``<bos>`` and ``<eos>`` go.
@@ -53,7 +55,10 @@ def train_text_tokenizer(
             f"vocab_size: {vocab_size} is too small, bytes and special tokens alone need {smallest}"
         )
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = (
+        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), by_bytes]) if digits else by_bytes
+    )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from unimm.data.tables.settings import TableSettings
 from unimm.errors import UserError
 from unimm.sections import NotNegative, Positive, Section, near, read_yaml, validate
 
@@ -30,6 +31,20 @@ class Questions(Section):
     samples: Positive = 1000
     """Questions a kind and split."""
     splits: Splits = Field(default=["seen", "composed", "vendor"])
+
+
+class TablesSection(Section):
+    """Synthetic tables, read as Markdown or LaTeX, and questions about them."""
+
+    samples: Positive = 200
+    """Tables a split."""
+    questions: NotNegative = 200
+    """Questions a kind and split at most, one of a table."""
+    splits: Annotated[list[Literal["seen", "larger", "font"]], Field(min_length=1)] = Field(
+        default=["seen", "larger", "font"]
+    )
+    settings: TableSettings = TableSettings()
+    """Which tables, as `data.tables` of the training recipe has them."""
 
 
 class DrawingSection(Section):
@@ -71,6 +86,7 @@ class EvaluationRecipe(Section):
     device: str = "auto"
     naming: Naming | None = Naming()
     questions: Questions | None = Questions()
+    tables: TablesSection | None = None
     drawing: DrawingSection | None = DrawingSection()
     judge: JudgeSection = JudgeSection()
 

@@ -23,6 +23,8 @@ def print_report(document: dict[str, Any]) -> None:
     for title in ("naming", "questions"):
         if title in document:
             console.print(_shares(title, document[title]))
+    if "tables" in document:
+        console.print(_tables(document["tables"]))
     if "drawing" in document:
         console.print(_drawing(document["drawing"]))
     for line in document.get("files", []):
@@ -48,6 +50,24 @@ def _shares(title: str, report: dict[str, Any]) -> Table:
                 table.add_row(split, FIGURE_NAMES.get(figure, figure), *cells)
             else:
                 table.add_row(split, "answer is yes", "", "", _percent(score), "")
+    return table
+
+
+def _tables(report: dict[str, Any]) -> Table:
+    """A table with a row for each split, format and figure, and for each kind of question."""
+    table = Table(title="Tables", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("split", "asked for", "figure"):
+        table.add_column(column)
+    for column in ("right", "of", "share", "95 % interval"):
+        table.add_column(column, justify="right")
+    for split, parts in report.items():
+        for part, figures in parts.items():
+            for figure, score in figures.items():
+                if isinstance(score, dict):
+                    counts = f"{score['right']:,}", f"{score['count']:,}"
+                    table.add_row(split, part, figure, *counts, _percent(score["rate"]), _interval(score))
+                else:
+                    table.add_row(split, part, figure, "", "", _percent(score), "")
     return table
 
 

@@ -12,6 +12,7 @@ from unimm.evaluation.emojiscenes.judge import Judge
 from unimm.evaluation.emojiscenes.naming import evaluate_naming
 from unimm.evaluation.emojiscenes.questions import evaluate_questions
 from unimm.evaluation.recipe import EvaluationRecipe
+from unimm.evaluation.tables.reading import evaluate_tables
 from unimm.files import atomic_write
 from unimm.loading import load
 from unimm.outputs import check_output, document_has, is_image_file
@@ -25,7 +26,7 @@ def evaluate(recipe: EvaluationRecipe) -> dict[str, Any]:
         recipe: which model, which figures, how many samples, where the report goes.
 
     Returns:
-        `naming`, `questions` and `drawing`, each by split and figure, with counts and 95 % intervals.
+        `naming`, `questions`, `tables` and `drawing`, each by split and figure, with counts and 95 % intervals.
         It is also written to `report.json` in the recipe's output, beside sheets of drawings.
 
     Raises:
@@ -44,6 +45,8 @@ def evaluate(recipe: EvaluationRecipe) -> dict[str, Any]:
         report["naming"] = evaluate_naming(um, recipe.naming, recipe.seed)
     if recipe.questions is not None:
         report["questions"] = evaluate_questions(um, recipe.questions, recipe.seed)
+    if recipe.tables is not None:
+        report["tables"] = evaluate_tables(um, recipe.tables, recipe.seed)
     if recipe.drawing is not None:
         judge = Judge(recipe.judge, output / "judge.safetensors", str(um.model.device))
         report["drawing"] = evaluate_drawing(um, judge, recipe.drawing, recipe.seed, output)
@@ -60,7 +63,7 @@ def _check_sides(recipe: EvaluationRecipe, um: UniMM) -> None:
         UserError: naming the figure.
     """
     if um.processor.views is None:
-        for name in ("naming", "questions"):
+        for name in ("naming", "questions", "tables"):
             if getattr(recipe, name) is not None:
                 raise UserError(f"{name}: this model understands no images; give null")
     if recipe.drawing is not None and um.processor.drawing_size is None:

@@ -131,8 +131,9 @@ class Qwen2VL(Family):
 
     def holds(self, config: UniMMConfig) -> bool:
         """Whether a model has this encoder and these positions."""
-        kinds = ((config.encoder or {}).get("kind"), config.positions.get("kind"))
-        return kinds == ("naflex", "mrope")
+        encoder = config.encoder or {}
+        kinds = (encoder.get("kind"), encoder.get("stem", "patch"), config.positions.get("kind"))
+        return kinds == ("naflex", "patch", "mrope")
 
 
 def _even(frequencies: int) -> tuple[int, int, int]:

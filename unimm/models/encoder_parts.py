@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from unimm.models.encoders import check_foreign_encoder
+from unimm.models.encoders import check_conv_stem, check_foreign_encoder
 from unimm.models.image_tokenizers.sizes import Side
 from unimm.models.part_types import (
     EncoderKwargs,
@@ -59,6 +59,8 @@ class NaflexEncoderConfig:
         frames: frames of a video that a patch spans; an image is repeated so often.
         mlp_ratio: width of a block's MLP, in widths.
         act: its activation.
+        stem: what a patch is embedded by: one linear layer, or "conv" for convolutions that each halve the image, with
+            which a small encoder learns from fewer images (`unimm.models.vision.conv_stem`).
     """
 
     width: Width
@@ -68,7 +70,12 @@ class NaflexEncoderConfig:
     frames: Annotated[int, Field(gt=0, le=16)] = 1
     mlp_ratio: Annotated[float, Field(gt=0, le=2**8)] = 4.0
     act: Literal["gelu", "quick_gelu"] = "quick_gelu"
+    stem: Literal["patch", "conv"] = "patch"
     kind: Literal["naflex"] = "naflex"
+
+    def __post_init__(self) -> None:
+        if self.stem == "conv":
+            check_conv_stem(self.patch, self.width)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,6 +68,19 @@ def check_encoder_options(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
+def check_conv_stem(patch: int, width: int) -> None:
+    """Refuse a convolutional stem whose convolutions cannot each halve the image.
+
+    Raises:
+        FieldError: naming the patch.
+    """
+    levels = patch.bit_length() - 1
+    if levels < 1 or patch != 2**levels or width % 2 ** (levels - 1):
+        raise FieldError(
+            f"patch: {patch}; a convolutional stem needs a power of 2 that fits the width ({width})"
+        )
+
+
 def check_foreign_encoder(name: str, kwargs: dict[str, Any]) -> None:
     """Check that an encoder of transformers fits, and that its config has these fields.
 

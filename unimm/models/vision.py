@@ -32,6 +32,24 @@ from unimm.models.parts import (
 from unimm.models.tiled import TiledTower
 
 
+def conv_stem(patch: int, channels: int, width: int) -> nn.Sequential:
+    """Return 3x3 convolutions that each halve an image, up to patches; normalised at each pixel over its channels.
+
+    Args:
+        patch: pixels a side of a patch, a power of 2.
+        channels: of the image.
+        width: of a patch afterwards; each convolution before has half of the next one's.
+
+    Source: Xiao et al. 2021, arXiv 2106.14881.
+    """
+    levels = patch.bit_length() - 1
+    widths = [channels, *(width // 2 ** (levels - 1 - level) for level in range(levels))]
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        layers += [nn.Conv2d(before, after, 3, 2, 1), LayerNorm2d(after), nn.GELU()]
+    return nn.Sequential(*layers)
+
+
 class ConvStem(PatchEmbed):
     """Patch embedding by 3x3 convolutions that each halve the image (Xiao et al. 2021, arXiv 2106.14881).
 
@@ -48,11 +66,8 @@ class ConvStem(PatchEmbed):
             raise ValueError(
                 f"patch_size: {patch_size}; a convolutional stem needs a power of 2 that fits the width"
             )
-        widths = [in_chans, *(embed_dim // 2 ** (levels - 1 - level) for level in range(levels))]
-        layers: list[nn.Module] = []
-        for before, after in itertools.pairwise(widths):
-            layers += [nn.Conv2d(before, after, 3, 2, 1), LayerNorm2d(after), nn.GELU()]
-        self.proj = nn.Sequential(*layers, nn.Conv2d(embed_dim, embed_dim, 1))  # type: ignore[assignment]
+        layers = [*conv_stem(patch_size, in_chans, embed_dim), nn.Conv2d(embed_dim, embed_dim, 1)]
+        self.proj = nn.Sequential(*layers)  # type: ignore[assignment]
 
 
 def create_encoder(name: str, stem: str = "patch", **kwargs: Any) -> Any:
@@ -172,19 +187,24 @@ class NativeTower(nn.Module):
 
 
 class NaflexTower(NativeTower):
-    """timm's NaFlexViT with rotary positions of rows and columns; keys are timm's own, under `model.`."""
+    """timm's NaFlexViT with rotary positions of rows and columns; keys are timm's own, under `model.`.
+
+    Those of a convolutional stem are under `stem.`.
+    """
 
     def __init__(self, config: NaflexEncoderConfig) -> None:
         super().__init__()
         self.config = config
         self.patch, self.frames = config.patch, config.frames
+        conv, channels = config.stem == "conv", 3 * config.frames
+        self.stem = conv_stem(config.patch, channels, config.width) if conv else None
         options = NaFlexVitCfg(
-            patch_size=config.patch, embed_dim=config.width, depth=config.depth, num_heads=config.heads,
+            patch_size=1 if conv else config.patch, embed_dim=config.width, depth=config.depth, num_heads=config.heads,
             mlp_ratio=config.mlp_ratio, act_layer=config.act, qkv_bias=True, pos_embed="none", rope_type="axial",
             rope_rotate_half=True, final_norm=False, fc_norm=False, global_pool="", class_token=False, reg_tokens=0,
             patchify_channels_last=False,
         )  # fmt: skip
-        self.model: Any = NaFlexVit(options, in_chans=3 * config.frames, num_classes=0)
+        self.model: Any = NaFlexVit(options, in_chans=config.width if conv else channels, num_classes=0)
         self.model.embeds.proj.register_parameter("bias", None)  # Qwen2-VL's convolution has none
 
     def checkpoint(self, wanted: bool) -> None:
@@ -196,7 +216,10 @@ class NaflexTower(NativeTower):
         rows, columns = pixels.shape[-2] // self.patch, pixels.shape[-1] // self.patch
         # of a channel: one frame after the other, alike where it is an image
         frames = pixels.repeat_interleave(3 * self.frames // pixels.shape[1], dim=1)
-        patches = F.unfold(frames, self.patch, stride=self.patch).transpose(1, 2)
+        if self.stem is None:
+            patches = F.unfold(frames, self.patch, stride=self.patch).transpose(1, 2)
+        else:
+            patches = self.stem(frames).flatten(2).transpose(1, 2)
         coordinates = torch.cartesian_prod(
             torch.arange(rows, device=pixels.device), torch.arange(columns, device=pixels.device)
         )

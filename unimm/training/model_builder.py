@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from unimm.console import no_progress
+from unimm.data.tables.settings import TABLES
+from unimm.data.tables.text import table_tokenizer
 from unimm.errors import UserError, UserNote
 from unimm.families.image_tokenizers import load_image_tokenizer
 from unimm.files import open_regular, read_json, settled
@@ -143,6 +145,8 @@ class Assembly:
     def _text_tokenizer(self, weights: bool) -> PreTrainedTokenizerBase:
         section = self.section
         name = section.text_tokenizer or str(section.vision)
+        if name == TABLES:
+            return table_tokenizer(self.recipe.data.tables)
         folder = locate(name).folder if name == EMBEDDED else settled(name)
         if not folder.is_dir() and not weights:
             folder = embedded_model()  # the decoder's config knows the size of the right one

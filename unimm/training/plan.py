@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from unimm.data.emojiscenes.settings import SAMPLE_KINDS, SCENE_NAMES
+from unimm.data.tables.settings import TABLE_KINDS, TABLE_NAMES
 from unimm.models.lora import add_adapters
 from unimm.models.memory import who_looks
 from unimm.models.modeling import UniMMModel
@@ -178,7 +179,7 @@ def _work(model: UniMMModel, recipe: UnifiedRecipe, stage: Stage, words: int) ->
     sides = {"understanding": model.config.views, "generation": model.config.generation}
     mixture = recipe.mixture(stage, [kind for kind, part in sides.items() if part is not None])
     kinds = {name: source.kind for name, source in recipe.data.sources.items()} | dict(
-        zip(SCENE_NAMES, SAMPLE_KINDS, strict=True)
+        zip((*SCENE_NAMES, *TABLE_NAMES), (*SAMPLE_KINDS, *TABLE_KINDS), strict=True)
     )
     total = sum(mixture.values())
     samples = [

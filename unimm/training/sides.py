@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from unimm.data.codes import some_records
-from unimm.data.emojiscenes.settings import EMOJISCENES
+from unimm.data.emojiscenes.settings import EMOJISCENES, SAMPLE_KINDS, SCENE_NAMES
 from unimm.data.sources import Source
+from unimm.data.tables.settings import TABLE_NAMES, TABLES
 from unimm.processing.processor import UniMMProcessor
+from unimm.sections import near
 
 if TYPE_CHECKING:
     from unimm.training.recipe import BaseRecipe
@@ -45,6 +47,34 @@ def check_sides(recipe: UnifiedRecipe, processor: UniMMProcessor) -> None:
         for kind, message in lacking.items():
             if stage.mixture.get(name := f"{EMOJISCENES}/{kind}"):
                 raise recipe.error(f"stages[{index}].mixture.{name}", message)
+        for name in (TABLES, TABLE_NAMES[0]) if "understanding" in lacking else ():
+            if stage.mixture.get(name):
+                raise recipe.error(f"stages[{index}].mixture.{name}", NO_UNDERSTANDING)
+
+
+def check_mixture_names(recipe: UnifiedRecipe) -> None:
+    """Refuse mixtures of names that no data has.
+
+    Raises:
+        UserError: the first of them, and what may stand there; or a stage has no data at all.
+    """
+    known = (*recipe.data.sources, EMOJISCENES, *SCENE_NAMES, TABLES, *TABLE_NAMES)
+    for index, stage in enumerate(recipe.stages):
+        key = f"stages[{index}].mixture"
+        if not recipe.mixture(stage):
+            message = f"no data; give data.sources, or {{{EMOJISCENES}: 1}} here for the built-in scenes"
+            raise recipe.error(key, message)
+        for name in stage.mixture:
+            if name in known:
+                continue
+            if name in SAMPLE_KINDS:
+                message = (
+                    f"no source has this name; write {EMOJISCENES}/{name} for the built-in scenes, or "
+                    f"give your data as data.sources.{name}"
+                )
+            else:
+                message = f"no source has this name; one of {', '.join(known)}{near(name, known)}"
+            raise recipe.error(f"{key}.{name}", message)
 
 
 def check_source_images(recipe: BaseRecipe, key: str, source: Source, processor: UniMMProcessor) -> None:

@@ -1,6 +1,6 @@
 """Task `unified`: train the unified model in stages, on a mixture of sources in every step.
 
-Sources are one's own data (`unimm.training.records`), and EmojiScenes where a mixture names it.
+Sources are one's own data (`unimm.training.records`), and EmojiScenes and synthetic tables where a mixture names them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from unimm.data.codes import fingerprint
 from unimm.data.emojiscenes.settings import (
     BOTH_SIDES,
     EMOJISCENES,
-    SAMPLE_KINDS,
     SCENE_NAMES,
     SceneSettings,
     UnderstandingSettings,
     expand_mixture,
 )
+from unimm.data.tables.settings import TABLE_NAMES, TABLES, TableSettings, expand_tables
 from unimm.errors import UserError
 from unimm.models.attention import FLEX
 from unimm.models.experts import routing
@@ -37,7 +37,7 @@ from unimm.models.seeing import seen_of
 from unimm.pipeline import UniMM
 from unimm.processing.rows import stack_rows
 from unimm.processing.views import TargetSize
-from unimm.sections import FieldError, Fraction, NotNegative, Positive, Rate, Section, near, validate
+from unimm.sections import FieldError, Fraction, NotNegative, Positive, Rate, Section, validate
 from unimm.training.batches import mix
 from unimm.training.engine import pick_device
 from unimm.training.flops import Counts, Operations
@@ -50,6 +50,7 @@ from unimm.training.modes import plain_attention, set_gradient_checkpointing
 from unimm.training.previews import PREVIEW_PROMPTS, draw_prompts
 from unimm.training.recipe import BaseRecipe, Stage, ValidationSection, smoke_data
 from unimm.training.records import Records, SourceSection, leave_out_encoded
+from unimm.training.sides import check_mixture_names
 
 if TYPE_CHECKING:
     from unimm.data.emojiscenes.source import EmojiScenesSource
@@ -60,7 +61,7 @@ LONG = 16_384  # tokens that `--smoke` has room for, whatever one's own data
 
 
 class DataSection(Section):
-    """Sources of one's own, and the scenes of EmojiScenes where a mixture names them."""
+    """Sources of one's own, and the scenes of EmojiScenes and synthetic tables where a mixture names them."""
 
     sources: dict[str, SourceSection] = Field(default_factory=dict)
     """Name -> data; a stage's mixture gives it a share."""
@@ -70,6 +71,8 @@ class DataSection(Section):
     """Items of one's own that are not trained on, to measure losses on; null: none."""
     emojiscenes: SceneSettings = SceneSettings()
     """The scenes of `emojiscenes` and `emojiscenes/KIND` in a mixture."""
+    tables: TableSettings = TableSettings()
+    """The tables of `tables` and `tables/KIND` in a mixture."""
     size: Positive | None = None
     """Pixels a side of images to draw, where a model draws any size, as Emu3 does; null: the model's own."""
     keep_ratio: bool = False
@@ -114,6 +117,8 @@ class UnifiedOptions(Section):
     """Share of generation samples whose prompt is blanked, for guidance."""
     emojiscenes: UnderstandingSettings = UnderstandingSettings()
     """What is other in this stage than `data.emojiscenes.understanding` says."""
+    tables: TableSettings = TableSettings()
+    """What is other in this stage than `data.tables` says."""
 
 
 class SystemSection(Section):
@@ -147,7 +152,8 @@ class UnifiedRecipe(BaseRecipe):
         leave_out_encoded(data)
         data["model"]["decoder"]["max_position_embeddings"] = LONG
         scenes = {**((data.get("data") or {}).get("emojiscenes") or {}), "scenes": 8, "codes": None}
-        data["data"] = {"emojiscenes": scenes, **smoke_data(data, {EMOJISCENES: 1})}
+        tables = {**((data.get("data") or {}).get("tables") or {}), "difficulty": "small"}
+        data["data"] = {"emojiscenes": scenes, "tables": tables, **smoke_data(data, {EMOJISCENES: 1})}
 
     @property
     def validation(self) -> ValidationSection[SourceSection] | None:
@@ -159,11 +165,14 @@ class UnifiedRecipe(BaseRecipe):
         if self.validation is not None and self.validation.share and not self.data.sources:
             raise self.error("data.validation.share", "there are no sources to hold items out of; name them")
         for name in self.data.sources:
-            if name.split("/")[0] == EMOJISCENES:
-                raise self.error(f"data.sources.{name}", "this names built-in scenes; give it another name")
+            for built_in, what in ((EMOJISCENES, "scenes"), (TABLES, "tables")):
+                if name.split("/")[0] == built_in:
+                    message = f"this names built-in {what}; give it another name"
+                    raise self.error(f"data.sources.{name}", message)
         self.check_mixtures()
         for stage in self.stages:
             self.options(stage)
+            self.tables(stage)
         self.say_unread(self.data.sources)
         return UnifiedTask(self)
 
@@ -173,36 +182,28 @@ class UnifiedRecipe(BaseRecipe):
         Raises:
             UserError: the first of them, and what may stand there; or a stage has no data at all.
         """
-        known = (*self.data.sources, EMOJISCENES, *SCENE_NAMES)
-        for index, stage in enumerate(self.stages):
-            key = f"stages[{index}].mixture"
-            if not self.mixture(stage):
-                message = f"no data; give data.sources, or {{{EMOJISCENES}: 1}} here for the built-in scenes"
-                raise self.error(key, message)
-            for name in stage.mixture:
-                if name in known:
-                    continue
-                if name in SAMPLE_KINDS:
-                    message = (
-                        f"no source has this name; write {EMOJISCENES}/{name} for the built-in scenes, or "
-                        f"give your data as data.sources.{name}"
-                    )
-                else:
-                    message = f"no source has this name; one of {', '.join(known)}{near(name, known)}"
-                raise self.error(f"{key}.{name}", message)
+        check_mixture_names(self)
 
     def mixture(self, stage: Stage, sides: Sequence[str] = BOTH_SIDES) -> dict[str, float]:
-        """A stage's mixture over sources and `SCENE_NAMES`; where it has none, all sources in equal shares.
+        """A stage's mixture over sources, `SCENE_NAMES` and `TABLE_NAMES`; where it has none, all sources alike.
 
         Args:
             stage: whose.
             sides: those of `BOTH_SIDES` that the model has.
         """
-        return expand_mixture(stage.mixture, sides) or dict.fromkeys(self.data.sources, 1.0)
+        named = expand_tables(expand_mixture(stage.mixture, sides))
+        return named or dict.fromkeys(self.data.sources, 1.0)
 
     def options(self, stage: Stage) -> UnifiedOptions:
         """What a stage sets under `options`."""
         return validate(UnifiedOptions, stage.options, f"{self.source}: stages.{stage.name}.options")
+
+    def tables(self, stage: Stage) -> TableSettings:
+        """The tables of a stage."""
+        try:
+            return self.data.tables.changed_by(self.options(stage).tables)
+        except FieldError as error:
+            raise self.error(f"stages.{stage.name}.options.tables", str(error)) from None
 
 
 class UnifiedTask:
@@ -287,6 +288,10 @@ class UnifiedTask:
         if any(name in mixture for name in SCENE_NAMES):
             shown = self.recipe.data.emojiscenes.understanding.changed_by(options.emojiscenes)
             sources |= self._open_scenes().samples(mixture, seed, shown, options.prompt_dropout)
+        if any(name in mixture for name in TABLE_NAMES):
+            from unimm.data.tables.source import table_samples
+
+            sources |= table_samples(self.processor, mixture, seed, self.recipe.tables(stage))
         if any(name in mixture for name in self.recipe.data.sources):
             sources |= self._open_records().samples(seed, options.prompt_dropout, stage.pack)
         self._hold_out(stage, mixture)
@@ -471,7 +476,7 @@ class UnifiedTask:
 
     @torch.no_grad()
     def preview(self, module: nn.Module, folder: Path, step: int) -> None:
-        """Answer and draw items of one's own data, and scenes where these are trained on; sheets and lines of JSON."""
+        """Answer and draw items of one's own data, and scenes and tables trained on; sheets and lines of JSON."""
         assert isinstance(module, UniMMModel)
         mixture = self.mixture(self.stage) if self.stage is not None else {}
         scenes = any(mixture.get(name) for name in SCENE_NAMES)
@@ -486,6 +491,10 @@ class UnifiedTask:
                 draw_prompts(um, prompts, self.target_size, folder, step)
             if scenes and self.processor.views is not None:
                 caption_held_out(module, self.processor, folder, step)
+            if mixture.get(TABLE_NAMES[0]):
+                from unimm.data.tables.held_out import read_held_out
+
+                read_held_out(module, self.processor, self.recipe.data.tables, folder, step)
             if self.shown is not None:
                 preview_items(um, self.shown, self.target_size, folder, step)
 

@@ -1,0 +1,1 @@
+"""What a model reads of synthetic tables, measured."""
