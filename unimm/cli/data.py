@@ -120,7 +120,9 @@ def show_sheet(document: dict[str, str]) -> None:
 
 
 @command("preview", "show scenes or tables on a sheet", show_sheet)
-@click.option("--data", type=Choice("emojiscenes", "tables"), default="emojiscenes", help="default: emojiscenes")
+@click.option(
+    "--data", type=Choice("emojiscenes", "tables"), default="emojiscenes", help="default: emojiscenes"
+)
 @click.option("--difficulty", type=Choice("full", "small"), default="full", help="of tables (default: full)")
 @click.option("-o", "--output", type=FILE, default="preview.png", metavar="FILE", help="default: preview.png")
 @click.option("--split", type=ALL_SPLITS, default="train", help="default: train")

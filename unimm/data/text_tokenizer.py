@@ -57,7 +57,9 @@ def train_text_tokenizer(
     bpe = Tokenizer(models.BPE())
     by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.pre_tokenizer = (
-        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), by_bytes]) if digits else by_bytes
+        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), by_bytes])
+        if digits
+        else by_bytes
     )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from unimm.console import no_progress
-from unimm.data.tables.settings import TABLES
+from unimm.data.tables.settings import TABLE_SOURCE
 from unimm.data.tables.text import table_tokenizer
 from unimm.errors import UserError, UserNote
 from unimm.families.image_tokenizers import load_image_tokenizer
@@ -145,7 +145,7 @@ class Assembly:
     def _text_tokenizer(self, weights: bool) -> PreTrainedTokenizerBase:
         section = self.section
         name = section.text_tokenizer or str(section.vision)
-        if name == TABLES:
+        if name == TABLE_SOURCE:
             return table_tokenizer(self.recipe.data.tables)
         folder = locate(name).folder if name == EMBEDDED else settled(name)
         if not folder.is_dir() and not weights:

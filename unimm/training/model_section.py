@@ -69,8 +69,8 @@ class ModelSection(Section):
     """A folder or file that holds an image tokenizer, "embedded" for the embedded model's, or the fields of its config
     (`model_type: unimm_vq`); null: the model does not draw."""
     text_tokenizer: str | None = None
-    """A folder; "embedded" for that of the embedded model; "tables" for one of the words of `data.tables`; null: that of
-    the `siglip` run."""
+    """A folder; "embedded" for that of the embedded model; "tables" for one of the words of `data.tables`; null: that
+    of the `siglip` run."""
     weights: dict[Literal["decoder", "vision", "image_tokenizer"], str] = Field(default_factory=dict)
     """Published weights to start parts from that are described by their fields."""
     shared: bool = False

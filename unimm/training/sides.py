@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from unimm.data.codes import some_records
 from unimm.data.emojiscenes.settings import EMOJISCENES, SAMPLE_KINDS, SCENE_NAMES
 from unimm.data.sources import Source
-from unimm.data.tables.settings import TABLE_NAMES, TABLES
+from unimm.data.tables.settings import TABLE_NAMES, TABLE_SOURCE
 from unimm.processing.processor import UniMMProcessor
 from unimm.sections import near
 
@@ -47,7 +47,7 @@ def check_sides(recipe: UnifiedRecipe, processor: UniMMProcessor) -> None:
         for kind, message in lacking.items():
             if stage.mixture.get(name := f"{EMOJISCENES}/{kind}"):
                 raise recipe.error(f"stages[{index}].mixture.{name}", message)
-        for name in (TABLES, TABLE_NAMES[0]) if "understanding" in lacking else ():
+        for name in (TABLE_SOURCE, TABLE_NAMES[0]) if "understanding" in lacking else ():
             if stage.mixture.get(name):
                 raise recipe.error(f"stages[{index}].mixture.{name}", NO_UNDERSTANDING)
 
@@ -58,7 +58,7 @@ def check_mixture_names(recipe: UnifiedRecipe) -> None:
     Raises:
         UserError: the first of them, and what may stand there; or a stage has no data at all.
     """
-    known = (*recipe.data.sources, EMOJISCENES, *SCENE_NAMES, TABLES, *TABLE_NAMES)
+    known = (*recipe.data.sources, EMOJISCENES, *SCENE_NAMES, TABLE_SOURCE, *TABLE_NAMES)
     for index, stage in enumerate(recipe.stages):
         key = f"stages[{index}].mixture"
         if not recipe.mixture(stage):

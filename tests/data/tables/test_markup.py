@@ -82,8 +82,9 @@ def test_answers_are_read_back_by_others(difficulty: str) -> None:
         ("| a | b |\n| 1 |\n| 2 | 3 | 4", "markdown", (("a", "b"), ("1",), ("2", "3", "4"))),
         ("| a | |\n|---|---|\n| | b |", "markdown", (("a", ""), ("", "b"))),
         ("", "latex", ()),
+        ("I see no table.", "latex", ()),
         ("a & b \\\\ 1 & 2", "latex", (("a", "b"), ("1", "2"))),
-        ("Sure.\n\\begin{tabular}[t]{l|r}\n\\toprule a & b\\\\ \\midrule\n1&2\\\\\\bottomrule\\end{tabular} That is it & all.",
+        ("Sure.\n\\begin{tabular}[t]{l|r}\n\\toprule a & b\\\\ \\midrule\n1&2\\\\\\bottomrule\\end{tabular} Done & all.",
          "latex", (("a", "b"), ("1", "2"))),
         ("\\begin{tabular}{ll} a & \\\\ & b \\\\", "latex", (("a", ""), ("", "b"))),
     ],
@@ -95,6 +96,8 @@ def test_damaged_answers_give_the_cells_that_they_have(text: str, markup: Markup
 def test_cells_count_in_their_places() -> None:
     wanted: Cells = (("a", "b"), ("1", "2"), ("3", "4"))
     assert cells_right(wanted, wanted) == 6
-    assert cells_right(wanted, (("a", "b"), ("3", "4"))) == 2  # a row is missing: what follows is out of place
+    assert (
+        cells_right(wanted, (("a", "b"), ("3", "4"))) == 2
+    )  # a row is missing: what follows is out of place
     assert cells_right(wanted, (("a",), ("1", "2", "9"), ("3", "5"), ("6",))) == 4
     assert cells_right(wanted, ()) == 0

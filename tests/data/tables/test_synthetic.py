@@ -29,7 +29,9 @@ SMALL = TableSettings(difficulty="small")
 SETTINGS = {"full": TableSettings(), "small": SMALL}
 
 
-def first(split: TableSplit, count: int = SAMPLES, settings: TableSettings | None = None) -> list[SyntheticTable]:
+def first(
+    split: TableSplit, count: int = SAMPLES, settings: TableSettings | None = None
+) -> list[SyntheticTable]:
     tables = SyntheticTables(split, 0, settings)
     return [tables[index] for index in range(count)]
 
@@ -56,7 +58,7 @@ def test_a_table_follows_from_its_index_bit_for_bit(split: TableSplit, difficult
 
 
 def test_what_a_table_is_does_not_change() -> None:
-    """Tables of earlier runs can be drawn again; where this fails on purpose, results on tables have to be made anew."""
+    """Tables of earlier runs can be drawn again; where this is to change, results on tables have to be made anew."""
     assert SyntheticTables("train", 0, SMALL)[0].text("markdown").splitlines() == [
         "| City | Width | Goals |", "|---|---|---|", "| gold | 2 | 729 |", "| coral | 394 | 846 |",
         "| grey | 857 | 175 |", "| amber | 554 | 89 |", "| ivory | 33 | 863 |",
@@ -103,7 +105,7 @@ def test_sizes_lie_within_bounds_and_reach_them(
             assert all(limits.least[axis] <= table.size[axis] <= most[axis] for axis in range(2))
             own = TableGrid(table.content, table.style).size
             for axis in range(2):  # nothing is cut off
-                assert 0 < table.corner[axis] and table.corner[axis] + own[axis] < table.size[axis]
+                assert table.corner[axis] > 0 and table.corner[axis] + own[axis] < table.size[axis]
         shapes = Counter(table.content.shape for table in tables)
         columns, rows = limits.larger if split == "larger" else (limits.columns[1], limits.rows[1])
         assert max(shape[0] for shape in shapes) == rows and max(shape[1] for shape in shapes) == columns
@@ -163,7 +165,9 @@ def render_without(table: SyntheticTable, row: int, column: int) -> Any:
 
 
 def test_every_font_draws_every_letter_that_is_used() -> None:
-    used = sorted(set("".join([*WORD_HEADS, *NUMBER_HEADS, *(word for words in TOPICS.values() for word in words)])))
+    used = sorted(
+        set("".join([*WORD_HEADS, *NUMBER_HEADS, *(word for words in TOPICS.values() for word in words)]))
+    )
     letters = [*used, *(letter.upper() for letter in used), *"0123456789.%$"]
     for family in FONT_FAMILIES:
         for bold in (False, True):
@@ -242,7 +246,9 @@ def test_fonts_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch, tmp_p
     with pytest.raises(UserError, match=r"tables: .*DejaVuSans\.ttf: not readable as a font"):
         load_font.__wrapped__("DejaVu Sans", False, 12)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"come with matplotlib; install it with: pip install 'unimm\[tables\]'"):
+    with pytest.raises(
+        UserError, match=r"come with matplotlib; install it with: pip install 'unimm\[tables\]'"
+    ):
         font_folder.__wrapped__()
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from unimm.data.tables.settings import MarkupName, NumberKind, TableLimits, TableQuestionKind
-from unimm.data.tables.vocabulary import heads_of, words_of
+from unimm.data.tables.vocabulary import column_heads, words_by_topic
 from unimm.errors import UserError
 
 Cells = tuple[tuple[str, ...], ...]
@@ -95,8 +95,10 @@ def draw_content(rng: np.random.Generator, rows: int, columns: int, limits: Tabl
     kinds = [WORDS] + [_column_kind(rng, limits) for _ in range(columns - 1)]
     capital = bool(rng.random() < 0.5)
     head = _heads(rng, kinds, limits)
-    topics = words_of(limits.word_length, limits.words)
-    body = [_column(rng, kind, rows - 1, topics, limits, unique=place == 0) for place, kind in enumerate(kinds)]
+    topics = words_by_topic(limits.word_length, limits.words)
+    body = [
+        _column(rng, kind, rows - 1, topics, limits, unique=place == 0) for place, kind in enumerate(kinds)
+    ]
     if capital:
         head = [name.capitalize() for name in head]
     return TableContent((tuple(head), *zip(*body, strict=True)), tuple(kinds))
@@ -113,7 +115,7 @@ def _heads(rng: np.random.Generator, kinds: list[ColumnKind], limits: TableLimit
     found: dict[int, str] = {}
     for numbers in (False, True):
         places = [place for place, kind in enumerate(kinds) if (kind != WORDS) == numbers]
-        known = heads_of(limits.word_length, numbers)
+        known = column_heads(limits.word_length, numbers)
         if len(places) > len(known):
             raise UserError(
                 f"tables: {len(places)} columns, but {len(known)} heads of up to {limits.word_length[1]} letters; "
@@ -134,7 +136,9 @@ def _column(
 ) -> list[str]:
     """The cells of a column below its head; those of the first are all different."""
     if kind != WORDS:
-        return [_number(rng, kind, limits.digits, size) for size in [int(rng.integers(limits.digits)) + 1] * count]
+        return [
+            _number(rng, kind, limits.digits, size) for size in [int(rng.integers(limits.digits)) + 1] * count
+        ]
     enough = [words for words in topics.values() if len(words) >= count] if unique else list(topics.values())
     if not enough:
         raise UserError(

@@ -38,7 +38,9 @@ def font_folder() -> Path:
     """
     spec = importlib.util.find_spec("matplotlib")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError("tables: their fonts come with matplotlib; install it with: pip install 'unimm[tables]'")
+        raise UserError(
+            "tables: their fonts come with matplotlib; install it with: pip install 'unimm[tables]'"
+        )
     return Path(spec.submodule_search_locations[0]) / "mpl-data" / "fonts" / "ttf"
 
 
@@ -54,4 +56,6 @@ def load_font(family: str, bold: bool, size: int) -> ImageFont.FreeTypeFont:
         # Read here: given a name, Pillow takes a file of that name from elsewhere where this one is missing.
         return ImageFont.truetype(BytesIO(path.read_bytes()), size, layout_engine=ImageFont.Layout.BASIC)
     except OSError as error:
-        raise UserError(f"tables: {path}: not readable as a font ({error}); install matplotlib again") from None
+        raise UserError(
+            f"tables: {path}: not readable as a font ({error}); install matplotlib again"
+        ) from None

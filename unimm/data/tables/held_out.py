@@ -52,7 +52,9 @@ def _read(
         line |= {split: right / total, f"{split}_texts": texts[:2]}
     if asked:
         shown = [image for image, table in zip(images, tables, strict=True) if table.questions()]
-        answers = generate_text(model, processor, processor([one.question for one in asked], shown), max_new_tokens=24)
+        answers = generate_text(
+            model, processor, processor([one.question for one in asked], shown), max_new_tokens=24
+        )
         line[f"{split}_answers"] = sum(
             answer.strip() == one.answer for answer, one in zip(answers, asked, strict=True)
         ) / len(asked)

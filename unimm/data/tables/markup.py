@@ -31,7 +31,9 @@ def to_latex(cells: Sequence[Sequence[str]], alignment: str) -> str:
         alignment: l, c or r for each column.
     """
     lines = [" & ".join(_LATEX_SPECIAL.sub(r"\\\1", cell) for cell in row) + r" \\" for row in cells]
-    return "\n".join([rf"\begin{{tabular}}{{{alignment}}}", lines[0], r"\hline", *lines[1:], r"\end{tabular}"])
+    return "\n".join(
+        [rf"\begin{{tabular}}{{{alignment}}}", lines[0], r"\hline", *lines[1:], r"\end{tabular}"]
+    )
 
 
 def read_cells(text: str, markup: MarkupName) -> Cells:
@@ -53,6 +55,8 @@ def _read_markdown(text: str) -> Cells:
 
 def _read_latex(text: str) -> Cells:
     inside = _LATEX_OPENING.split(text, maxsplit=1)[-1].partition(r"\end{tabular}")[0]
+    if "&" not in inside and r"\\" not in inside:
+        return ()
     rows = []
     for line in _LATEX_RULES.sub(" ", inside).split(r"\\"):
         if line.strip():

@@ -1,4 +1,4 @@
-"""A contact sheet of synthetic tables at their own size, with what is asked of them, to be looked at before training."""
+"""A contact sheet of synthetic tables at their own size, with what is asked of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ LANE_GAP = 16
 LINE_HEIGHT = 18
 
 
-def table_sheet(split: TableSplit = "train", seed: int = 0, settings: TableSettings | None = None) -> Image.Image:
+def table_sheet(
+    split: TableSplit = "train", seed: int = 0, settings: TableSettings | None = None
+) -> Image.Image:
     """Draw the first tables of a split.
 
     Args:

@@ -11,14 +11,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from unimm.data.tables.vocabulary import words_of
+from unimm.data.tables.vocabulary import words_by_topic
 from unimm.sections import NotNegative, Positive, Section, validate
 
-TABLES = "tables"
+TABLE_SOURCE = "tables"
 """The source in a mixture: tables to understand."""
 TABLE_KINDS = ("understanding", "text")
 """What samples are made of tables; each alone is `tables/KIND` in a mixture."""
-TABLE_NAMES = tuple(f"{TABLES}/{kind}" for kind in TABLE_KINDS)
+TABLE_NAMES = tuple(f"{TABLE_SOURCE}/{kind}" for kind in TABLE_KINDS)
 TableSplit = Literal["train", "seen", "larger", "font"]
 TABLE_SPLITS: tuple[TableSplit, ...] = ("train", "seen", "larger", "font")
 """`seen`: layouts and fonts as trained, other contents; `larger`: more columns or rows; `font`: fonts held out."""
@@ -41,9 +41,9 @@ def _unique(value: tuple[Any, ...]) -> tuple[Any, ...]:
     return value
 
 
-Pair = Annotated[tuple[Positive, Positive], Field(strict=False)]
-Range = Annotated[Pair, AfterValidator(_ordered)]
-Share = Annotated[float, Field(ge=0, le=1)]
+SizePair = Annotated[tuple[Positive, Positive], Field(strict=False)]
+NumberRange = Annotated[SizePair, AfterValidator(_ordered)]
+PageShare = Annotated[float, Field(ge=0, le=1)]
 Markups = Annotated[tuple[MarkupName, ...], Field(strict=False), AfterValidator(_unique)]
 Numbers = Annotated[tuple[NumberKind, ...], Field(strict=False), AfterValidator(_unique)]
 Asked = Annotated[tuple[TableQuestionKind, ...], Field(strict=False), AfterValidator(_unique)]
@@ -119,23 +119,23 @@ class TableSettings(Section):
     difficulty: Literal["full", "small"] = "full"
     """full: 2 to 6 columns and 2 to 8 rows, images of 320 x 200 to 1,200 x 1,600 pixels; small: 2 to 4
     columns and 2 to 6 rows, images of 48 x 32 to 192 x 160."""
-    columns: Range | None = None
+    columns: NumberRange | None = None
     """Fewest and most columns of tables to train on."""
-    rows: Range | None = None
+    rows: NumberRange | None = None
     """Fewest and most rows, the heads of the columns among them."""
-    larger: Pair | None = None
+    larger: SizePair | None = None
     """Most columns and rows of the split `larger`."""
-    least: Pair | None = None
+    least: SizePair | None = None
     """Width and height of the smallest image, in pixels."""
-    most: Pair | None = None
+    most: SizePair | None = None
     """Width and height of the largest image."""
-    larger_most: Pair | None = None
+    larger_most: SizePair | None = None
     """The same of the split `larger`."""
-    pages: Share | None = None
-    """Share of images of any size up to the largest; the others are a little larger than their table."""
-    font_size: Range | None = None
+    pages: PageShare | None = None
+    """PageShare of images of any size up to the largest; the others are a little larger than their table."""
+    font_size: NumberRange | None = None
     """Pixels of the smallest and the largest font."""
-    word_length: Range | None = None
+    word_length: NumberRange | None = None
     """Letters of the shortest and the longest word."""
     words: Positive | None = None
     """Words of a topic, the first ones."""
@@ -157,13 +157,19 @@ class TableSettings(Section):
         limits = self.limits()
         most = limits.columns[1], limits.rows[1]
         if limits.larger[0] <= most[0] and limits.larger[1] <= most[1]:
-            raise ValueError(f"larger: expected more columns or rows than {list(most)}, got {list(limits.larger)}")
+            raise ValueError(
+                f"larger: expected more columns or rows than {list(most)}, got {list(limits.larger)}"
+            )
         for key, size in (("most", limits.most), ("larger_most", limits.larger_most)):
             for name, least, pixels in zip(("width", "height"), limits.least, size, strict=True):
                 if least > pixels:
-                    raise ValueError(f"{key}: expected a {name} of at least {least}, as least has it, got {pixels}")
-        if not words_of(limits.word_length):
-            raise ValueError(f"word_length: no word has {limits.word_length[0]} to {limits.word_length[1]} letters")
+                    raise ValueError(
+                        f"{key}: expected a {name} of at least {least}, as least has it, got {pixels}"
+                    )
+        if not words_by_topic(limits.word_length):
+            raise ValueError(
+                f"word_length: no word has {limits.word_length[0]} to {limits.word_length[1]} letters"
+            )
         if limits.font_size[0] < SMALLEST_FONT:
             raise ValueError(f"font_size: expected at least {SMALLEST_FONT}, got {limits.font_size[0]}")
         if not limits.formats and not (limits.questions and limits.asked):
@@ -190,6 +196,6 @@ def expand_tables(mixture: Mapping[str, float]) -> dict[str, float]:
     """Return a mixture with `tables` written as the kind of sample that it stands for."""
     found: dict[str, float] = {}
     for name, share in mixture.items():
-        name = TABLE_NAMES[0] if name == TABLES else name
+        name = TABLE_NAMES[0] if name == TABLE_SOURCE else name
         found[name] = found.get(name, 0.0) + share
     return found

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from unimm.data.tables.content import TRANSCRIPTION_REQUESTS
-from unimm.data.tables.settings import TABLE_KINDS, TABLES, TableSettings
+from unimm.data.tables.settings import TABLE_KINDS, TABLE_SOURCE, TableSettings
 from unimm.data.tables.tables import ENDLESS_TABLES, SyntheticTable, SyntheticTables
 from unimm.processing.messages import SHOWN, Message
 from unimm.processing.processor import UniMMProcessor, grids_of
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from unimm.data.samples import Sample
 
 
-def exchanges_of(table: SyntheticTable, rng: np.random.Generator, settings: TableSettings) -> list[tuple[str, str]]:
+def exchanges_of(
+    table: SyntheticTable, rng: np.random.Generator, settings: TableSettings
+) -> list[tuple[str, str]]:
     """Return what is asked of a table and the right answers: the whole of it in one format, then questions."""
     limits = settings.limits()
     found = []
@@ -31,9 +33,7 @@ def exchanges_of(table: SyntheticTable, rng: np.random.Generator, settings: Tabl
         markup = limits.formats[rng.integers(len(limits.formats))]
         requests = TRANSCRIPTION_REQUESTS[markup]
         found.append((requests[rng.integers(len(requests))], table.text(markup)))
-    by_kind = {
-        kind: [one for one in table.questions() if one.kind == kind] for kind in limits.asked
-    }
+    by_kind = {kind: [one for one in table.questions() if one.kind == kind] for kind in limits.asked}
     for _ in range(limits.questions):
         kinds = [kind for kind, listed in by_kind.items() if listed]
         if not kinds:
@@ -71,7 +71,9 @@ class TableSamples:
     def understanding(self, rng: np.random.Generator, table: SyntheticTable) -> Sample:
         """A table, then all that is asked of it, each in a branch of its own."""
         asked = exchanges_of(table, rng, self.settings)
-        exchanges = [(Message("user", (SHOWN, one)), Message("assistant", (answer,))) for one, answer in asked]
+        exchanges = [
+            (Message("user", (SHOWN, one)), Message("assistant", (answer,))) for one, answer in asked
+        ]
         images = self.processor.look([table.image()])
         grids = grids_of(images)
         row = branch([self.processor.conversation.write(exchange, grids) for exchange in exchanges]).arrays()
@@ -89,7 +91,7 @@ def table_samples(
 ) -> dict[str, TableSamples]:
     """Return endless samples of each kind that a mixture names; `tables/KIND` is a kind there."""
     return {
-        f"{TABLES}/{kind}": TableSamples(processor, kind, seed, settings)
+        f"{TABLE_SOURCE}/{kind}": TableSamples(processor, kind, seed, settings)
         for kind in TABLE_KINDS
-        if f"{TABLES}/{kind}" in mixture
+        if f"{TABLE_SOURCE}/{kind}" in mixture
     }

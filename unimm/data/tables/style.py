@@ -27,7 +27,7 @@ INKS = ("#000000", "#1c1f26", "#1d2a4a", "#33302c")
 SHADES = ("#dfe3e8", "#d8e6f5", "#dcefdd", "#efe4cf", "#f3dcdc")
 DARK_SHADES = ("#24344d", "#2f4a36", "#4a2f3a", "#3b3b3b")
 LIGHT_INK = "#ffffff"  # on a dark head
-MARGIN = 3  # pixels around a table at least
+EDGE_MARGIN = 3  # pixels around a table at least
 MOST_NOISE = 7.0  # standard deviation in levels of 255
 JPEG_QUALITY = (60, 95)
 
@@ -151,7 +151,7 @@ def fit_style(content: TableContent, style: TableStyle, most: tuple[int, int]) -
         for padding in ((across, above), (min(across, 3), min(above, 1))):
             smaller = replace(style, font_size=size, padding=padding)
             width, height = TableGrid(content, smaller).size
-            if width + 2 * MARGIN <= most[0] and height + 2 * MARGIN <= most[1]:
+            if width + 2 * EDGE_MARGIN <= most[0] and height + 2 * EDGE_MARGIN <= most[1]:
                 return smaller
     return None
 

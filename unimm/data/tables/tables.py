@@ -23,7 +23,7 @@ from unimm.data.tables.settings import (
     TableSettings,
     TableSplit,
 )
-from unimm.data.tables.style import MARGIN, TableGrid, TableStyle, draw_style, fit_style, render_table
+from unimm.data.tables.style import EDGE_MARGIN, TableGrid, TableStyle, draw_style, fit_style, render_table
 from unimm.errors import UserError
 
 ENDLESS_TABLES = 2**40
@@ -57,7 +57,9 @@ class SyntheticTable:
     def text(self, markup: MarkupName) -> str:
         """Return the table as Markdown or LaTeX."""
         cells = self.content.cells
-        return to_markdown(cells) if markup == "markdown" else to_latex(cells, self.style.letters(self.content))
+        return (
+            to_markdown(cells) if markup == "markdown" else to_latex(cells, self.style.letters(self.content))
+        )
 
     def questions(self) -> list[TableQuestion]:
         """Return every question that the table answers."""
@@ -139,9 +141,9 @@ class SyntheticTables(Sequence[SyntheticTable]):
         size, corner = [], []
         page = rng.random() < self.limits.pages
         for axis in range(2):
-            room = MARGIN + round(style.font_size * float(rng.uniform(0, 2)))
+            room = EDGE_MARGIN + round(style.font_size * float(rng.uniform(0, 2)))
             wanted = int(rng.integers(own[axis], self.most[axis] + 1)) if page else own[axis] + 2 * room
-            pixels = min(max(wanted, own[axis] + 2 * MARGIN, self.limits.least[axis]), self.most[axis])
+            pixels = min(max(wanted, own[axis] + 2 * EDGE_MARGIN, self.limits.least[axis]), self.most[axis])
             size.append(pixels)
-            corner.append(int(rng.integers(MARGIN, pixels - own[axis] - MARGIN + 1)))
+            corner.append(int(rng.integers(EDGE_MARGIN, pixels - own[axis] - EDGE_MARGIN + 1)))
         return SyntheticTable(content, style, (size[0], size[1]), (corner[0], corner[1]))

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from unimm.data.tables.content import TRANSCRIPTION_REQUESTS
 from unimm.data.tables.markup import to_latex, to_markdown
 from unimm.data.tables.settings import TableSettings
-from unimm.data.tables.vocabulary import heads_of, words_of
+from unimm.data.tables.vocabulary import column_heads, words_by_topic
 from unimm.data.text_tokenizer import train_text_tokenizer
 
 TABLE_TOKENS = 2048  # at most; merges end where every word is one token
@@ -26,10 +26,14 @@ def table_tokenizer(settings: TableSettings) -> PreTrainedTokenizerFast:
 def _corpus(settings: TableSettings) -> Iterator[str]:
     """Every word and head, as they stand in cells and in questions, and the frames of both formats."""
     limits = settings.limits()
-    words = {word for topic in words_of(limits.word_length, limits.words).values() for word in topic}
-    heads = {*heads_of(limits.word_length, False), *heads_of(limits.word_length, True)}
+    words = {word for topic in words_by_topic(limits.word_length, limits.words).values() for word in topic}
+    heads = {*column_heads(limits.word_length, False), *column_heads(limits.word_length, True)}
     for word in sorted(words | heads):
-        yield from (f"what is the {word} of {word}?", f"read the row of {word}", f"what is the sum of {word}?")
+        yield from (
+            f"what is the {word} of {word}?",
+            f"read the row of {word}",
+            f"what is the sum of {word}?",
+        )
         yield from (f"| {word} | {word.capitalize()} |", f"what is the sum of {word.capitalize()}?")
     yield from (request for requests in TRANSCRIPTION_REQUESTS.values() for request in requests)
     cells = [("0", "1.5", "12.5%", "$3")] * 2

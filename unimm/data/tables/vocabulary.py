@@ -60,7 +60,7 @@ TOPICS: dict[str, tuple[str, ...]] = {
 """Topic -> words; the words of a column are of one topic."""
 
 
-def words_of(length: tuple[int, int], most: int | None = None) -> dict[str, tuple[str, ...]]:
+def words_by_topic(length: tuple[int, int], most: int | None = None) -> dict[str, tuple[str, ...]]:
     """Return the words of each topic that may be used.
 
     Args:
@@ -74,7 +74,7 @@ def words_of(length: tuple[int, int], most: int | None = None) -> dict[str, tupl
     return {topic: words for topic, words in found.items() if words}
 
 
-def heads_of(length: tuple[int, int], numbers: bool) -> tuple[str, ...]:
+def column_heads(length: tuple[int, int], numbers: bool) -> tuple[str, ...]:
     """Return the heads of columns of words, or of numbers, no longer than the longest word."""
     heads = NUMBER_HEADS if numbers else WORD_HEADS
     return tuple(head for head in heads if len(head) <= length[1])

@@ -37,7 +37,8 @@ def _evaluate_split(um: UniMM, split: TableSplit, recipe: TablesSection, seed: i
     limits = recipe.settings.limits()
     tables = list(SyntheticTables(split, seed, recipe.settings, recipe.samples))
     report: dict[str, Any] = {
-        markup: table_figures(_read(um, tables, markup, f"tables, {split}, {markup}")) for markup in limits.formats
+        markup: table_figures(_read(um, tables, markup, f"tables, {split}, {markup}"))
+        for markup in limits.formats
     }
     if limits.asked and recipe.questions:
         report["answers"] = _answers(um, tables, recipe, f"tables, {split}, questions")
@@ -81,7 +82,9 @@ def questions_of(
     return chosen
 
 
-def _answers(um: UniMM, tables: Sequence[SyntheticTable], recipe: TablesSection, title: str) -> dict[str, Any]:
+def _answers(
+    um: UniMM, tables: Sequence[SyntheticTable], recipe: TablesSection, title: str
+) -> dict[str, Any]:
     kinds = recipe.settings.limits().asked
     chosen = questions_of(tables, kinds, recipe.questions)
     verdicts: dict[str, list[bool]] = {kind: [] for kind in kinds}
@@ -94,7 +97,9 @@ def _answers(um: UniMM, tables: Sequence[SyntheticTable], recipe: TablesSection,
         for (_, question), answer in zip(asked, answers, strict=True):
             verdicts[question.kind].append(score_answer(question.answer, answer))
     together = Score.of(verdict for listed in verdicts.values() for verdict in listed)
-    return {"all": together.document()} | {kind: Score.of(listed).document() for kind, listed in verdicts.items()}
+    return {"all": together.document()} | {
+        kind: Score.of(listed).document() for kind, listed in verdicts.items()
+    }
 
 
 def _room(um: UniMM, texts: Sequence[str]) -> int:

@@ -42,7 +42,9 @@ def score_table(expected: Cells, answer: str, markup: MarkupName) -> TableVerdic
         UserError: a package of the extra `tables` is missing.
     """
     cells = read_cells(answer, markup)
-    return TableVerdict(cells_right(expected, cells), sum(map(len, expected)), table_similarity(expected, cells))
+    return TableVerdict(
+        cells_right(expected, cells), sum(map(len, expected)), table_similarity(expected, cells)
+    )
 
 
 def score_answer(expected: str, answer: str) -> bool:

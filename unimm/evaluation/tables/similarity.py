@@ -40,7 +40,7 @@ def table_similarity(expected: Cells, answer: Cells) -> float:
     Raises:
         UserError: `apted` or `rapidfuzz` is not installed.
 
-    Source: Zhong et al. 2020, "Image-based table recognition: data, model, and evaluation", arXiv 1911.10683, section 6.
+    Source: Zhong et al. 2020, "Image-based table recognition", arXiv 1911.10683, section 6.
     """
     try:
         from apted import APTED, Config

@@ -24,7 +24,7 @@ from unimm.data.emojiscenes.settings import (
     UnderstandingSettings,
     expand_mixture,
 )
-from unimm.data.tables.settings import TABLE_NAMES, TABLES, TableSettings, expand_tables
+from unimm.data.tables.settings import TABLE_NAMES, TABLE_SOURCE, TableSettings, expand_tables
 from unimm.errors import UserError
 from unimm.models.attention import FLEX
 from unimm.models.experts import routing
@@ -165,7 +165,7 @@ class UnifiedRecipe(BaseRecipe):
         if self.validation is not None and self.validation.share and not self.data.sources:
             raise self.error("data.validation.share", "there are no sources to hold items out of; name them")
         for name in self.data.sources:
-            for built_in, what in ((EMOJISCENES, "scenes"), (TABLES, "tables")):
+            for built_in, what in ((EMOJISCENES, "scenes"), (TABLE_SOURCE, "tables")):
                 if name.split("/")[0] == built_in:
                     message = f"this names built-in {what}; give it another name"
                     raise self.error(f"data.sources.{name}", message)
