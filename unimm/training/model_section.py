@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from unimm.data.tables.settings import TABLE_SOURCE
 from unimm.locate import EMBEDDED
 from unimm.models.configs import section_for
 from unimm.models.configuration import read_image_tokenizer
@@ -132,7 +133,7 @@ def tiny_model(section: dict[str, Any]) -> dict[str, Any]:
             "codebook_size": 32,
             "codebook_dim": 4,
         },
-        "text_tokenizer": EMBEDDED,
+        "text_tokenizer": TABLE_SOURCE if section.get("text_tokenizer") == TABLE_SOURCE else EMBEDDED,
     }
     if section.get("shared"):
         return {**tiny, "shared": True}

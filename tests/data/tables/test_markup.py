@@ -84,7 +84,7 @@ def test_answers_are_read_back_by_others(difficulty: str) -> None:
         ("", "latex", ()),
         ("I see no table.", "latex", ()),
         ("a & b \\\\ 1 & 2", "latex", (("a", "b"), ("1", "2"))),
-        ("Sure.\n\\begin{tabular}[t]{l|r}\n\\toprule a & b\\\\ \\midrule\n1&2\\\\\\bottomrule\\end{tabular} Done & all.",
+        ("Sure.\n\\begin{tabular}[t]{l|r}\n\\toprule a & b\\\\ \\midrule\n1&2\\\\\\bottomrule\\end{tabular} A & B.",
          "latex", (("a", "b"), ("1", "2"))),
         ("\\begin{tabular}{ll} a & \\\\ & b \\\\", "latex", (("a", ""), ("", "b"))),
     ],

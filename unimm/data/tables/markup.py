@@ -14,6 +14,9 @@ from unimm.data.tables.settings import MarkupName
 _MARKDOWN_RULE = re.compile(r":?-+:?")
 _LATEX_SPECIAL = re.compile(r"([&%$#_{}])")
 _LATEX_RULES = re.compile(r"\\(hline|toprule|midrule|bottomrule)\b|\\cline\{[^}]*\}")
+_LATEX_CLOSING = re.compile(
+    r"\\end\b|(?<!\\)\\(?:e|en)?$"
+)  # or the beginning of it, where an answer breaks off
 _LATEX_OPENING = re.compile(r"\\begin\{tabular\}(?:\[[^]]*\])?\{[^}]*\}")
 
 
@@ -54,7 +57,7 @@ def _read_markdown(text: str) -> Cells:
 
 
 def _read_latex(text: str) -> Cells:
-    inside = _LATEX_OPENING.split(text, maxsplit=1)[-1].partition(r"\end{tabular}")[0]
+    inside = _LATEX_CLOSING.split(_LATEX_OPENING.split(text, maxsplit=1)[-1], maxsplit=1)[0]
     if "&" not in inside and r"\\" not in inside:
         return ()
     rows = []

@@ -141,7 +141,7 @@ class SyntheticTables(Sequence[SyntheticTable]):
         size, corner = [], []
         page = rng.random() < self.limits.pages
         for axis in range(2):
-            room = EDGE_MARGIN + round(style.font_size * float(rng.uniform(0, 2)))
+            room = EDGE_MARGIN + round(style.font_size * float(rng.uniform(0, 1)))
             wanted = int(rng.integers(own[axis], self.most[axis] + 1)) if page else own[axis] + 2 * room
             pixels = min(max(wanted, own[axis] + 2 * EDGE_MARGIN, self.limits.least[axis]), self.most[axis])
             size.append(pixels)

@@ -152,7 +152,7 @@ class UnifiedRecipe(BaseRecipe):
         leave_out_encoded(data)
         data["model"]["decoder"]["max_position_embeddings"] = LONG
         scenes = {**((data.get("data") or {}).get("emojiscenes") or {}), "scenes": 8, "codes": None}
-        tables = {**((data.get("data") or {}).get("tables") or {}), "difficulty": "small"}
+        tables = (data.get("data") or {}).get("tables") or {}
         data["data"] = {"emojiscenes": scenes, "tables": tables, **smoke_data(data, {EMOJISCENES: 1})}
 
     @property
