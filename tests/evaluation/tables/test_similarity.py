@@ -13,7 +13,7 @@ from unimm.data.tables.tables import SyntheticTables
 from unimm.errors import UserError
 from unimm.evaluation.recipe import TablesSection
 from unimm.evaluation.tables.reading import evaluate_tables, questions_of, table_figures
-from unimm.evaluation.tables.score import TableVerdict, score_answer, score_table
+from unimm.evaluation.tables.score import TableVerdict, answered_rightly, score_table
 from unimm.evaluation.tables.similarity import table_similarity, table_tree
 
 TABLE: Cells = (("item", "price"), ("pear", "3"), ("fig", "12"))
@@ -81,8 +81,8 @@ def test_every_right_answer_of_every_split_is_whole() -> None:
 
 
 def test_answers_are_exact_but_for_blanks() -> None:
-    assert score_answer("pear | 3", " pear |  3\n") and score_answer("12.5%", "12.5%")
-    assert not score_answer("12", "12.0") and not score_answer("pear", "Pear") and not score_answer("3", "")
+    assert answered_rightly("pear | 3", " pear |  3\n") and answered_rightly("12.5%", "12.5%")
+    assert not answered_rightly("12", "12.0") and not answered_rightly("pear", "Pear") and not answered_rightly("3", "")
 
 
 def test_figures_by_hand() -> None:

@@ -11,7 +11,7 @@ from unimm.data.tables.tables import SyntheticTable, SyntheticTables
 from unimm.evaluation.emojiscenes.batches import batches
 from unimm.evaluation.recipe import TablesSection
 from unimm.evaluation.score import Score
-from unimm.evaluation.tables.score import TableVerdict, score_answer, score_table
+from unimm.evaluation.tables.score import TableVerdict, answered_rightly, score_table
 
 if TYPE_CHECKING:
     from unimm.pipeline import UniMM
@@ -95,7 +95,7 @@ def _answers(
             [table.image() for table, _ in asked], [question.question for _, question in asked], room
         )
         for (_, question), answer in zip(asked, answers, strict=True):
-            verdicts[question.kind].append(score_answer(question.answer, answer))
+            verdicts[question.kind].append(answered_rightly(question.answer, answer))
     together = Score.of(verdict for listed in verdicts.values() for verdict in listed)
     return {"all": together.document()} | {
         kind: Score.of(listed).document() for kind, listed in verdicts.items()

@@ -47,6 +47,6 @@ def score_table(expected: Cells, answer: str, markup: MarkupName) -> TableVerdic
     )
 
 
-def score_answer(expected: str, answer: str) -> bool:
+def answered_rightly(expected: str, answer: str) -> bool:
     """Whether an answer to a question about a table is the right one, blanks aside."""
     return " ".join(answer.split()) == " ".join(expected.split())
