@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.evaluation.twins import TWINS
+from tests.evaluation.twins import DRAWN_TWINS, TWINS
 from unimm.evaluation.benchmark import Benchmark, RunOptions
 from unimm.evaluation.protocol import find_protocol, load_protocol
 
@@ -25,7 +25,7 @@ def score(tmp_path: Path) -> Score:
         data = tmp_path / "data" / name
         if not data.exists():
             data.mkdir(parents=True)
-            files = [str(path) for path in TWINS[name](data)]
+            files = [str(path) for path in {**TWINS, **DRAWN_TWINS}[name](data)]
             (data / "files.list").write_text(json.dumps(files))
         files = json.loads((data / "files.list").read_text())
         images = data / "images" if (data / "images").exists() else None

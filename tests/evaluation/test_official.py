@@ -145,7 +145,7 @@ def test_wise() -> None:
 
 def test_dpg() -> None:
     made = fixture("dpg")
-    questions = dpg_questions(made["csv"])
+    questions = dpg_questions(made["csv"][1:])
     answers: dict[str, dict[str, dict[str, bool]]] = {}
     for line in made["detail"].splitlines():
         path, rest = line.split(", (", 1)

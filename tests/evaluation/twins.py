@@ -243,6 +243,115 @@ def captions(folder: Path) -> list[Path]:
     return [write_parquet(folder / "val.parquet", rows)]
 
 
+# --- drawing --------------------------------------------------------------------------------------------------
+
+
+def scene_prompts(count: int) -> Iterator[tuple[list[Any], str, Scene]]:
+    """What names a scene, its plainest caption, and the scene."""
+    kinds = ("single", "count")
+    for number in range(count):
+        kind = kinds[number % 2]
+        scene = EmojiScenes("seen", 1, kinds=(kind,))[number]  # type: ignore[arg-type]
+        yield ["seen", 1, kind, number], scene.captions()[0], scene
+
+
+def geneval(folder: Path) -> list[Path]:
+    """GenEval: a line of metadata for each prompt."""
+    tags = {"count": "counting", "single": "single_object"}
+    rows = [
+        {"tag": tags[named[2]], "include": [], "prompt": prompt, "scene": named}
+        for named, prompt, _ in scene_prompts(6)
+    ]
+    return [write_lines(folder / "evaluation_metadata.jsonl", rows)]
+
+
+def geneval2(folder: Path) -> list[Path]:
+    """GenEval 2: prompts with a question for each atom."""
+    rows = [
+        {
+            "prompt": prompt, "atom_count": 3, "skills": ["count", "object"],
+            "vqa_list": [["How many objects are there?", "one"], [f"is there {with_article(scene.concept)}?", "Yes"]],
+        }
+        for _, prompt, scene in scene_prompts(5)
+        if len(scene.objects) == 1
+    ]  # fmt: skip
+    return [write_lines(folder / "geneval2_data.jsonl", rows)]
+
+
+def dpg(folder: Path) -> list[Path]:
+    """DPG-Bench: CSV with a row for each question, the first no data."""
+    names = (
+        "item_id",
+        "text",
+        "keywords",
+        "proposition_id",
+        "dependency",
+        "category_broad",
+        "category_detailed",
+    )
+    names = (*names, "tuple", "question_natural_language")
+    rows = [["first", "t", "", 1, "0", "", "", "entity - whole (x)", "is it?"]]
+    for number, (_, prompt, scene) in enumerate(scene_prompts(3)):
+        about = f"is there {with_article(scene.concept)}?"
+        rows += [
+            [f"item{number}", prompt, "", 1, "0", "", "", "entity - whole (x)", about],
+            [
+                f"item{number}",
+                prompt,
+                "",
+                2,
+                "1",
+                "",
+                "",
+                "global - (y)",
+                f"is the background {scene.background}?",
+            ],
+        ]
+    path = folder / "dpg_bench.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([names, *rows])
+    return [path]
+
+
+def wise(folder: Path) -> list[Path]:
+    """WISE: a JSON list of prompts with explanations."""
+    rows = [
+        {
+            "Prompt": prompt,
+            "Explanation": "as it says",
+            "Category": "x",
+            "Subcategory": "y",
+            "prompt_id": number,
+        }
+        for number, (_, prompt, _) in zip((1, 401, 568, 701, 801, 901), scene_prompts(6), strict=True)
+    ]
+    path = folder / "wise.json"
+    path.write_text(json.dumps(rows))
+    return [path]
+
+
+def compbench(folder: Path) -> list[Path]:
+    """T2I-CompBench: a prompt a line."""
+    path = folder / "color_val.txt"
+    path.write_text("".join(f'{prompt}, "plain"\n' for _, prompt, _ in scene_prompts(3)))
+    return [path]
+
+
+def mjhq(folder: Path) -> list[Path]:
+    """MJHQ-30K: a JSON object of prompts by the name of their picture."""
+    found = {
+        f"pic{number}": {"category": "people", "prompt": prompt, "scene": named}
+        for number, (named, prompt, _) in enumerate(scene_prompts(6))
+    }
+    path = folder / "meta_data.json"
+    path.write_text(json.dumps(found))
+    return [path]
+
+
+DRAWN_TWINS: dict[str, Callable[[Path], list[Path]]] = {
+    "geneval": geneval, "geneval2": geneval2, "dpg": dpg, "wise": wise, "t2i-compbench": compbench, "mjhq": mjhq,
+    "clipscore": compbench,
+}  # fmt: skip
 TWINS: dict[str, Callable[[Path], list[Path]]] = {
     "pope": pope, "mme": mme, "mmbench": mmbench, "seedbench": seedbench, "gqa": gqa, "vqav2": vqav2,
     "textvqa": textvqa, "docvqa": docvqa, "chartqa": chartqa, "mmmu": mmmu, "mmvet": mmvet, "coco-captions": captions,

@@ -24,6 +24,9 @@ def show_evaluation(document: dict[str, Any]) -> None:
         print_report(document["recipe"])
     elif "checked" in document:
         print_text(f"{document['result']}: {document['checked']} of {document['of']} items, all the same")
+    elif "drawn" in document:
+        print_text(f"Drawn: {document['images']:,} images in {document['drawn']}")
+        print_text("Judge them by the official script and give its output with --judged, or set judge.kind.")
     elif "part" in document:
         print_text(f"Part {document['part']} is done; the result is written when all parts are.")
     else:
@@ -120,6 +123,8 @@ def _protocol(path: Path, options: Options) -> Any:
     document = Benchmark(protocol, run).run()
     if document is None:
         return {"part": "{}/{}".format(*run.shard)}
+    if "drawn" in document:
+        return document
     return {
         "title": protocol.title,
         "result": str(output / "result.json"),

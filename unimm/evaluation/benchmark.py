@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 from unimm.errors import UserError, UserNote
 from unimm.evaluation import environment
 from unimm.evaluation.answering import answer_items
+from unimm.evaluation.drawing import draw_items, find_drawings, write_drawings, write_prompts
 from unimm.evaluation.items import DataFiles, EvalItem
 from unimm.evaluation.journal import DoneItem, Journal
+from unimm.evaluation.judging import check_judge, drawings_folder, judge_items
 from unimm.evaluation.protocol import EvaluationProtocol
 from unimm.evaluation.result import (
     RESULT_FILE,
@@ -83,6 +85,7 @@ class Benchmark:
 
     def __post_init__(self) -> None:
         self.scorer = scorer_of(self.protocol)
+        check_judge(self.protocol)
         self.keys: list[str] = []  # of all items, once they have been gone through
         number, parts = self.options.shard
         if not 0 <= number < parts:
@@ -124,6 +127,8 @@ class Benchmark:
         lines = self._all_lines(journal)
         if lines is None:
             return None
+        if not self.judged:
+            return self._drawn(lines)
         document = self._document(lines, identity, um)
         seconds = round(time.monotonic() - clock, 2)
         document["run"] = {
@@ -141,8 +146,13 @@ class Benchmark:
         self.keys = []
         for item in self.items():
             self.keys.append(item.key)
-            if item.index % parts == number and item.key not in done:
+            if item.index % parts == number and not self._is_done(done.get(item.key)):
                 yield item
+
+    def _is_done(self, line: DoneItem | None) -> bool:
+        """Whether an item was answered, or drawn and its files are still there."""
+        folder = drawings_folder(self.options)
+        return line is not None and all((folder / one["file"]).is_file() for one in line.get("images", []))
 
     def _work(self, journal: Journal) -> UniMM | None:
         """Ask what is left; returns the model if it was loaded."""
@@ -150,13 +160,53 @@ class Benchmark:
         first = next(left, None)
         if first is None:
             return None
+        if self.options.drawn is not None:
+            return self._find(journal, _again(first, left))
         um = load_for(self.options)
+        if self.protocol.drawing is not None:
+            um.processor.check_draws(self.protocol.name)
+            for batch in draw_items(um, _again(first, left), self.protocol.drawing):
+                journal.add(self._drawn_line(item, images) for item, images in batch)
+            return um
         if um.processor.views is None and first.images:
             raise UserError(f"{self.protocol.name}: this model understands no images")
         assert self.protocol.answer is not None
         for done in answer_items(um, _again(first, left), self.protocol.answer):
             journal.add(self._line(item, said) for item, said in done)
         return um
+
+    def _find(self, journal: Journal, items: Iterator[EvalItem]) -> None:
+        """Take drawings that were made elsewhere for what this process was to draw."""
+        assert self.options.drawn is not None
+        if self.protocol.drawing is None:
+            raise UserError(f"{self.protocol.name}: --drawn: nothing is drawn by this protocol")
+        for item in items:
+            images = find_drawings(self.options.drawn, self.protocol.drawing, item)
+            journal.add([self._plain_line(item, images)])
+
+    def _drawn_line(self, item: EvalItem, images: Sequence[Any]) -> DoneItem:
+        """Write an item's drawings; what the journal holds of them."""
+        assert self.protocol.drawing is not None
+        folder = drawings_folder(self.options)
+        return self._plain_line(item, write_drawings(folder, self.protocol.drawing, item, images))
+
+    @staticmethod
+    def _plain_line(item: EvalItem, images: list[dict[str, Any]]) -> DoneItem:
+        parts = {"key": item.key, "index": item.index, "prompt": item.prompt}
+        return {**parts, "images": images, "fields": dict(item.fields)}
+
+    @property
+    def judged(self) -> bool:
+        """Whether something says what drawings are worth, or answers need nobody who does."""
+        asked = self.protocol.judge.kind not in ("none", "file")
+        return self.protocol.drawing is None or asked or self.options.judged is not None
+
+    def _drawn(self, lines: list[DoneItem]) -> ResultDocument:
+        """What is known when all is drawn and nobody judges yet."""
+        folder = drawings_folder(self.options)
+        if self.protocol.drawing is not None and self.protocol.drawing.layout == "geneval2":
+            write_prompts(folder, lines)
+        return {"drawn": str(folder), "images": sum(len(line["images"]) for line in lines)}
 
     def _line(self, item: EvalItem, said: Mapping[str, Any]) -> DoneItem:
         """What the journal and the result hold of an item."""
@@ -177,9 +227,14 @@ class Benchmark:
     def _document(
         self, lines: list[DoneItem], identity: Mapping[str, Any], um: UniMM | None
     ) -> ResultDocument:
+        judge: dict[str, Any] | None = None
+        if self.protocol.drawing is not None or self.protocol.judge.kind != "none":
+            lines, judge = judge_items(self.protocol, self.options, lines, identity)
         lines = self._together(lines)
         device = um.device if um is not None else load_device(self.options.device)
-        unread = sum(1 for line in lines if (line.get("scored") or {}).get("read", "") is None)
+        unread = sum(
+            isinstance(line["scored"], dict) and line["scored"].get("read", "") is None for line in lines
+        )
         counts = {"items": len(lines), "cut": sum(bool(line.get("cut")) for line in lines), "unread": unread}
         figures = figures_of(self.protocol, lines)
         return {
@@ -198,6 +253,7 @@ class Benchmark:
                 "verified": self.data.verified,
                 "limit": self.options.limit,
             },
+            "judge": judge,
             "command": self.command(),
             "versions": environment.versions(),
             "machine": environment.machine(device),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import itertools
 import re
 import string
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ from unimm.sections import near
 
 LETTERS = string.ascii_uppercase
 ROTATION = 1_000_000  # what MMBench adds to the index of a question for each rotation of its choices
+ADDED = ("file", "folder", "row", "images", "coco")  # what templates may name besides columns
 _TEMPLATE = re.compile(r"\{(\w+)\}")
 _NUMBER = re.compile(r"\d{1,12}")
 
@@ -100,9 +102,19 @@ class DataFiles:
             listed = ((row, self.files[0]) for row in join_rows(parts, data.join, ", ".join(self.names)))
         else:
             listed = ((row, path) for path in self.files for row in read_rows(path, data.columns))
-        for number, (row, path) in enumerate(listed):
-            if all(str(row.get(column)) == value for column, value in data.where.items()):
+        group: list[Columns] = []
+        for number, (row, path) in enumerate(itertools.islice(listed, data.skip, None)):
+            if not all(str(row.get(column)) == value for column, value in data.where.items()):
+                continue
+            if data.group is None:
                 yield _named(row, path, number), path
+                continue
+            if group and group[-1].get(data.group) != row.get(data.group):
+                yield _named({**group[0], "rows": group}, path, number), path
+                group = []
+            group.append(dict(row))
+        if group:
+            yield _named({**group[0], "rows": group}, self.files[-1], 0), self.files[-1]
 
     def items(self, limit: int | None = None) -> Iterator[EvalItem]:
         """The items, in the order of the data.
@@ -201,6 +213,8 @@ def _value(row: Columns, columns: str | list[str], name: str, source: str) -> An
     tried = [columns] if isinstance(columns, str) else columns
     optional = any(column.endswith("?") for column in tried)
     for column in (one.removesuffix("?") for one in tried):
+        if column == "*":
+            return {key: value for key, value in row.items() if key not in ADDED}
         if not _TEMPLATE.search(column):
             if row.get(column) is not None:
                 return row[column]

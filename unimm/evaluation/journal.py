@@ -15,7 +15,6 @@ from unimm.errors import UserError
 from unimm.files import append, make_folder, open_regular
 
 DoneItem = dict[str, Any]
-PATTERN = "items-*.jsonl"
 
 
 class Journal:
@@ -25,15 +24,18 @@ class Journal:
         folder: of the run.
         identity: what the run is; a run of something else is not resumed.
         shard: number of this process, for the name of its file.
+        name: of what is done: `items` or `judged`.
 
     Raises:
         UserError: the folder holds another run, or a file cannot be read or written.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], shard: int = 0) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: Path, identity: Mapping[str, Any], shard: int = 0, name: str = "items"
+    ) -> None:
+        self.folder, self.name = folder, name
         self.identity = dict(identity)
-        self.path = folder / f"items-{shard}.jsonl"
+        self.path = folder / f"{name}-{shard}.jsonl"
         make_folder(folder)
         self.done = self.read()
         if not self.path.exists() or not self.path.stat().st_size:
@@ -46,7 +48,7 @@ class Journal:
             UserError: a file is of another run.
         """
         found: dict[str, DoneItem] = {}
-        for path in sorted(self.folder.glob(PATTERN)):
+        for path in sorted(self.folder.glob(f"{self.name}-*.jsonl")):
             with open_regular(path) as file:
                 for number, raw in enumerate(file):
                     line = _parsed(raw)

@@ -46,6 +46,10 @@ class DataFormat(Section):
     """The columns of choices, in order; an empty or missing one ends them."""
     key: NotEmpty = "id"
     """The field that names an item."""
+    group: str | None = None
+    """The column whose equal values in successive rows make one item; the item has all its rows under `rows`."""
+    skip: NotNegative = 0
+    """Rows at the beginning that are no data."""
     circular: bool = False
     """Whether questions whose choices the file does not rotate are asked once for every rotation."""
 
@@ -86,7 +90,7 @@ class DrawingRecipe(Section):
 class JudgeChoice(Section):
     """Who judges."""
 
-    kind: Literal["none", "file", "url", "model", "emojiscenes", "clip", "inception"] = "none"
+    kind: Literal["none", "file", "url", "model", "emojiscenes", "clip"] = "none"
     model: str | None = None
     """The judge's name: of the model behind a URL, or a folder or hub id."""
     version: str | None = None
@@ -97,8 +101,6 @@ class JudgeChoice(Section):
     timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
     """Seconds an answer may take."""
     retries: NotNegative = 3
-    weights: str | None = None
-    """File of the weights of a classifier."""
     reference: str | None = None
     """Folder of real images that drawings are compared with."""
 

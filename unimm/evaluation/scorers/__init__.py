@@ -139,8 +139,9 @@ def scorer_of(protocol: EvaluationProtocol) -> BenchmarkScorer:
     name, source = protocol.scorer.name, protocol.name
     scorer = BENCHMARK_SCORERS.get(name)
     if scorer is None:
+        known = ", ".join(BENCHMARK_SCORERS)
         raise UserError(
-            f"{source}: scorer.name: {name!r}; give one of {', '.join(BENCHMARK_SCORERS)}{near(name, BENCHMARK_SCORERS)}"
+            f"{source}: scorer.name: {name!r}; give one of {known}{near(name, BENCHMARK_SCORERS)}"
         )
     if protocol.scorer.version != scorer.version:
         raise UserError(

@@ -17,7 +17,7 @@ import numpy as np
 
 from unimm.errors import UserError
 
-MAX_WORDS = 4  # words of an n-gram
+NGRAM_WORDS = 4  # words of an n-gram
 SIGMA = 6.0  # of the penalty for another length, in words
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
 Gram = tuple[str, ...]
@@ -72,7 +72,7 @@ def _grams(text: str) -> Counter[Gram]:
     words = text.split()
     return Counter(
         tuple(words[start : start + size])
-        for size in range(1, MAX_WORDS + 1)
+        for size in range(1, NGRAM_WORDS + 1)
         for start in range(len(words) - size + 1)
     )
 
@@ -81,7 +81,7 @@ def _weighted(
     grams: Counter[Gram], frequency: Counter[Gram], logs: float
 ) -> tuple[list[dict[Gram, float]], list[float], int]:
     """TF-IDF of the n-grams of each size, the norms, and the number of pairs of words, which stands for the length."""
-    vectors: list[dict[Gram, float]] = [{} for _ in range(MAX_WORDS)]
+    vectors: list[dict[Gram, float]] = [{} for _ in range(NGRAM_WORDS)]
     for gram, count in grams.items():
         vectors[len(gram) - 1][gram] = count * (logs - math.log(max(1.0, frequency[gram])))
     norms = [math.sqrt(sum(value**2 for value in vector.values())) for vector in vectors]
@@ -92,11 +92,11 @@ def _similarity(
     candidate: Counter[Gram], references: Sequence[Counter[Gram]], frequency: Counter[Gram], logs: float
 ) -> float:
     ours, our_norms, our_length = _weighted(candidate, frequency, logs)
-    total = np.zeros(MAX_WORDS)
+    total = np.zeros(NGRAM_WORDS)
     for reference in references:
         theirs, their_norms, their_length = _weighted(reference, frequency, logs)
         penalty = math.exp(-((our_length - their_length) ** 2) / (2 * SIGMA**2))
-        for size in range(MAX_WORDS):
+        for size in range(NGRAM_WORDS):
             shared = sum(
                 min(value, theirs[size].get(gram, 0.0)) * theirs[size].get(gram, 0.0)
                 for gram, value in ours[size].items()

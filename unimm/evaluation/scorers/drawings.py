@@ -19,13 +19,13 @@ PromptQuestions = list[dict[str, Any]]
 
 
 def dpg_questions(rows: Sequence[Columns]) -> dict[str, PromptQuestions]:
-    """Prompt's name -> its questions, of the rows of dpg_bench.csv; the first row is no question, as in its own code.
+    """Prompt's name -> its questions, of the rows of dpg_bench.csv.
 
     Raises:
         UserError: a row has no number or dependency that can be read.
     """
     found: dict[str, PromptQuestions] = {}
-    for number, row in enumerate(rows[1:], 2):
+    for number, row in enumerate(rows, 1):
         try:
             question = {
                 "id": int(row["proposition_id"]),
@@ -34,7 +34,7 @@ def dpg_questions(rows: Sequence[Columns]) -> dict[str, PromptQuestions]:
                 "parents": [int(part) for part in str(row["dependency"]).split(",")],
             }
         except (KeyError, ValueError) as error:
-            raise UserError(f"dpg_bench.csv: row {number}: {error}") from None
+            raise UserError(f"question {number} of a prompt: {error}") from None
         found.setdefault(str(row["item_id"]), []).append(question)
     return found
 
