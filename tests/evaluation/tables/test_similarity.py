@@ -82,7 +82,11 @@ def test_every_right_answer_of_every_split_is_whole() -> None:
 
 def test_answers_are_exact_but_for_blanks() -> None:
     assert answered_rightly("pear | 3", " pear |  3\n") and answered_rightly("12.5%", "12.5%")
-    assert not answered_rightly("12", "12.0") and not answered_rightly("pear", "Pear") and not answered_rightly("3", "")
+    assert (
+        not answered_rightly("12", "12.0")
+        and not answered_rightly("pear", "Pear")
+        and not answered_rightly("3", "")
+    )
 
 
 def test_figures_by_hand() -> None:
