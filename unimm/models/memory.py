@@ -87,6 +87,10 @@ class Remembering(NamedTuple):
         shape = (placeholders.shape[0], placeholders.shape[1])
         return MemoryPlan(pieces, visible_rows(pieces, shape, looks, self.fusion.sees)) if pieces else None
 
+    def rows(self, grid: Grid) -> int:
+        """Return how many rows an image of a grid gives."""
+        return sum(len(tag) + tokens for tag, tokens in self._views(grid))
+
     def counts(self, placeholders: Tensor, grids: Sequence[Grid], looks: Looks) -> dict[str, int]:
         """Return the rows of all memories, positions that see any, and pairs of these; arguments as of `plan`."""
         plan = self.plan(placeholders, grids, looks)

@@ -60,7 +60,8 @@ COLUMNS = {
 def systems() -> list[dict[str, Any]]:
     """Return a row of `COLUMNS` for each shipped recipe that is of a published system, the oldest first.
 
-    Beside them, `recipe` and `paper` say where it comes from.
+    Beside them, `recipe` and `paper` say where it comes from; `photo_memory` and `page_memory` how many rows of a memory
+    the two images give.
     """
     rows = []
     for info in list_recipes():
@@ -90,6 +91,8 @@ def describe_system(recipe: UnifiedRecipe) -> dict[str, Any]:
         "parameters": sum(weights_of(part) for part in model.parts().values()),
         "photo": tokens_of(model, *PHOTO_SIZE),
         "page": tokens_of(model, *PAGE_SIZE),
+        "photo_memory": memory_of(model, *PHOTO_SIZE),
+        "page_memory": memory_of(model, *PAGE_SIZE),
         "trains": "; ".join(f"{stage.name}: {', '.join(stage.lr)}" for stage in recipe.stages),
         "draws": None if generation is None else f"{generation.image_size} x {generation.image_size}",
         "paper": recipe.system.paper,
@@ -106,6 +109,14 @@ def tokens_of(model: UniMMModel, height: int, width: int) -> int | None:
         return None
     parts = model.layout.understanding(*views.grid_of(height, width))
     return sum(len(part) for part in parts if not isinstance(part, str))
+
+
+def memory_of(model: UniMMModel, height: int, width: int) -> int:
+    """Return the rows of the memory that an image of so many pixels gives; 0 where it stands in the stream."""
+    views = make_views(model.config)
+    if views is None or model.remembering is None:
+        return 0
+    return model.remembering.rows(views.grid_of(height, width))
 
 
 def in_billions(count: int) -> str:
@@ -220,4 +231,7 @@ def as_markdown(rows: list[dict[str, Any]]) -> str:
 def cells(row: dict[str, Any]) -> list[str]:
     """Return a row of `systems` as words."""
     shown = {**row, "parameters": in_billions(row["parameters"]), "draws": row["draws"] or "no"}
+    for name in ("photo", "page"):
+        if rows := row[f"{name}_memory"]:
+            shown[name] = f"{row[name]}, and {rows} in memory"
     return ["" if shown[key] is None else str(shown[key]) for key in COLUMNS]
