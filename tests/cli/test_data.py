@@ -93,3 +93,16 @@ def test_encode_and_check_what_it_wrote(unimm, tiny: Path, tmp_path: Path) -> No
     assert report["written"] == 3 and report["tars"] == 1
     checked = json.loads(unimm("data", "check", tmp_path / "out", "--model", tiny, "--json").out)
     assert checked["kinds"] == {"text_to_image": 3} and checked["images"]["formats"] == {"codes": 3}
+
+
+def test_preview_shows_tables_of_their_own_splits(unimm, tmp_path: Path) -> None:
+    sheet = tmp_path / "tables.png"
+    done = unimm("data", "preview", "--data", "tables", "--difficulty", "small", "--split", "font", "-o", sheet)
+    assert (done.code, done.err) == (0, "") and sheet.read_bytes().startswith(b"\x89PNG")
+    for data, split, known in (
+        ("tables", "vendor", "train, seen, larger, font"),
+        ("emojiscenes", "font", "train, seen, composed, vendor"),
+    ):
+        done = unimm("data", "preview", "--data", data, "--split", split, "-o", tmp_path / "none.png")
+        assert done.code == 2 and not (tmp_path / "none.png").exists()
+        assert done.err == f"unimm: --split: {data} has no {split!r}; use one of {known}\n"

@@ -79,7 +79,7 @@ def draw_style(rng: np.random.Generator, families: Sequence[str], limits: TableL
     """Draw a style of one of these font families."""
 
     def one(choices: Sequence[str]) -> str:
-        return choices[rng.integers(len(choices))]
+        return choices[int(rng.integers(len(choices)))]
 
     size = int(rng.integers(limits.font_size[0], limits.font_size[1] + 1))
     shading = SHADING_KINDS[rng.integers(len(SHADING_KINDS))]
