@@ -97,7 +97,9 @@ def test_encode_and_check_what_it_wrote(unimm, tiny: Path, tmp_path: Path) -> No
 
 def test_preview_shows_tables_of_their_own_splits(unimm, tmp_path: Path) -> None:
     sheet = tmp_path / "tables.png"
-    done = unimm("data", "preview", "--data", "tables", "--difficulty", "small", "--split", "font", "-o", sheet)
+    done = unimm(
+        "data", "preview", "--data", "tables", "--difficulty", "small", "--split", "font", "-o", sheet
+    )
     assert (done.code, done.err) == (0, "") and sheet.read_bytes().startswith(b"\x89PNG")
     for data, split, known in (
         ("tables", "vendor", "train, seen, larger, font"),

@@ -53,11 +53,15 @@ def check_sides(recipe: UnifiedRecipe, processor: UniMMProcessor) -> None:
 
 
 def check_mixture_names(recipe: UnifiedRecipe) -> None:
-    """Refuse mixtures of names that no data has.
+    """Refuse mixtures of names that no data has, and sources with the names of built-in data.
 
     Raises:
         UserError: the first of them, and what may stand there; or a stage has no data at all.
     """
+    built_in = {EMOJISCENES: "scenes", TABLE_SOURCE: "tables"}
+    for name in recipe.data.sources:
+        if (what := built_in.get(name.split("/")[0])) is not None:
+            raise recipe.error(f"data.sources.{name}", f"this names built-in {what}; give it another name")
     known = (*recipe.data.sources, EMOJISCENES, *SCENE_NAMES, TABLE_SOURCE, *TABLE_NAMES)
     for index, stage in enumerate(recipe.stages):
         key = f"stages[{index}].mixture"

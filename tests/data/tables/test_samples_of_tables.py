@@ -104,6 +104,11 @@ def test_bad_recipes_are_named_in_one_line(override: str, line: str) -> None:
     assert "\n" not in str(caught.value) and str(caught.value).count("tables.yaml: ") == 1
 
 
+def test_changes_need_not_fit_together_alone() -> None:
+    changed = load_recipe(find_recipe("training/tables"), ["stages[0].options={tables: {most: [90, 70]}}"])
+    assert changed.tables(changed.stages[0]).limits().most == (90, 70)  # type: ignore[attr-defined]
+
+
 def test_a_stage_changes_the_tables(tmp_path: Path) -> None:
     recipe: Any = load_recipe(find_recipe("training/tables"), [f"output={tmp_path}"])
     shapes = []

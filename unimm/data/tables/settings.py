@@ -113,8 +113,8 @@ DIFFICULTIES: dict[str, TableLimits] = {
 """Difficulty -> its limits."""
 
 
-class TableSettings(Section):
-    """Which tables; what is null is as the difficulty has it."""
+class TableChanges(Section):
+    """Some of what `TableSettings` says, to be put in their place; alone it need not fit together."""
 
     difficulty: Literal["full", "small"] = "full"
     """full: 2 to 6 columns and 2 to 8 rows, images of 320 x 200 to 1,200 x 1,600 pixels; small: 2 to 4
@@ -152,6 +152,10 @@ class TableSettings(Section):
     degraded: bool | None = None
     """Whether images have noise, and JPEG's losses."""
 
+
+class TableSettings(TableChanges):
+    """Which tables; what is null is as the difficulty has it."""
+
     @model_validator(mode="after")
     def _sensible(self) -> TableSettings:
         limits = self.limits()
@@ -182,14 +186,20 @@ class TableSettings(Section):
         given = {name: getattr(self, name) for name in vars(base)}
         return TableLimits(**{name: vars(base)[name] if one is None else one for name, one in given.items()})
 
-    def changed_by(self, other: TableSettings) -> TableSettings:
+    def changed_by(self, other: TableChanges, source: str = "", key: str = "tables") -> TableSettings:
         """These settings, with those that `other` names in place of their own.
 
+        Args:
+            other: what is different.
+            source: the file that it stands in, for messages.
+            key: where in it.
+
         Raises:
-            FieldError: they do not fit together.
+            UserError: they do not fit together.
         """
-        named = {name: getattr(one, name) for one in (self, other) for name in one.model_fields_set}
-        return validate(TableSettings, named, "")
+        both: tuple[TableChanges, TableChanges] = (self, other)
+        named = {name: getattr(one, name) for one in both for name in one.model_fields_set}
+        return validate(TableSettings, named, source, key)
 
 
 def expand_tables(mixture: Mapping[str, float]) -> dict[str, float]:

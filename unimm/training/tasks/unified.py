@@ -24,7 +24,7 @@ from unimm.data.emojiscenes.settings import (
     UnderstandingSettings,
     expand_mixture,
 )
-from unimm.data.tables.settings import TABLE_NAMES, TABLE_SOURCE, TableSettings, expand_tables
+from unimm.data.tables.settings import TABLE_NAMES, TableChanges, TableSettings, expand_tables
 from unimm.errors import UserError
 from unimm.models.attention import FLEX
 from unimm.models.experts import routing
@@ -117,7 +117,7 @@ class UnifiedOptions(Section):
     """Share of generation samples whose prompt is blanked, for guidance."""
     emojiscenes: UnderstandingSettings = UnderstandingSettings()
     """What is other in this stage than `data.emojiscenes.understanding` says."""
-    tables: TableSettings = TableSettings()
+    tables: TableChanges = TableChanges()
     """What is other in this stage than `data.tables` says."""
 
 
@@ -164,11 +164,6 @@ class UnifiedRecipe(BaseRecipe):
         """The task that this recipe describes."""
         if self.validation is not None and self.validation.share and not self.data.sources:
             raise self.error("data.validation.share", "there are no sources to hold items out of; name them")
-        for name in self.data.sources:
-            for built_in, what in ((EMOJISCENES, "scenes"), (TABLE_SOURCE, "tables")):
-                if name.split("/")[0] == built_in:
-                    message = f"this names built-in {what}; give it another name"
-                    raise self.error(f"data.sources.{name}", message)
         self.check_mixtures()
         for stage in self.stages:
             self.options(stage)
@@ -200,10 +195,8 @@ class UnifiedRecipe(BaseRecipe):
 
     def tables(self, stage: Stage) -> TableSettings:
         """The tables of a stage."""
-        try:
-            return self.data.tables.changed_by(self.options(stage).tables)
-        except FieldError as error:
-            raise self.error(f"stages.{stage.name}.options.tables", str(error)) from None
+        key = f"stages.{stage.name}.options.tables"
+        return self.data.tables.changed_by(self.options(stage).tables, self.source, key)
 
 
 class UnifiedTask:
