@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,17 @@ import tiktoken
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.models.mllama.image_processing_mllama import (
+    get_image_size_fit_to_canvas,
+    get_optimal_tiled_canvas,
+)
 
 import unimm
 from tests.families.llama_vision_checkpoints import (
     LLAMA_VISION,
     SPECIAL,
     TABLES,
+    TILE,
     cells,
     original,
     text_tokenizer,
@@ -119,6 +125,30 @@ def test_text_before_an_image_is_the_same_whatever_it_shows(um: UniMM) -> None:
     third = um.processor.look([picture(30, 30), *(picture(*size) for size in ((61, 60), (13, 200)))])
     moved = (um.model(input_ids=ids, images=third).logits[0] - one).abs().amax(-1)
     assert moved[len(words) : 2 * len(words) + 1].min() > 1e-3
+
+
+def test_parts_without_an_image_run_in_lockstep(um: UniMM) -> None:
+    """The encoder looks at an empty tile and the blocks at what nobody sees; neither changes anything."""
+    ids = torch.tensor([um.processor.text_ids("what is this?")])
+    model: Any = um.model
+    alone, together = (model.embed(ids, None, lockstep) for lockstep in (False, True))
+    states = model.decode(together.stream, together.memory).last_hidden_state
+    assert alone.memory is None and torch.equal(states, model.decode(alone.stream).last_hidden_state)
+    states.sum().backward()
+    for part in (model.vision, model.connector, model.fusion):
+        assert all(weight.grad is not None and not weight.grad.any() for weight in part.parameters())
+    um.model.zero_grad()
+
+
+def test_tiles_are_chosen_as_by_transformers(um: UniMM) -> None:
+    views: Any = um.processor.views
+    rng = np.random.default_rng(0)
+    for height, width in np.exp(rng.uniform(0, 9, (2000, 2))).astype(int).clip(1).tolist():
+        canvas = get_optimal_tiled_canvas(height, width, 4, TILE)
+        inner = get_image_size_fit_to_canvas(height, width, *canvas, TILE)
+        rows, columns = views.grid_of(height, width)
+        assert (rows * TILE, columns * TILE) == canvas
+        assert views._inner(SimpleNamespace(height=height, width=width), canvas, "corner") == inner
 
 
 # --- turns --------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from unimm.families.tensors import meta_tensor
 
 SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 """What a checkpoint has besides weights: configuration, tokenizer, processor, templates, the index of shards."""
+SECOND = "original/*"
+"""Where repositories of Meta's hold the same weights once more, in their own layout."""
 
 
 def is_hub_id(source: str) -> bool:
@@ -37,7 +39,12 @@ def fetch(name: str, revision: str | None = None, weights: bool = True) -> Path:
         raise UserError(f"revision: {revision!r}; give a branch, a tag or a commit")
     try:
         return Path(
-            snapshot_download(name, revision=revision, allow_patterns=None if weights else list(SMALL))
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=None if weights else list(SMALL),
+                ignore_patterns=[SECOND],
+            )
         )
     except RevisionNotFoundError:
         raise UserError(f"{name}: has no revision {revision!r}; give a branch, a tag or a commit") from None

@@ -69,15 +69,11 @@ INSTRUCT = """
 
 _Count = Annotated[int, Field(gt=0, le=2**10)]
 _Layers = Annotated[tuple[Annotated[int, Field(ge=0, le=2**10)], ...], Field(strict=False)]
-_TEXT: Any = create_model(
-    "LlamaVisionText",
-    __base__=section_for(MllamaTextConfig),
-    model_type=(Literal["mllama_text_model"], "mllama_text_model"),
-)
+_ONLY_TEXT: Any = (Literal["mllama_text_model"], "mllama_text_model")
+_ONLY_VISION: Any = (Literal["mllama_vision_model"], "mllama_vision_model")
+_TEXT: Any = create_model("LlamaVisionText", __base__=section_for(MllamaTextConfig), model_type=_ONLY_TEXT)
 _VISION: Any = create_model(
-    "LlamaVisionEncoder",
-    __base__=section_for(MllamaVisionConfig),
-    model_type=(Literal["mllama_vision_model"], "mllama_vision_model"),
+    "LlamaVisionEncoder", __base__=section_for(MllamaVisionConfig), model_type=_ONLY_VISION
 )
 DOCUMENT: Any = create_model(
     "LlamaVisionDocument",

@@ -162,7 +162,8 @@ class TiledTower(nn.Module):
         if self.config.layers:
             inner = torch.stack([entering[layer] for layer in self.config.layers], dim=-1)
             states = torch.cat([states, inner.flatten(2)], dim=-1)
-        return states.unflatten(1, shape)[present][:, : self.config.tokens]
+        features: Tensor = states.unflatten(1, shape)[present]
+        return features[:, : self.config.tokens]
 
     def _embed(self, pixels: Tensor, present: Tensor, ratios: Tensor) -> Tensor:
         """States [N, T, n, C] that enter the first block; absent tiles have pixels of 0."""
