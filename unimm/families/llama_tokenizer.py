@@ -69,10 +69,10 @@ def read_llama_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     ranks = read_ranks(path)
     tokenizer = _Converter(ranks).converted()
     for number, token in enumerate(SPECIAL, start=len(ranks)):
-        if tokenizer.token_to_id(token) != number:
-            raise UserError(
-                f"{path}: line {tokenizer.token_to_id(token) + 1}: a word is written as {token} is"
-            )
+        found = tokenizer.token_to_id(token)
+        assert found is not None  # all were added
+        if found != number:
+            raise UserError(f"{path}: line {found + 1}: a word is written as {token} is")
     tokenizer.post_processor = TemplateProcessing(
         single=f"{BEGIN} $A",
         pair=f"{BEGIN} $A {BEGIN}:1 $B:1",
