@@ -29,9 +29,10 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "pipeline": ("sampling",),
     "loading": ("families", "pipeline"),
     "data": ("loading",),  # `data.encode`: its worker processes load the model themselves
+    "server": ("loading",),
     "training": ("data",),
     "evaluation": ("data",),
-    "preferences": ("training", "evaluation"),
+    "preferences": ("training", "evaluation", "server"),
     "cli": ("preferences", "unimm"),
     "unimm": ("loading", "registration"),
     "registration": (),

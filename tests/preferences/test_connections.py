@@ -18,7 +18,7 @@ from hypothesis import given
 
 from tests.preferences.ballots import captions
 from tests.preferences.test_server import Client, serving
-from unimm.preferences.vote import server as module
+from unimm.server.connections import GuardedConnection
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_idle_connections_hold_no_threads_and_block_nobody(client: Client) -> No
         one.sendall(b"GET /state HT")
     assert client.request("GET", "/")[0].status == 200 and client.state()["done"] == 0
     assert threading.active_count() <= threads + 2  # of the pool that answers
-    assert client.server.connections <= module.MAX_CONNECTIONS
+    assert client.server.connections <= GuardedConnection.max_connections
     with contextlib.suppress(ConnectionResetError):
         assert idle[1].recv(1) == b""  # longest silent, so it went
     idle[-1].sendall(b"GET /state HTTP/1.1\r\nHost: localhost\r\n\r\n")  # still served
@@ -159,7 +159,7 @@ def test_idle_connections_hold_no_threads_and_block_nobody(client: Client) -> No
 def test_who_brings_no_request_is_let_go(
     client: Client, begun: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "REQUEST_TIMEOUT", 0.2)
+    monkeypatch.setattr(GuardedConnection, "request_timeout", 0.2)
     with connect(client.port) as one:
         one.sendall(begun)
         with contextlib.suppress(ConnectionResetError):
@@ -168,7 +168,7 @@ def test_who_brings_no_request_is_let_go(
 
 
 def test_who_drips_is_let_go(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "REQUEST_TIMEOUT", 0.5)
+    monkeypatch.setattr(GuardedConnection, "request_timeout", 0.5)
     with connect(client.port) as one, pytest.raises(OSError):
         one.sendall(b"GET /state HTTP/1.1\r\n")
         for _ in range(600):  # a header line every tenth of a second, a minute long

@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from unimm.errors import UserError
 
+TRIED = 4  # tokens after which a grammar has shown what its steps cost
+MAX_STATES = 5_000  # of the lexer of a grammar that is tried; those that people write have some hundred
 _tokenizers: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
 
 
@@ -51,6 +53,27 @@ def read_grammar(json_schema: Any, regex: Any) -> str | None:
     return str(grammar)
 
 
+def try_grammar(grammar: str, tokenizer: PreTrainedTokenizerBase, ends: list[int], vocabulary: int) -> None:
+    """Take the first steps of a grammar of a stranger, within bounds, before it holds up others.
+
+    Args:
+        grammar: from `read_grammar`.
+        tokenizer: the model's, or a copy.
+        ends: tokens that end an answer.
+        vocabulary: how many text tokens there are.
+
+    Raises:
+        UserError: its steps cost too much, or nothing follows it.
+    """
+    tried = Grammar(grammar, tokenizer, ends, vocabulary, bounded=True)
+    for _ in range(TRIED):
+        allowed = tried.allowed().nonzero().flatten()
+        if not len(allowed):
+            raise UserError("json_schema or regex: nothing follows it; give one that an answer can have")
+        if tried.take(int(allowed[len(allowed) // 2])):
+            return
+
+
 class Grammar:
     """What an answer may still become.
 
@@ -59,10 +82,16 @@ class Grammar:
         tokenizer: the model's.
         ends: tokens that end an answer.
         vocabulary: how many text tokens there are.
+        bounded: whether what it may cost has tighter bounds than llguidance's own.
     """
 
     def __init__(
-        self, grammar: str, tokenizer: PreTrainedTokenizerBase, ends: list[int], vocabulary: int
+        self,
+        grammar: str,
+        tokenizer: PreTrainedTokenizerBase,
+        ends: list[int],
+        vocabulary: int,
+        bounded: bool = False,
     ) -> None:
         known = _tokenizers.setdefault(tokenizer, {})
         key = (vocabulary, *ends)
@@ -71,18 +100,32 @@ class Grammar:
 
             fast: Any = tokenizer
             known[key] = from_tokenizer(fast, n_vocab=vocabulary, eos_token=list(ends))
-        self._matcher = _llguidance().LLMatcher(known[key], grammar)
+        limits = _llguidance().LLParserLimits(max_lexer_states=MAX_STATES) if bounded else None
+        self._matcher = _llguidance().LLMatcher(known[key], grammar, log_level=0, limits=limits)
 
     def allowed(self) -> Tensor:
         """Return which tokens may come next: bool [V]."""
-        words = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.int32)
+        mask = bytearray(self._matcher.compute_bitmask())
+        self._check()
+        words = torch.frombuffer(mask, dtype=torch.int32)
         return (words[:, None] >> torch.arange(32) & 1).bool().flatten()
 
     def take(self, token: int) -> bool:
-        """Take a token; whether nothing can follow."""
-        if not self._matcher.consume_token(token):
-            raise RuntimeError(self._matcher.get_error())
+        """Take a token; whether nothing can follow.
+
+        Raises:
+            UserError: the grammar is too large to be followed.
+        """
+        taken = self._matcher.consume_token(token)
+        self._check()
+        if not taken:
+            raise RuntimeError("a token that the grammar does not allow")
         return bool(self._matcher.is_stopped())
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            line = self._matcher.get_error().partition("\n")[0][:200]
+            raise UserError(f"json_schema or regex: too large to be followed ({line}); give a smaller one")
 
 
 def _mapping(schema: Any) -> Any:

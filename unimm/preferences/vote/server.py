@@ -8,12 +8,10 @@ many the one that was silent longest goes.
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import json
 import re
 import secrets
-import socket
 from collections.abc import Mapping
 from http import HTTPStatus
 from importlib import resources
@@ -23,7 +21,6 @@ from unimm.errors import UserError
 from unimm.preferences.vote.booth import Booth, Refusal
 
 try:
-    import h11
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
@@ -33,7 +30,8 @@ try:
     from starlette.routing import Route
     from starlette.types import ASGIApp, Receive, Scope, Send
     from uvicorn import Config, Server
-    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    from unimm.server.connections import GuardedConnection, listen
 except ImportError:
     raise UserError(
         "voting: needs starlette and uvicorn; install them with: pip install 'unimm[serve]'"
@@ -42,9 +40,6 @@ except ImportError:
 ADDRESS = "127.0.0.1"
 _HOST = re.compile(rf"({re.escape(ADDRESS)}|localhost)(:\d{{1,5}})?")
 MAX_BODY = 4096  # bytes of a request's body
-REQUEST_TIMEOUT = 60  # seconds that a connection has to bring a request
-PARTING = 1  # seconds that it has to end once the server does
-MAX_CONNECTIONS = 256  # connections
 FIXED = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -63,15 +58,7 @@ class VoteServer:
     """
 
     def __init__(self, port: int) -> None:
-        self._socket = socket.socket()
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            self._socket.bind((ADDRESS, port))
-            self._socket.listen()
-        except (OSError, OverflowError) as error:
-            self._socket.close()
-            reason = (error.strerror if isinstance(error, OSError) else None) or "no such port"
-            raise UserError(f"port {port}: {reason.lower()}; give another, or --port 0 for any") from None
+        self._socket = listen(ADDRESS, port)
         self.port: int = self._socket.getsockname()[1]
         self._server: Server | None = None
         self._ended = False
@@ -95,9 +82,9 @@ class VoteServer:
     def serve(self, booth: Booth) -> None:
         """Answer until interrupted, or until `shutdown` is called."""
         config = Config(
-            make_app(booth), http=_Connection, loop="asyncio", ws="none", lifespan="off", log_config=None,
+            make_app(booth), http=GuardedConnection, loop="asyncio", ws="none", lifespan="off", log_config=None,
             log_level="error", access_log=False, proxy_headers=False, server_header=False,
-            timeout_keep_alive=REQUEST_TIMEOUT,
+            timeout_keep_alive=int(GuardedConnection.request_timeout),
         )  # fmt: skip
         self._server = Server(config)
         self._server.should_exit = self._ended
@@ -108,63 +95,6 @@ class VoteServer:
         self._ended = True
         if self._server is not None:
             self._server.should_exit = True
-
-
-class _Connection(H11Protocol):
-    """A connection of a browser, or of whatever else speaks to us."""
-
-    deadline: asyncio.TimerHandle | None = None
-    since: float = 0.0
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for a request; of too many connections the one that was silent longest goes."""
-        super().connection_made(transport)
-        self._wait()
-        if len(self.connections) > MAX_CONNECTIONS:
-            ours = (one for one in self.connections if isinstance(one, _Connection))
-            oldest = min(ours, key=lambda one: one.since)
-            self.connections.discard(oldest)
-            oldest.transport.abort()
-
-    def data_received(self, data: bytes) -> None:
-        """Take what came."""
-        self.since = self.loop.time()
-        super().data_received(data)
-        if self.cycle is not None and not self.cycle.more_body and not self.cycle.response_complete:
-            self._stop()  # the request is whole; now the browser waits for us
-
-    def send_400_response(self, msg: str) -> None:
-        """Refuse what is no HTTP; where its answer has begun already, end the connection."""
-        if self.cycle is not None:
-            self.cycle.disconnected = True  # what is answered in the meantime is not sent
-        try:
-            super().send_400_response(msg)
-        except h11.LocalProtocolError:
-            self.transport.abort()
-
-    def on_response_complete(self) -> None:
-        """Wait for the next request."""
-        self._wait()
-        super().on_response_complete()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Wait no longer."""
-        self._stop()
-        super().connection_lost(exc)
-
-    def shutdown(self) -> None:
-        """End, soon: who brings or takes its bytes slowly does not hold up the server."""
-        super().shutdown()
-        self.loop.call_later(PARTING, self.transport.abort)
-
-    def _wait(self) -> None:
-        self._stop()
-        self.since = self.loop.time()
-        self.deadline = self.loop.call_later(REQUEST_TIMEOUT, self.transport.abort)
-
-    def _stop(self) -> None:
-        if self.deadline is not None:
-            self.deadline.cancel()
 
 
 # --- what is answered --------------------------------------------------------------------------------------

@@ -1,0 +1,77 @@
+"""`unimm serve`: the options of the server, and the call behind it."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import Any
+
+import click
+
+from unimm.cli.commands import Options, command
+from unimm.cli.model import load
+from unimm.cli.options import FOLDER, INTEGER, NUMBER, POSITIVE, model_options
+from unimm.console import say
+from unimm.errors import UserError, UserNote
+
+
+@command("serve", "serve a model behind OpenAI's routes", lambda document: None)
+@click.option(
+    "--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0: all (default: this machine alone)"
+)
+@click.option("--port", type=INTEGER, default=8000, metavar="N", help="0: any (default: 8000)")
+@click.option("--model-name", metavar="NAME", help="what clients call the model (default: as --model)")
+@click.option("--api-key", metavar="KEY", envvar="UNIMM_API_KEY", help="clients bring it (or: UNIMM_API_KEY)")
+@click.option("--server-name", multiple=True, metavar="NAME", help="a host name that leads here; *: any")
+@click.option("--allow-origin", multiple=True, metavar="URL", help="a page elsewhere that may use the server")
+@click.option(
+    "--allow-host", multiple=True, metavar="HOST", help="where images may be fetched from by http(s)"
+)
+@click.option("--media-path", type=FOLDER, metavar="DIR", help="below it, file: URLs may name images")
+@click.option("--max-body", type=POSITIVE, metavar="BYTES", help="of a request (default: 32 MiB)")
+@click.option("--max-image-pixels", type=POSITIVE, metavar="N", help="of an image sent (default: 32,000,000)")
+@click.option("--max-images", type=POSITIVE, metavar="N", help="of a request (default: 16)")
+@click.option("--max-n", type=POSITIVE, metavar="N", help="answers or drawings of a request (default: 16)")
+@click.option("--max-tokens", type=POSITIVE, metavar="N", help="of an answer (default: the context's room)")
+@click.option("--max-waiting", type=POSITIVE, metavar="N", help="in the queue; more get 429 (default: 256)")
+@click.option("--max-connections", type=POSITIVE, metavar="N", help="that are open (default: 512)")
+@click.option("--request-timeout", type=NUMBER, metavar="S", help="seconds of a request (default: 600)")
+@click.option("--shutdown-timeout", type=NUMBER, metavar="S", help="seconds at SIGTERM (default: 30)")
+@click.option("--batch-size", type=POSITIVE, metavar="N", help="drawings that run at once (default: 64)")
+@click.option("--log-words", is_flag=True, help="let the log hold prompts and answers")
+@model_options
+def serve(options: Options) -> Any:
+    """Serve a model until Ctrl-C or SIGTERM."""
+    try:
+        from unimm.server.run import ModelServer
+    except ImportError as error:
+        raise UserError(f"serve: needs {error.name}; install it with: pip install 'unimm[serve]'") from None
+    from unimm.server.settings import ServerSettings
+
+    given = {
+        "max_pixels": options.max_image_pixels,
+        "model_name": options.model_name or model_name(options.model),
+        "media_path": None if options.media_path is None else Path(options.media_path),
+    }
+    names = {field.name for field in dataclasses.fields(ServerSettings)} - given.keys()
+    given |= {name: getattr(options, name, None) for name in names}
+    settings = ServerSettings(**{name: value for name, value in given.items() if value is not None})
+
+    def load_model() -> Any:
+        um = load(options)
+        um.batch_size = options.batch_size or um.batch_size
+        say(f"serving {settings.model_name} at {server.url} (Ctrl-C ends)")
+        return um
+
+    warnings.simplefilter("ignore", UserNote)  # of other people's images
+    server = ModelServer(settings, load_model)
+    server.serve()
+    return {"served": settings.model_name}
+
+
+def model_name(source: str | None) -> str:
+    """Return what clients call a model: its hub id, or the last part of its folder."""
+    if source is None:
+        return "embedded"
+    return Path(source).resolve().name if Path(source).is_dir() else source.partition("@")[0]

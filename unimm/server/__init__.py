@@ -1,0 +1,1 @@
+"""`unimm serve`: OpenAI's routes for asking and drawing, over one engine that all requests share."""
