@@ -69,7 +69,7 @@ def defined(tree: ast.Module) -> set[str]:
 
 
 def _names(node: ast.stmt) -> Iterator[str]:
-    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         yield node.name
     targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
     yield from (target.id for target in targets if isinstance(target, ast.Name))

@@ -128,6 +128,10 @@ def wrong_types() -> Iterator[Bad]:
         yield Bad(
             f"draw {json.dumps(more)[:50]}, {len(json.dumps(more))}", (400,), DRAW, {"prompt": "a", **more}
         )
+
+
+def wrong_turns() -> Iterator[Bad]:
+    """Messages that are none."""
     for turns in (
         [{"role": "user"}], [{"content": "a"}], [{"role": "god", "content": "a"}], [{"role": "user", "content": ""}],
         [{"role": "user", "content": " \n"}], [{"role": "assistant", "content": "a"}], [{"role": "tool",
@@ -291,4 +295,6 @@ def strangers() -> Iterator[Bad]:
         yield Bad(f"{method} {path}", (405,), path, {}, {}, method)
 
 
-CORPUS = [bad for make in (wrong_types, bodies, images, addresses, forms, strangers) for bad in make()]
+CORPUS = [
+    bad for make in (wrong_types, wrong_turns, bodies, images, addresses, forms, strangers) for bad in make()
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -13,17 +14,17 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from unimm import __version__
-from unimm.server.body import media_type, read_document, read_form
-from unimm.server.chat import answer_chat
+from unimm.server.body import media_type, read_document, read_multipart
+from unimm.server.chat import begin_chat
 from unimm.server.docs import DOCS_POLICY, docs_page, with_bodies
-from unimm.server.drawings import answer_drawing
+from unimm.server.drawings import Drawings, begin_drawing
 from unimm.server.errors import APIError, as_api_error
 from unimm.server.logs import write_failure, write_log
 from unimm.server.schemas import ChatRequest, EditRequest, ImageRequest, read_fields, read_request
 from unimm.server.security import Guard
 from unimm.server.service import ClientGone, Service
 
+VERSION = importlib.metadata.version("unimm")
 OPEN_PATHS = ("/", "/health", "/docs", "/openapi.json")
 """What needs no key: nothing of it uses the model."""
 WELCOME = "unimm {version}: {model}. The API is described at /docs.\n"
@@ -41,7 +42,7 @@ def create_app(service: Service) -> FastAPI:
     """
     app = FastAPI(
         title="unimm",
-        version=__version__,
+        version=VERSION,
         description="One model that looks at images, answers and draws, behind OpenAI's routes.",
         docs_url=None,
         redoc_url=None,
@@ -65,7 +66,7 @@ def _add_pages(app: FastAPI, service: Service) -> None:
 
     @app.get("/", include_in_schema=False)
     async def root() -> Response:
-        return PlainTextResponse(WELCOME.format(version=__version__, model=service.settings.model_name))
+        return PlainTextResponse(WELCOME.format(version=VERSION, model=service.settings.model_name))
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:
@@ -89,30 +90,33 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     async def chat(request: Request, received: float) -> Response:
         with service.bodies.read_later() as body:
             asked = read_request(ChatRequest, await _json(request, await body.content(request)))
-            return await answer_chat(service, request, asked, received)
+            answer = await begin_chat(service, request, asked, received)
+        return await answer.respond(request)
 
     async def generate(request: Request, received: float) -> Response:
         with service.bodies.read_later() as body:
             asked = read_request(ImageRequest, await _json(request, await body.content(request)))
-        return await answer_drawing(service, request, asked, received)
+        return await (await begin_drawing(service, request, asked, received)).respond(request)
 
     async def edit(request: Request, received: float) -> Response:
         with service.bodies.read_later() as body:
             content = await body.content(request)
             files: list[tuple[str, bytes]] = []
             if media_type(request) == "multipart/form-data":
-                fields, files = await read_form(request, content, service.settings.max_images + 2)
+                fields, files = await read_multipart(request, content, service.settings.max_images + 2)
                 asked = read_fields(EditRequest, fields)
             else:
                 asked = read_request(EditRequest, await _json(request, content))
-            return await _edit(service, request, asked, files, received)
+            drawings = await _begin_edit(service, request, asked, files, received)
+            asked.images, files, content = [], [], b""
+        return await drawings.respond(request)
 
     async def models(request: Request, received: float) -> Response:
-        return JSONResponse({"object": "list", "data": [describe_model(service)]})
+        return JSONResponse({"object": "list", "data": [model_card(service)]})
 
     async def model(request: Request, received: float) -> Response:
         service.check_model(request.path_params["name"])
-        return JSONResponse(describe_model(service))
+        return JSONResponse(model_card(service))
 
     for method, path, summary, answer in (
         ("POST", "/v1/chat/completions", "Answer a conversation, with images in it", chat),
@@ -124,7 +128,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         app.add_api_route(path, _answered(answer), methods=[method], summary=summary, response_model=None)
 
 
-def describe_model(service: Service) -> dict[str, Any]:
+def model_card(service: Service) -> dict[str, Any]:
     """Return the model as `/v1/models` lists it.
 
     Raises:
@@ -148,9 +152,9 @@ def describe_model(service: Service) -> dict[str, Any]:
     }
 
 
-async def _edit(
+async def _begin_edit(
     service: Service, request: Request, asked: EditRequest, files: list[tuple[str, bytes]], received: float
-) -> Response:
+) -> Drawings:
     """Draw from images: those of a form, or those that JSON names."""
     for name, _ in files:
         if name != "image":
@@ -168,7 +172,7 @@ async def _edit(
         named = enumerate(one.image_url.url for one in asked.images)
         return sent + [service.images.at(url, f"images[{number}].image_url") for number, url in named]
 
-    return await answer_drawing(service, request, asked, received, "image_edit", read)
+    return await begin_drawing(service, request, asked, received, "image_edit", read)
 
 
 async def _json(request: Request, content: bytes) -> dict[str, Any]:

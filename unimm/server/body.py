@@ -20,9 +20,9 @@ from unimm.documents import check_document, dotted, parse_json
 from unimm.errors import UserError
 from unimm.server.errors import APIError
 
-MAX_NODES = 20_000  # values in a document; a conversation has a few hundred
+MAX_VALUES = 20_000  # values in a document; a conversation has a few hundred
 MAX_FIELDS = 100  # of a form
-BUDGET = 8  # bodies of the largest size that are held at once
+BODIES_HELD = 8  # bodies of the largest size that are held at once
 
 
 class BodyReader:
@@ -51,7 +51,7 @@ class BodyReader:
         Raises:
             APIError: all requests together hold too much.
         """
-        if self._held + count > BUDGET * self.max_body:
+        if self._held + count > BODIES_HELD * self.max_body:
             raise APIError(503, "too much is being sent at once; try again", "overloaded", retry_after=1)
         self._held += count
 
@@ -108,7 +108,7 @@ def read_document(content: bytes) -> dict[str, Any]:
         raise APIError(400, f"the body is no UTF-8 (byte {error.start})", "invalid_json") from None
     try:
         document = parse_json(text, "the body")
-        check_document(document, "the body", MAX_NODES)
+        check_document(document, "the body", MAX_VALUES)
     except UserError as error:
         raise APIError(400, str(error), "invalid_json") from None
     if not isinstance(document, dict):
@@ -139,7 +139,7 @@ def check_texts(document: Any) -> None:
             )
 
 
-async def read_form(
+async def read_multipart(
     request: Request, content: bytes, max_files: int
 ) -> tuple[dict[str, Any], list[tuple[str, bytes]]]:
     """Return the fields and the files of a multipart form.

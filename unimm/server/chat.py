@@ -77,54 +77,66 @@ def _messages(service: Service, asked: ChatRequest) -> list[dict[str, Any]]:
     return messages
 
 
-async def answer_chat(
+async def begin_chat(
     service: Service, request: HTTPRequest, asked: ChatRequest, received: float
-) -> Response:
-    """Answer a conversation.
+) -> ChatAnswer:
+    """Have a conversation answered.
 
     Args:
         service: with the model.
         request: of the client.
-        asked: what it asks for.
+        asked: what it asks for; its messages are let go once they are read, unless they are to be logged.
         received: when it came.
 
     Raises:
-        APIError: it is refused, or failed.
+        APIError: it is refused.
         ClientGone: nobody waits for it any more.
     """
     service.check_model(asked.model)
     with service.admitted(asked.count):
         prepared = service.prepare(lambda: chat_requests(service, asked), received, bool(asked.stream))
         jobs = await until_gone(request, prepared)
-    answer = _Answer(service, asked, jobs)
-    if asked.stream:
-        return event_stream(service, jobs, answer.stream(), received)
-    try:
-        with service.timed(jobs, received):
-            tickets = await until_gone(request, asyncio.gather(*(job.finish() for job in jobs)))
-    finally:
-        service.leave(jobs)
-    request.scope["unimm.log"] = answer.log(tickets)
-    return JSONResponse(answer.whole(tickets))
+    if not service.settings.log_words:
+        asked.messages = []
+    return ChatAnswer(service, asked, jobs, received)
 
 
-class _Answer:
+class ChatAnswer:
     """Answers in OpenAI's shape.
 
     Args:
         service: with the model.
         asked: the request.
         jobs: one for each answer.
+        received: when the request came.
     """
 
-    def __init__(self, service: Service, asked: ChatRequest, jobs: Sequence[Job]) -> None:
-        self.service, self.asked, self.jobs = service, asked, jobs
+    def __init__(self, service: Service, asked: ChatRequest, jobs: Sequence[Job], received: float) -> None:
+        self.service, self.asked, self.jobs, self.received = service, asked, jobs, received
         self.head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "created": int(time.time()),
             "model": service.settings.model_name,
             "system_fingerprint": None,
         }
+
+    async def respond(self, request: HTTPRequest) -> Response:
+        """Return the response: a stream, or all of it at once.
+
+        Raises:
+            APIError: an answer failed.
+            ClientGone: nobody waits for it any more.
+        """
+        service, jobs = self.service, self.jobs
+        if self.asked.stream:
+            return event_stream(service, jobs, self.stream(), self.received)
+        try:
+            with service.timed(jobs, self.received):
+                tickets = await until_gone(request, asyncio.gather(*(job.finish() for job in jobs)))
+        finally:
+            service.leave(jobs)
+        request.scope["unimm.log"] = self.log(tickets)
+        return JSONResponse(self.whole(tickets))
 
     def whole(self, tickets: Sequence[Ticket]) -> dict[str, Any]:
         """Return all answers at once."""

@@ -80,15 +80,15 @@ def image_requests(
     return list(made)
 
 
-async def answer_drawing(
+async def begin_drawing(
     service: Service,
     request: HTTPRequest,
     asked: ImageRequest,
     received: float,
     kind: RouteKind = "image_generation",
     images: ReadImages = tuple,
-) -> Response:
-    """Answer a request for drawings.
+) -> Drawings:
+    """Have drawings made.
 
     Args:
         service: with the model.
@@ -99,7 +99,7 @@ async def answer_drawing(
         images: reads those that the drawings start from.
 
     Raises:
-        APIError: it is refused, or failed.
+        APIError: it is refused.
         ClientGone: nobody waits for it any more.
     """
     service.check_model(asked.model)
@@ -109,19 +109,10 @@ async def answer_drawing(
             lambda: image_requests(service, asked, images, seeds), received, bool(asked.stream)
         )
         jobs = await until_gone(request, prepared)
-    answer = _Drawings(service, asked, jobs, seeds, kind)
-    if asked.stream:
-        return event_stream(service, jobs, answer.stream(), received)
-    try:
-        with service.timed(jobs, received):
-            found = await until_gone(request, asyncio.gather(*(answer.image(i) for i in range(len(jobs)))))
-    finally:
-        service.leave(jobs)
-    request.scope["unimm.log"] = answer.log([ticket for ticket, _ in found])
-    return JSONResponse(answer.whole(found))
+    return Drawings(service, asked, jobs, seeds, kind, received)
 
 
-class _Drawings:
+class Drawings:
     """Drawings in OpenAI's shape.
 
     Args:
@@ -130,6 +121,7 @@ class _Drawings:
         jobs: one for each drawing.
         seeds: their seeds.
         kind: how its events are called.
+        received: when the request came.
     """
 
     def __init__(
@@ -139,8 +131,10 @@ class _Drawings:
         jobs: Sequence[Job],
         seeds: Sequence[int],
         kind: RouteKind,
+        received: float,
     ) -> None:
-        self.service, self.asked, self.jobs, self.seeds, self.kind = service, asked, jobs, seeds, kind
+        self.service, self.asked, self.jobs, self.seeds = service, asked, jobs, seeds
+        self.kind, self.received = kind, received
         self.um = service.um
         self.created = int(time.time())
         request = jobs[0].request
@@ -148,6 +142,25 @@ class _Drawings:
         self.grid = request.grid
         stride = self.um.processor.stride
         self.size = f"{self.grid[1] * stride}x{self.grid[0] * stride}"
+
+    async def respond(self, request: HTTPRequest) -> Response:
+        """Return the response: a stream, or all of it at once.
+
+        Raises:
+            APIError: a drawing failed.
+            ClientGone: nobody waits for it any more.
+        """
+        service, jobs = self.service, self.jobs
+        if self.asked.stream:
+            return event_stream(service, jobs, self.stream(), self.received)
+        try:
+            with service.timed(jobs, self.received):
+                made = asyncio.gather(*(self.image(number) for number in range(len(jobs))))
+                found = await until_gone(request, made)
+        finally:
+            service.leave(jobs)
+        request.scope["unimm.log"] = self.log([ticket for ticket, _ in found])
+        return JSONResponse(self.whole(found))
 
     async def image(self, number: int) -> tuple[Ticket, str]:
         """Wait for a drawing; return its ticket, and the image in base64.

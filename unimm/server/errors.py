@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse
 from unimm.console import one_line
 from unimm.errors import UserError
 
-MAX_LINE = 500  # characters of an error's line
+LONGEST_LINE = 500  # characters of an error's line
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _PARAM = re.compile(r"([a-z_]+(?:\[\d+\]|\.[a-z_]+)*): ")
 
@@ -41,7 +41,7 @@ class APIError(Exception):
         """Return it as OpenAI's clients read it."""
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         line = one_line(str(self))
-        line = line if len(line) <= MAX_LINE else line[: MAX_LINE - 1] + "…"
+        line = line if len(line) <= LONGEST_LINE else line[: LONGEST_LINE - 1] + "…"
         return {"error": {"message": line, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:

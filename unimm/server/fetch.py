@@ -20,6 +20,8 @@ from unimm.server.errors import APIError
 
 CONNECT_TIMEOUT = 5.0  # seconds
 FETCH_TIMEOUT = 15.0  # seconds for all of it
+TRANSLATED = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "64:ff9b:1::/48", "2001::/32")))
+"""IPv6 addresses that stand for IPv4 ones, private ones too (NAT64, Teredo)."""
 _PIECE = 2**16
 
 
@@ -93,6 +95,8 @@ class Fetcher:
             return True
         parsed = ipaddress.ip_address(address.partition("%")[0])
         inner = getattr(parsed, "ipv4_mapped", None) or getattr(parsed, "sixtofour", None)
+        if any(parsed in network for network in TRANSLATED if network.version == parsed.version):
+            return False
         return parsed.is_global and not parsed.is_multicast and (inner is None or inner.is_global)
 
     def _fetch(self, asked: Address, address: str, where: str) -> bytes:

@@ -13,7 +13,7 @@ WINDOW = 10.0  # seconds over which speeds are taken
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
-class Metrics:
+class ServerMetrics:
     """Counts what a server does; may be called from any thread."""
 
     def __init__(self) -> None:

@@ -29,7 +29,7 @@ HEADERS = {
     b"content-security-policy": b"default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
 }
 """Of every answer that does not say otherwise; a page of ours has a policy of its own."""
-METHODS = "GET, POST, OPTIONS"
+ALLOWED_METHODS = "GET, POST, OPTIONS"
 
 
 class Guard:
@@ -146,7 +146,7 @@ def _preflight(headers: list[tuple[bytes, str]]) -> dict[str, str]:
     named = [name.strip() for name in asked.split(",")]
     allowed = [name for name in named if re.fullmatch(r"[A-Za-z0-9-]{1,64}", name)]
     return {
-        "Access-Control-Allow-Methods": METHODS,
+        "Access-Control-Allow-Methods": ALLOWED_METHODS,
         "Access-Control-Allow-Headers": ", ".join(allowed) or "Content-Type, Authorization",
         "Access-Control-Max-Age": "600",
     }

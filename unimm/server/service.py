@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -21,7 +20,7 @@ from unimm.sampling.requests import Request
 from unimm.server.body import BodyReader
 from unimm.server.errors import APIError, as_api_error
 from unimm.server.images import ImageReader
-from unimm.server.metrics import Metrics
+from unimm.server.metrics import ServerMetrics
 from unimm.server.settings import ServerSettings
 from unimm.server.worker import Job, Worker
 
@@ -59,7 +58,7 @@ class Service:
         on_failed: Callable[[], None] | None = None,
     ) -> None:
         self.settings = settings
-        self.metrics = Metrics()
+        self.metrics = ServerMetrics()
         self.worker = Worker(load, self.metrics, on_failed)
         self.bodies = BodyReader(settings.max_body)
         self.images = ImageReader(settings)
@@ -68,7 +67,6 @@ class Service:
         self._open = 0
         self._preparing = 0
         self._jobs: set[Job] = set()
-        self._processor: UniMMProcessor | None = None
         self._prepare, self._render = _thread("prepare"), _thread("render")
         self.metrics.gauge(
             "unimm_requests_waiting", "Answers and drawings before the engine.", lambda: self.waiting
@@ -101,10 +99,14 @@ class Service:
 
     @property
     def processor(self) -> UniMMProcessor:
-        """A copy of the model's, since tokenizers are not for two threads at once."""
-        if self._processor is None:
-            self._processor = copy.deepcopy(self.um.processor)
-        return self._processor
+        """The model's, for the thread that prepares requests.
+
+        Raises:
+            APIError: as `um`.
+        """
+        _ = self.um
+        assert self.worker.processor is not None
+        return self.worker.processor
 
     def check_model(self, name: str | None) -> None:
         """Refuse a request to another model than there is.

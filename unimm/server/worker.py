@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import threading
 import time
 from collections import deque
@@ -17,13 +18,14 @@ from typing import TYPE_CHECKING, Literal
 from PIL import Image
 
 from unimm.errors import UserError
+from unimm.processing.processor import UniMMProcessor
 from unimm.sampling.drawing import drawing_requests
 from unimm.sampling.engine import Engine
 from unimm.sampling.requests import DrawingRequest, Request, TextRequest, TextSampling, Ticket
 from unimm.sampling.sampler import NoiseKey
 from unimm.server.errors import APIError, as_api_error
 from unimm.server.logs import write_failure
-from unimm.server.metrics import Metrics
+from unimm.server.metrics import ServerMetrics
 
 if TYPE_CHECKING:
     from unimm.pipeline import UniMM
@@ -130,15 +132,17 @@ class Worker:
     Attributes:
         state: what it is doing.
         um: the model, once it is loaded.
+        processor: a copy of its processor for another thread, since tokenizers are not for two at once.
         error: why it could not be loaded.
     """
 
     def __init__(
-        self, load: Callable[[], UniMM], metrics: Metrics, on_failed: Callable[[], None] | None = None
+        self, load: Callable[[], UniMM], metrics: ServerMetrics, on_failed: Callable[[], None] | None = None
     ) -> None:
         self.load, self.metrics, self.on_failed = load, metrics, on_failed
         self.state: WorkerState = "loading"
         self.um: UniMM | None = None
+        self.processor: UniMMProcessor | None = None
         self.error: BaseException | None = None
         self.engine: Engine | None = None
         self._jobs: list[Job] = []  # of the worker's thread
@@ -200,6 +204,7 @@ class Worker:
         try:
             self.um = self.load()
             self.engine = self.um.engine
+            self.processor = copy.deepcopy(self.um.processor)
             warm_up(self.um, self.engine)
             self.state = "ready"
         except BaseException as error:
