@@ -51,11 +51,14 @@ def serve(options: Options) -> Any:
 
     given = {
         "max_pixels": options.max_image_pixels,
+        "server_names": options.server_name,
+        "allow_origins": options.allow_origin,
+        "allow_hosts": options.allow_host,
         "model_name": options.model_name or model_name(options.model),
         "media_path": None if options.media_path is None else Path(options.media_path),
     }
     names = {field.name for field in dataclasses.fields(ServerSettings)} - given.keys()
-    given |= {name: getattr(options, name, None) for name in names}
+    given |= {name: getattr(options, name) for name in names - {"max_side"}}
     settings = ServerSettings(**{name: value for name, value in given.items() if value is not None})
 
     def load_model() -> Any:
