@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
 import time
 from collections.abc import Awaitable, Callable
@@ -27,6 +28,7 @@ from unimm.server.service import ClientGone, Service
 VERSION = importlib.metadata.version("unimm")
 OPEN_PATHS = ("/", "/health", "/docs", "/openapi.json")
 """What needs no key: nothing of it uses the model."""
+LONG_BODY = 2**16  # bytes from which parsing it would hold up others
 WELCOME = "unimm {version}: {model}. The API is described at /docs.\n"
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -180,7 +182,9 @@ async def _json(request: Request, content: bytes) -> dict[str, Any]:
     kind = media_type(request)
     if kind != "application/json":
         raise APIError(415, "Content-Type: send application/json", "wrong_content_type")
-    return read_document(content)
+    if len(content) < LONG_BODY:
+        return read_document(content)
+    return await asyncio.get_running_loop().run_in_executor(None, read_document, content)
 
 
 def _answered(answer: Callable[[Request, float], Awaitable[Response]]) -> Endpoint:

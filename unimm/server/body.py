@@ -15,7 +15,6 @@ from python_multipart.multipart import parse_options_header
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from unimm.console import is_unicode
 from unimm.documents import check_document, dotted, parse_json
 from unimm.errors import UserError
 from unimm.server.errors import APIError
@@ -132,11 +131,20 @@ def check_texts(document: Any) -> None:
             waiting += [(part, (*place, key)) for key, part in node.items()]
         elif isinstance(node, list):
             waiting += [(part, (*place, number)) for number, part in enumerate(node)]
-        elif isinstance(node, str) and not is_unicode(node):
+        elif isinstance(node, str) and not _is_unicode(node):
             where = dotted(place)
             raise APIError(
                 400, f"{where}: half of a surrogate pair, which is no character", "invalid_json", where
             )
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8; of megabytes too, without a loop."""
+    try:
+        text.encode()
+        return True
+    except UnicodeEncodeError:
+        return False
 
 
 async def read_multipart(

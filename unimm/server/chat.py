@@ -17,7 +17,7 @@ from unimm.sampling.requests import Request, TextRequest, TextSampling, Ticket
 from unimm.sampling.sampler import NoiseKey
 from unimm.server.events import Event, event_stream
 from unimm.server.schemas import ChatRequest
-from unimm.server.seeds import seeds_of
+from unimm.server.seeds import consecutive_seeds
 from unimm.server.service import Service, until_gone
 from unimm.server.worker import Job
 
@@ -48,7 +48,7 @@ def chat_requests(service: Service, asked: ChatRequest) -> list[Request]:
     ids, seen = processor.chat(_messages(service, asked))
     return [
         TextRequest(list(ids), seen, NoiseKey(seed), sampling=sampling, remember=True)
-        for seed in seeds_of(asked.seed, asked.count)
+        for seed in consecutive_seeds(asked.seed, asked.count)
     ]
 
 

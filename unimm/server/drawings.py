@@ -29,7 +29,7 @@ from unimm.sampling.sampler import NoiseKey
 from unimm.server.errors import APIError
 from unimm.server.events import Event, event_stream
 from unimm.server.schemas import ImageRequest
-from unimm.server.seeds import seeds_of
+from unimm.server.seeds import consecutive_seeds
 from unimm.server.service import Service, until_gone
 from unimm.server.worker import Job
 
@@ -104,7 +104,7 @@ async def begin_drawing(
     """
     service.check_model(asked.model)
     with service.admitted(asked.count):
-        seeds = seeds_of(asked.seed, asked.count)
+        seeds = consecutive_seeds(asked.seed, asked.count)
         prepared = service.prepare(
             lambda: image_requests(service, asked, images, seeds), received, bool(asked.stream)
         )

@@ -209,10 +209,10 @@ class EditRequest(ImageRequest):
     images: list[SentImage] = Field(default_factory=list)
 
 
-Asked = TypeVar("Asked", bound=APIRequest)
+AnyRequest = TypeVar("AnyRequest", bound=APIRequest)
 
 
-def read_request(kind: type[Asked], document: Mapping[str, Any]) -> Asked:
+def read_request(kind: type[AnyRequest], document: Mapping[str, Any]) -> AnyRequest:
     """Return the request that a document is.
 
     Args:
@@ -237,7 +237,7 @@ def read_request(kind: type[Asked], document: Mapping[str, Any]) -> Asked:
         raise APIError(400, line, code, line.partition(":")[0]) from None
 
 
-def read_fields(kind: type[Asked], fields: Mapping[str, Any]) -> Asked:
+def read_fields(kind: type[AnyRequest], fields: Mapping[str, Any]) -> AnyRequest:
     """Return the request that the fields of a form are, in which numbers are texts.
 
     Args:
