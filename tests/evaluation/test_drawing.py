@@ -50,6 +50,14 @@ def test_geneval_is_drawn_in_its_folders_and_judged_by_rules(score: Score, tmp_p
     images = [one["score"] for line in found["items"] for one in line["scored"]]
     assert found["figures"]["images"]["value"] == pytest.approx(np.mean(images))
     assert found["figures"]["overall"]["value"] > 0 and found["judge"]["kind"] == "emojiscenes"
+    other = score("geneval", *own, "drawing.seed=100", output="other")
+    page = tmp_path / "page.html"
+    assert main(["report", str(tmp_path / "out"), str(tmp_path / "other"), "-o", str(page)]) == 0
+    differing = sum(
+        np.mean([one["score"] for one in a["scored"]]) != np.mean([one["score"] for one in b["scored"]])
+        for a, b in zip(found["items"], other["items"], strict=True)
+    )
+    assert page.read_text().count("<img ") == 4 * differing > 0
     (folder / "00002" / "samples" / "00001.png").unlink()  # it is drawn again, the same
     assert same(score("geneval", *own, batch_size=3)) == same(found)
     assert main(["eval", "--check", str(tmp_path / "out")]) == 0

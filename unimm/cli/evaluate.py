@@ -71,7 +71,7 @@ def _number(value: float | None) -> str:
 @click.option("--dtype", type=DTYPE, default="auto", metavar="DTYPE", help="as of `unimm ask`")
 def evaluate(options: Options) -> Any:
     """Score a model."""
-    from unimm.evaluation.protocol import find_protocol
+    from unimm.evaluation.protocol import find_protocol, list_protocols
 
     hide_loading_bars()
     if options.check is not None:
@@ -81,7 +81,8 @@ def evaluate(options: Options) -> Any:
             raise UserError("eval: --check: the result says its protocol; leave the protocol out")
         return check_result(Path(options.check), _run_options(options, Path("unused")))
     if options.measure is None:
-        raise UserError("eval: say which protocol or recipe; `unimm recipes` lists them")
+        known = ", ".join(list_protocols())
+        raise UserError(f"eval: say which protocol ({known}) or recipe (`unimm recipes` lists these)")
     path = find_protocol(options.measure)
     return _recipe(options) if path is None else _protocol(path, options)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 import math
 from collections.abc import Sequence
 from importlib import resources
@@ -11,12 +13,15 @@ from typing import Any
 
 from unimm.errors import UserError
 from unimm.evaluation.bootstrap import ScoreTable, paired
+from unimm.evaluation.drawing import DRAWINGS
 from unimm.evaluation.journal import DoneItem
 from unimm.evaluation.protocol import held_protocol
 from unimm.evaluation.result import ResultDocument, read_result, scored_rows, summary_of, table_of
 from unimm.files import atomic_write
+from unimm.images import read_image
 from unimm.outputs import check_output
 
+THUMBNAIL = 256  # pixels a side of a drawing on the page
 MAX_SHOWN = 100  # items that differ, on the page
 MARK = "<!doctype html>\n<!-- unimm report -->"
 
@@ -42,9 +47,10 @@ def compare_results(paths: Sequence[Path], page: Path) -> dict[str, Any]:
     names = _names(documents, paths)
     figures = _figures(documents, tables)
     title = documents[0]["protocol"]["title"]
+    folders = [(path if path.is_dir() else path.parent) / DRAWINGS for path in paths]
     differing = _differing(documents)
     with atomic_write(page) as temporary:
-        temporary.write_text(_page(title, names, documents, figures, differing), encoding="utf-8")
+        temporary.write_text(_page(title, names, documents, figures, differing, folders), encoding="utf-8")
     return {
         "title": title, "names": names, "figures": figures, "differing": len(differing), "page": str(page),
         "of": len(documents[0]["items"]),
@@ -120,7 +126,7 @@ def _differing(documents: Sequence[ResultDocument]) -> list[list[DoneItem]]:
 
 def _page(
     title: str, names: Sequence[str], documents: Sequence[ResultDocument], figures: dict[str, Any],
-    differing: Sequence[Sequence[DoneItem]],
+    differing: Sequence[Sequence[DoneItem]], folders: Sequence[Path],
 ) -> str:  # fmt: skip
     """The page: figures, what was compared, and the items that differ."""
     style = resources.files("unimm").joinpath("evaluation/comparison.css").read_text(encoding="utf-8")
@@ -142,7 +148,7 @@ def _page(
             "<h2>What was compared</h2>",
             _facts_table(names, documents),
             f"<h2>Items that differ</h2><p>{said}</p>",
-            *(_card(names, lines) for lines in shown),
+            *(_card(names, lines, folders) for lines in shown),
             "</main></body></html>\n",
         ]
     )
@@ -187,26 +193,42 @@ def _facts_table(names: Sequence[str], documents: Sequence[ResultDocument]) -> s
         f"<tr><th scope=row>{_text(name)}</th>{''.join(f'<td class=fact>{_text(value)}</td>' for value in values)}</tr>"
         for name, values in facts.items()
     ]
-    return f"<div class=wide><table><thead><tr><th></th>{head}</tr></thead>{''.join(rows)}</table></div>"
+    return (
+        f"<div class='wide facts'><table><thead><tr><th></th>{head}</tr></thead>{''.join(rows)}</table></div>"
+    )
 
 
-def _card(names: Sequence[str], lines: Sequence[DoneItem]) -> str:
+def _card(names: Sequence[str], lines: Sequence[DoneItem], folders: Sequence[Path]) -> str:
     """An item that differs: its prompt, what is right, and what each result has."""
     first = lines[0]
     right = first.get("fields", {}).get("answer", first.get("fields", {}).get("answers"))
     wanted = "" if right is None else f"<p class=right>right: {_text(_short(right))}</p>"
     parts = []
-    for name, line in zip(names, lines, strict=True):
+    for name, line, folder in zip(names, lines, folders, strict=True):
         score = _score(line)
         kind = "good" if score >= 1 else "bad" if score <= 0 else "half"
-        said = line.get("answer", ", ".join(str(one.get("file")) for one in line.get("images", [])))
-        parts.append(
-            f'<div class="{kind}"><b>{_text(name)}</b><span>{_number(score)}</span><p>{_text(_short(said))}</p></div>'
-        )
+        said = f"<p>{_text(_short(line['answer']))}</p>" if "answer" in line else _drawings(folder, line)
+        parts.append(f'<div class="{kind}"><b>{_text(name)}</b><span>{_number(score)}</span>{said}</div>')
     head = (
         f"<header><code>{_text(first['key'])}</code><p>{_text(_short(first['prompt']))}</p>{wanted}</header>"
     )
     return f"<article>{head}<section>{''.join(parts)}</section></article>"
+
+
+def _drawings(folder: Path, line: DoneItem) -> str:
+    """The drawings of an item, small, in the page itself; the names of those that are elsewhere now."""
+    parts = []
+    for one in line.get("images", []):
+        path = folder / str(one["file"])
+        if not path.is_file():
+            parts.append(f"<p>{_text(one['file'])}</p>")
+            continue
+        image, buffer = read_image(path), io.BytesIO()
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        image.save(buffer, "PNG")
+        data = base64.b64encode(buffer.getvalue()).decode()
+        parts.append(f'<img alt="{_text(one["file"])}" src="data:image/png;base64,{data}">')
+    return "".join(parts)
 
 
 def _short(value: Any) -> str:

@@ -38,7 +38,10 @@ class Journal:
         self.path = folder / f"{name}-{shard}.jsonl"
         make_folder(folder)
         self.done = self.read()
-        if not self.path.exists() or not self.path.stat().st_size:
+        if not self._has_header():
+            self.path.unlink(
+                missing_ok=True
+            )  # killed while it wrote the first line, behind which nothing can be
             append(self.path, _text({"run": self.identity}))
 
     def read(self) -> dict[str, DoneItem]:
@@ -50,11 +53,12 @@ class Journal:
         found: dict[str, DoneItem] = {}
         for path in sorted(self.folder.glob(f"{self.name}-*.jsonl")):
             with open_regular(path) as file:
-                for number, raw in enumerate(file):
-                    line = _parsed(raw)
-                    if number == 0 and line is not None:
-                        self._check(path, line.get("run"))
-                    elif line is not None and "key" in line:
+                header = _parsed(file.readline())
+                if header is None:
+                    continue
+                self._check(path, header.get("run"))
+                for line in map(_parsed, file):
+                    if line is not None and "key" in line:
                         found[line["key"]] = line
         return found
 
@@ -68,6 +72,12 @@ class Journal:
         if lines:
             append(self.path, "".join(map(_text, lines)))
             self.done |= {line["key"]: line for line in lines}
+
+    def _has_header(self) -> bool:
+        if not self.path.exists():
+            return False
+        with open_regular(self.path) as file:
+            return _parsed(file.readline()) is not None
 
     def _check(self, path: Path, identity: Any) -> None:
         if identity == self.identity:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from unimm.errors import UserError
 from unimm.evaluation import environment
-from unimm.evaluation.drawing import crops_of_grid, read_drawing
+from unimm.evaluation.drawing import DRAWINGS, crops_of_grid, read_drawing
 from unimm.evaluation.journal import DoneItem, Journal
 from unimm.evaluation.judges import ModelJudge, UrlJudge, read_share, read_yes
 from unimm.evaluation.official import ItemVerdict, read_judged, wise_verdict
@@ -178,7 +178,7 @@ def judge_items(
 
 def drawings_folder(options: RunOptions) -> Path:
     """Where the drawings of a run are."""
-    return options.drawn if options.drawn is not None else options.output / "images"
+    return options.drawn if options.drawn is not None else options.output / DRAWINGS
 
 
 def _asked(
