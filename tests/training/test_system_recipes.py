@@ -15,9 +15,15 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from transformers import (
+    LlavaForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
+)
 
 import unimm
 from unimm.data.encode import EncodingJob, encode_source
+from unimm.errors import UserError
+from unimm.families.convert import convert
 from unimm.recipes import find_recipe
 from unimm.training.recipe import load_recipe, smoke_recipe
 from unimm.training.tasks.unified import UnifiedRecipe
@@ -90,6 +96,42 @@ def test_what_no_stage_names_stays_to_the_bit(trained: tuple[str, Path]) -> None
         if key.split(".")[0] not in learnt:
             rounded = own.to(torch.bfloat16).float() if halved and own.is_floating_point() else own
             assert torch.equal(rounded, after[key].to(rounded)), key
+
+
+WRITTEN: dict[str, Any] = {
+    "qwen2-vl-7b": Qwen2VLForConditionalGeneration,
+    "pixtral-12b": LlavaForConditionalGeneration,
+}
+REFUSED = {
+    "fuyu-8b": "open an answer with <0x04>",  # its own text tokenizer has it, the small one has not
+    "aria": "have views of 490 or 980 pixels",
+}
+
+
+@torch.no_grad()
+def test_transformers_reads_what_was_trained(trained: tuple[str, Path], tmp_path: Path) -> None:
+    """Written in its family's layout, it is loaded by transformers' own classes and gives the same."""
+    name, folder = trained
+    if name in REFUSED:
+        with pytest.raises(UserError, match=f"--to: .*{REFUSED[name]}"):
+            convert(folder / "run-smoke/export", tmp_path / "written", "transformers")
+    if name not in WRITTEN:
+        return
+    convert(folder / "run-smoke/export", tmp_path / "written", "transformers")
+    theirs = WRITTEN[name].from_pretrained(tmp_path / "written", dtype=torch.float32).eval()
+    ours = unimm.load(folder / "run-smoke/export", "cpu", dtype="float32")
+    rng = np.random.default_rng(0)
+    shown = Image.fromarray(rng.integers(0, 256, (40, 64, 3), dtype=np.uint8))
+    again = unimm.load(tmp_path / "written", "cpu", dtype="float32")
+    inputs = ours.processor(["what is it?"], [[shown]])
+    assert torch.equal(inputs["input_ids"], again.processor(["what is it?"], [[shown]])["input_ids"])
+    expected = ours.model(**inputs).logits
+    assert torch.equal(expected, again.model(**inputs).logits)
+    given = dict(inputs)  # which Pixtral's class takes as they are
+    if name == "qwen2-vl-7b":  # whose class takes patches: images are compared with the small checkpoints
+        given = dict(ours.processor(["what is it?"], [[]]))
+        expected = ours.model(**given).logits
+    assert (theirs(**given).logits - expected).abs().max() < 1e-4
 
 
 def test_images_of_unlike_sizes_train_packed_as_pixels_and_as_features(

@@ -141,7 +141,7 @@ def ask(options: Options) -> Any:
     um = load(options)
     answer = um.answers([images], [question], **values)[0]  # one about all images
     found = {"images": paths, "question": question, "answer": answer.text, "cut": answer.cut}
-    if options.show is None:
+    if options.show is None or isinstance(images[0], Video):
         return found
     from unimm.images import save_image
     from unimm.processing.places import draw_places

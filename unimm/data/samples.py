@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unimm.errors import UserError
 from unimm.models.inputs import Images
-from unimm.models.layout import Grid
+from unimm.models.layout import Grid, ImageGrid
 from unimm.processing.conversation import ImageSlot
 from unimm.processing.messages import BadRecord, ImagePart, Message, Record
 from unimm.processing.processor import CAPTION_REQUESTS, UniMMProcessor, grids_of
@@ -100,7 +100,9 @@ class SampleBuilder:
         images.codes = self.processor.drawn(codes[: row.drawn]).codes
         return {**row.arrays(), "whole": row.whole, "images": images}
 
-    def row(self, record: Record, grids: Sequence[Grid], codes: Sequence[Tensor], request: int = 0) -> Row:
+    def row(
+        self, record: Record, grids: Sequence[ImageGrid], codes: Sequence[Tensor], request: int = 0
+    ) -> Row:
         """Write a record; turns that the context has no room for are left out from the end.
 
         Whether a record can be used does not depend on `request`: where the wording that it falls on is too long,
@@ -136,7 +138,9 @@ class SampleBuilder:
             for place, message in enumerate(answered)
         ]
 
-    def _fitted(self, messages: Sequence[Message], grids: Sequence[Grid], codes: Sequence[Tensor]) -> Row:
+    def _fitted(
+        self, messages: Sequence[Message], grids: Sequence[ImageGrid], codes: Sequence[Tensor]
+    ) -> Row:
         """Messages as a row that fits the context; what is left out is counted in `whole`."""
         conversation = self.processor.conversation
         row = conversation.write(messages, _slots(messages, grids, codes))
@@ -195,7 +199,9 @@ def _size(codes: Tensor) -> Grid:
     return int(codes.shape[0]), int(codes.shape[1])
 
 
-def _slots(messages: Sequence[Message], grids: Sequence[Grid], codes: Sequence[Tensor]) -> list[ImageSlot]:
+def _slots(
+    messages: Sequence[Message], grids: Sequence[ImageGrid], codes: Sequence[Tensor]
+) -> list[ImageSlot]:
     """What is known of each image of messages, in their order; there may be more than they have."""
     seen, drawn = iter(grids), iter(codes)
     images = [part for message in messages for part in message.parts if isinstance(part, ImagePart)]

@@ -16,6 +16,7 @@ from pydantic import Field, create_model
 from transformers import AriaConfig, AriaTextConfig
 from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
 
+from unimm.families.aria_writer import FIRST_DECODER, AriaWriter
 from unimm.families.common import CHATML, UNDRAWN, decoder_of, expect, followed, special_token
 from unimm.families.documents import OwnCode
 from unimm.families.family import Family
@@ -69,6 +70,7 @@ class Aria(Family):
 
     name, title = "aria", "Aria"
     needs = ("encoder", "views")
+    writer = AriaWriter()
 
     def parts(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Translate a checkpoint's configuration."""
@@ -156,6 +158,14 @@ class Aria(Family):
             kept=(f"{tower}post_layernorm.{{end}}",),  # features are taken before it
             tied=("decoder.lm_head.weight",),
         )
+
+    def layout_of(self, document: Mapping[str, Any]) -> str:
+        """Return "original" for the form that was published first."""
+        text = document.get("text_config")
+        first = isinstance(text, dict) and (
+            text.get("model_type") == FIRST_DECODER or "moe_intermediate_size" in text
+        )
+        return "original" if first else "transformers"
 
     def holds(self, config: UniMMConfig) -> bool:
         """Whether a model has this encoder, reducer and decoder."""

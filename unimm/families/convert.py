@@ -6,6 +6,7 @@ A converted folder keeps what unimm has no module for (`kept.safetensors`) and t
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Iterable, Iterator
@@ -88,10 +89,18 @@ class _Conversion:
             if not self.back:
                 self.writer = _writer(self.family)
                 self.writer.check(self.config, self.processor, to, str(checkpoint.folder))
-        self.map = key_map(self.family, to, self.config)
+        self.map = key_map(self.family, to, self._named())
         separate = self.family.image_tokenizers.get(to)
         self.subfolders = {separate.prefix: separate.folder} if separate else {}
         self.kept = _kept(self.ours, checkpoint) if self.back or to == OWN else {}
+
+    def _named(self) -> UniMMConfig:
+        """The configuration by which tensors are named; a writer may have names of its own."""
+        if self.writer is None or self.writer.keys is None:
+            return self.config
+        named = copy.copy(self.config)
+        named.source_keys = self.writer.keys.get(self.to)
+        return named
 
     def write(self, target: Path) -> None:
         """Write everything."""
@@ -111,6 +120,9 @@ class _Conversion:
         """Write the tensors of the model's own folder, in the files that the layout has."""
         taken = {name for entry in self._returned() for name in entry.theirs}
         extra = {name: tensor for name, tensor in self.kept.items() if self.to != OWN and name not in taken}
+        if self.writer is not None:
+            kind = self._shapes(self._returned()[0])[0][1].dtype
+            extra = {name: one.to(kind) for name, one in self.writer.tensors(self.config, self.to).items()}
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
             return chain(self._translated(""), extra.items())

@@ -17,6 +17,7 @@ from unimm.errors import UserError
 from unimm.families.namesakes import namesake
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from unimm.families.keymap import KeyMap
@@ -52,7 +53,13 @@ class SeparateImageTokenizer:
 
 
 class Writer(ABC):
-    """Writes models that do not come from a layout of its family into it; the weights apart, which need a key map."""
+    """Writes models that do not come from a layout of its family into it; the weights apart, which need a key map.
+
+    Attributes:
+        keys: by layout, the set of names that tensors get, where a layout has had several; None: that of the source.
+    """
+
+    keys: ClassVar[Mapping[str, str] | None] = None
 
     @abstractmethod
     def check(self, config: UniMMConfig, processor: UniMMProcessor, layout: str, where: str) -> None:
@@ -78,6 +85,10 @@ class Writer(ABC):
             folder: where to write; a separate image tokenizer's folder is there in it.
             layout: `original` or `transformers`.
         """
+
+    def tensors(self, config: UniMMConfig, layout: str) -> dict[str, Tensor]:
+        """Return what a layout's weights have beyond a model of ours, and nothing looks at."""
+        return {}
 
 
 class Family(ABC):
@@ -144,6 +155,10 @@ class Family(ABC):
         from unimm.processing.processor import read_tokenizer
 
         return read_tokenizer(checkpoint.folder, checkpoint.document)
+
+    def layout_of(self, document: Mapping[str, Any]) -> str | None:
+        """Return the layout that a `config.json` is in; None where its `model_type` alone says it."""
+        return None
 
     def holds(self, config: UniMMConfig) -> bool:
         """Whether a model of ours is of this architecture, so that its layouts are the ones to write it in."""
@@ -222,7 +237,8 @@ def recognise(document: Mapping[str, Any], where: Path) -> tuple[Family, str]:
     if not isinstance(kind, str) or kind not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise UserError(f"{where}: model_type: {kind!r} is not supported; known are {known}")
-    return FAMILIES[kind].family(), FAMILIES[kind].layouts[kind]
+    family = FAMILIES[kind].family()
+    return family, family.layout_of(document) or FAMILIES[kind].layouts[kind]
 
 
 def family_of(config: UniMMConfig) -> Family:
@@ -231,7 +247,8 @@ def family_of(config: UniMMConfig) -> Family:
     Raises:
         UserError: there is none.
     """
-    for registered in REGISTRY:
+    # Janus and Emu3 hold whatever draws as they do: those that are told by their encoders come first
+    for registered in sorted(REGISTRY, key=lambda one: one.module in ("janus", "emu3")):
         family = registered.family()
         if config.family == family.name or (config.family is None and family.holds(config)):
             return family

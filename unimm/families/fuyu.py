@@ -24,6 +24,7 @@ from unimm.errors import UserError
 from unimm.families.common import UNDRAWN, decoder_of, expect, special_token
 from unimm.families.documents import OwnCode
 from unimm.families.family import Family
+from unimm.families.fuyu_writer import FuyuWriter
 from unimm.families.keymap import KeyMap, Rule
 from unimm.families.source import Checkpoint, normalisation
 from unimm.models.configs import section_for
@@ -63,6 +64,7 @@ class Fuyu(Family):
 
     name, title = "fuyu", "Fuyu"
     needs = ("encoder", "views")
+    writer = FuyuWriter()
 
     def parts(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Translate a checkpoint's configuration."""
@@ -116,6 +118,10 @@ class Fuyu(Family):
             ),
             tied=("decoder.lm_head.weight",),
         )
+
+    def layout_of(self, document: Mapping[str, Any]) -> str:
+        """Return "original" for the form that was published first."""
+        return "transformers" if document.get("text_config") else "original"
 
     def holds(self, config: UniMMConfig) -> bool:
         """Whether a model has no encoder but patches, and this decoder."""

@@ -24,6 +24,7 @@ from unimm.families.common import (
 )
 from unimm.families.family import Family
 from unimm.families.keymap import SAME, KeyMap, Op, Rule, rotary_halves
+from unimm.families.pixtral_writer import PixtralWriter
 from unimm.families.source import Checkpoint, normalisation
 from unimm.models.configs import Activation, Published, section_for
 from unimm.models.configuration import UniMMConfig
@@ -101,6 +102,7 @@ class Pixtral(Family):
 
     name, title = "pixtral", "Pixtral"
     needs = ("encoder", "views")
+    writer = PixtralWriter()
     weight_files: ClassVar = {"original": "consolidated.safetensors"}
 
     def parts(self, checkpoint: Checkpoint) -> dict[str, Any]:

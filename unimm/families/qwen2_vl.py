@@ -16,6 +16,7 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfi
 from unimm.families.common import CHATML, CLIP_MEAN, CLIP_STD, UNDRAWN, decoder_of, expect, followed
 from unimm.families.family import Family
 from unimm.families.keymap import KeyMap, Rule, patches
+from unimm.families.qwen2_vl_writer import VIDEO_FILE, Qwen2VLWriter
 from unimm.families.source import Checkpoint, normalisation
 from unimm.models.configs import section_for
 from unimm.models.configuration import UniMMConfig
@@ -37,7 +38,6 @@ DOCUMENT: Any = create_model(
     video_token_id=_TOKEN,
     tie_word_embeddings=(bool, None),
 )
-VIDEO_FILE = "video_preprocessor_config.json"
 _Pixels: Any = Annotated[int, Field(gt=0, lt=2**40)] | None
 VideoOptions: Any = create_model(
     "Qwen2VLVideoOptions",
@@ -57,6 +57,7 @@ class Qwen2VL(Family):
 
     name, title = "qwen2_vl", "Qwen2-VL"
     needs = ("encoder", "views")
+    writer = Qwen2VLWriter()
 
     def parts(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Translate a checkpoint's configuration."""
@@ -128,6 +129,10 @@ class Qwen2VL(Family):
             ),
             tied=("decoder.lm_head.weight",),
         )
+
+    def layout_of(self, document: Mapping[str, Any]) -> str:
+        """Return "original" for the form that was published first."""
+        return "transformers" if "text_config" in document else "original"
 
     def holds(self, config: UniMMConfig) -> bool:
         """Whether a model has this encoder and these positions."""

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import re
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -216,3 +218,70 @@ def _check_apart(tokenizer: Tokenizer, special: list[str], path: Path) -> None:
         if min(spelled.ids, default=len(special)) < len(special):
             raise UserError(f"{path}: config.pattern: leaves {show(name)} whole, so that texts could hold it")
     tokenizer.encode_special_tokens = False
+
+
+# --- written ------------------------------------------------------------------------------------------------
+
+
+def tekken_document(tokenizer: Any) -> dict[str, Any] | None:
+    """Return a text tokenizer as `tekken.json` has it; None where that has no place for all of it.
+
+    It must join byte pairs by rank, within one pattern, behind special tokens that have the first ids.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    words = state["model"].get("vocab")
+    added = {token["content"]: token["id"] for token in state["added_tokens"] if token["special"]}
+    special = sorted(added, key=added.__getitem__)
+    pattern = _one_pattern(state.get("pre_tokenizer"))
+    if state["model"].get("type") != "BPE" or pattern is None or [*added.values()] != sorted(added.values()):
+        return None
+    if sorted(added.values()) != list(range(len(special))):
+        return None
+    byte = {character: number for number, character in bytes_to_unicode().items()}
+    ranked = sorted((number, word) for word, number in words.items() if word not in added)
+    if [number for number, _ in ranked] != list(range(len(special), len(special) + len(ranked))):
+        return None
+    try:
+        data = [bytes(byte[character] for character in word) for _, word in ranked]
+    except KeyError:
+        return None
+    document = {
+        "config": {
+            "pattern": pattern,
+            "num_vocab_tokens": len(data),
+            "default_vocab_size": len(data) + len(special),
+            "default_num_special_tokens": len(special),
+            "version": "v3",
+        },
+        "vocab": [
+            {"rank": rank, "token_bytes": base64.b64encode(word).decode(), "token_str": None}
+            for rank, word in enumerate(data)
+        ],
+        "special_tokens": [
+            {"rank": rank, "token_str": name, "is_control": True} for rank, name in enumerate(special)
+        ],
+    }
+    return document if _reads_as(document, state) else None
+
+
+def _one_pattern(cut: Any) -> str | None:
+    """The regular expression within which a byte-level tokenizer joins pairs, if it is one."""
+    steps = (cut or {}).get("pretokenizers", [])
+    if [step.get("type") for step in steps] != ["Split", "ByteLevel"]:
+        return None
+    pattern: str | None = steps[0]["pattern"].get("Regex")
+    return pattern
+
+
+def _reads_as(document: dict[str, Any], state: dict[str, Any]) -> bool:
+    """Whether a document gives the tokens of a tokenizer, and joins them as it does."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / TEKKEN_FILE
+        path.write_text(json.dumps(document))
+        try:
+            again: Any = read_tekken(path)
+        except UserError:
+            return False
+    read = json.loads(again.backend_tokenizer.to_str())["model"]
+    tokens = {**state["model"]["vocab"], **{token["content"]: token["id"] for token in state["added_tokens"]}}
+    return bool(read["vocab"] == tokens and read["merges"] == state["model"]["merges"])

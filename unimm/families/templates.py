@@ -169,7 +169,7 @@ def _followed(
         reading = _Reading(placeholder, base).read(text, known, looks)
     joins = reading.joins
     _ask_for_answers(joins)
-    _begin_once(joins, known.get("bos_token"))
+    begins = _begin_once(joins, known.get("bos_token"))
     later = joins[join_key(ASSISTANT_TEXT, USER_TEXT, False)].words
     user, own = _user_mark(joins[join_key(START, USER_TEXT, False)].words, later, known)
     if base.message and not own:
@@ -178,6 +178,7 @@ def _followed(
     closing = re.match(rf"\s*({special}|<\|[^<>|\s]+\|>)", joins[join_key(ASSISTANT_TEXT, END, False)].words)
     return dataclasses.replace(
         base,
+        bos="first" if begins and base.bos == "never" else base.bos,
         user=user,
         assistant=joins[join_key(USER_TEXT, ASK, False)].words,
         template=text,
@@ -203,13 +204,15 @@ def _ask_for_answers(joins: dict[str, Join]) -> None:
         joins[join_key(place, ASK, False)] = Join(answers.words.rstrip(), answers.strip_left)
 
 
-def _begin_once(joins: dict[str, Join], bos: str | None) -> None:
-    """Leave out the token that the stream begins with, however often a template opens with it."""
+def _begin_once(joins: dict[str, Join], bos: str | None) -> bool:
+    """Leave out the token that the stream begins with, however often a template opens with it; whether it does."""
+    begins = False
     for key, join in joins.items():
         words = join.words
         while bos and key.startswith((f"{START}|", f"{START_SEEN}|")) and words.startswith(bos):
-            words = words.removeprefix(bos)
+            words, begins = words.removeprefix(bos), True
         joins[key] = dataclasses.replace(join, words=words)
+    return begins
 
 
 def _user_mark(first: str, later: str, names: Mapping[str, str]) -> tuple[str, bool]:

@@ -236,7 +236,7 @@ class UniMMProcessor:
         return self.views.prepare(images)  # type: ignore[arg-type]  # without videos
 
     def store_features(
-        self, features: NDArray[Any], grid: Grid, padding: NDArray[Any] | None = None
+        self, features: NDArray[Any], grid: ImageGrid, padding: NDArray[Any] | None = None
     ) -> NDArray[Any]:
         """Return the features [n, width] of an image as they are stored.
 
@@ -253,7 +253,7 @@ class UniMMProcessor:
         if padding is not None:
             features = np.concatenate([features, padding[:, None].astype(features.dtype)], axis=1)
         front = np.zeros((1, features.shape[1]), features.dtype)
-        front[0, :2] = grid
+        front[0, :2] = grid[:2]
         return np.concatenate([front, features])
 
     def stored_features(self, stored: Sequence[NDArray[Any]]) -> Images:
@@ -351,7 +351,7 @@ class UniMMProcessor:
         return self.conversation.ask(read, grids_of(seen)), seen
 
     def drawing_inputs(
-        self, prompt: str, images: Sequence[ImageInput] = (), grid: Grid | None = None
+        self, prompt: str, images: Sequence[ImageInput | Video] = (), grid: Grid | None = None
     ) -> BatchFeature:
         """Return one prompt for a drawing, with the images that come before its words: ids [1, T] and pixels.
 

@@ -189,18 +189,18 @@ class AreaViews(Views):
             raise UserError(
                 f"max_pixels: {most}; give at least {self.stride**2} (one token), and min_pixels ({least})"
             )
-        frames = {f"frame_{name}": value for name, value in (("least", least), ("most", most)) if self.frames}
-        return replace(self, least=least, most=most, **frames)
+        return replace(self, least=least, most=most, frame_least=least, frame_most=most)
 
     def prepare(self, images: Sequence[ImageInput | Video]) -> Images:
         """Return images as pixels, filled up with 0 to the largest, and their sizes; see `Views.prepare`.
 
         Videos among them are pixels [times, 3 frames, H, W] each.
         """
-        if any(isinstance(image, Video) for image in images):
+        still = [image for image in images if not isinstance(image, Video)]
+        if len(still) < len(images):
             return self._with_videos(images)
         resized = []
-        for image in images:
+        for image in still:
             opened = read_image(image)
             height, width = area_size(opened.height, opened.width, self.stride, self.least, self.most)
             resized.append(opened.resize((width, height), Image.Resampling.BICUBIC))

@@ -20,6 +20,7 @@ from unimm.sampling.sampler import NoiseKey
 if TYPE_CHECKING:
     from unimm.console import ProgressCallback
     from unimm.images import ImageInput
+    from unimm.videos import Video
 
 
 class DrawingOrder(NamedTuple):
@@ -34,7 +35,7 @@ class DrawingOrder(NamedTuple):
     """
 
     texts: list[str]
-    images: list[list[ImageInput]]
+    images: list[list[ImageInput | Video]]
     keys: list[NoiseKey]
     grid: Grid
     sampling: SamplingConfig
@@ -70,7 +71,7 @@ def _reporter(report: ProgressCallback, before: int, total: int) -> Callable[[in
 def drawing_requests(
     processor: UniMMProcessor,
     prompts: Sequence[str],
-    images: Sequence[Sequence[ImageInput]],
+    images: Sequence[Sequence[ImageInput | Video]],
     keys: Sequence[NoiseKey],
     sampling: SamplingConfig,
     grid: Grid,

@@ -132,7 +132,8 @@ def tiny_understanding(section: dict[str, Any]) -> dict[str, Any]:
     unit = encoder.get("patch", 8) * (reducer.get("side", 1) if reducer.get("kind", "join") == "join" else 1)
     connector = tiny["connector"]
     if connector.get("width") is not None:
-        connector["width"] = 24
+        joined = _joined(dict(section["encoder"]), tiny["reducer"])
+        connector["width"] = _joined(encoder, reducer) if connector["width"] == joined else 24
     fusion = tiny["fusion"]
     if "layers" in fusion:
         fusion |= {"layers": [0, 1], "heads": 2, "kv_heads": 1, "width": 32}
@@ -150,6 +151,12 @@ def tiny_understanding(section: dict[str, Any]) -> dict[str, Any]:
         "fusion": fusion,
         "positions": positions,
     }
+
+
+def _joined(encoder: dict[str, Any], reducer: dict[str, Any]) -> int:
+    """How wide the features of an encoder are once they are joined; 0 where its fields do not say."""
+    width: int = encoder.get("width", 0) * reducer.get("side", 1) ** 2
+    return width
 
 
 def _tiny_views(views: dict[str, Any], unit: int) -> dict[str, Any]:
