@@ -154,10 +154,10 @@ def vqav2(folder: Path) -> list[Path]:
     questions, annotations = [], []
     (folder / "images").mkdir()
     for number, scene, question, answer in asked("count"):
-        questions.append({"question_id": 10 + number, "image_id": number, "question": question})
+        questions.append({"question_id": 10 + 1_000_000 * number, "image_id": number, "question": question})
         said = [answer] * (3 + number % 8) + ["many", "a few", "none"] * 3
         annotations.append({
-            "question_id": 10 + number, "image_id": number, "answer_type": "number",
+            "question_id": 10 + 1_000_000 * number, "image_id": number, "answer_type": "number",
             "answers": [{"answer": one, "answer_id": place} for place, one in enumerate(said[:10], 1)],
         })  # fmt: skip
         image = folder / "images" / f"COCO_val2014_{number:012}.jpg"

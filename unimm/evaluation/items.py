@@ -157,7 +157,9 @@ class DataFiles:
         for rotation in range(rotations):
             turned = choices[rotation:] + choices[:rotation]
             own = dict(fields) if rotations == 1 else _rotated(fields, choices, rotation, source)
-            own.setdefault("unit", _unit(str(key)))
+            own.setdefault(
+                "unit", _question(str(key)) if self.protocol.scorer.name == "mmbench" else str(key)
+            )
             prompt = self._prompt(own, turned)
             yield EvalItem(_rotated_key(str(key), rotation), 0, prompt, tuple(images), turned, own)
 
@@ -268,9 +270,9 @@ def _rotated_key(key: str, rotation: int) -> str:
     return str(int(key) + rotation * ROTATION) if _NUMBER.fullmatch(key) else f"{key}#{rotation}"
 
 
-def _unit(key: str) -> str:
-    """What is drawn anew by the bootstrap: an item, or with MMBench's indices a question with all its rotations."""
-    return str(int(key) % ROTATION) if _NUMBER.fullmatch(key) else key.partition("#")[0]
+def _question(key: str) -> str:
+    """The question that an index of MMBench's files is a rotation of; others' ids are as long without being any."""
+    return str(int(key) % ROTATION) if _NUMBER.fullmatch(key) else key
 
 
 def _plain(value: Any) -> Any:
