@@ -39,6 +39,11 @@ def test_a_taken_port_is_named(unimm) -> None:
     assert done.code == 2 and done.err.endswith("address already in use; give another, or --port 0 for any\n")
 
 
+def test_a_model_that_cannot_be_loaded_ends_the_server(unimm, tmp_path: Path) -> None:
+    done = unimm("serve", "--port", 0, "--model", tmp_path)
+    assert (done.code, done.out) == (2, "") and str(tmp_path) in done.err and done.err.count("\n") == 1
+
+
 def test_the_key_is_not_on_the_screen(unimm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "UNIMM_API_KEY", "s3cret")
     assert "s3cret" not in unimm("serve", "--help").out

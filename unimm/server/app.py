@@ -26,7 +26,7 @@ from unimm.server.security import Guard
 from unimm.server.service import ClientGone, Service
 
 VERSION = importlib.metadata.version("unimm")
-OPEN_PATHS = ("/", "/health", "/docs", "/openapi.json")
+OPEN_PATHS = ("/", "/health", "/docs", "/openapi.json", "/static/")
 """What needs no key: nothing of it uses the model."""
 LONG_BODY = 2**16  # bytes from which parsing it would hold up others
 WELCOME = "unimm {version}: {model}. The API is described at /docs.\n"

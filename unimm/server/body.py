@@ -7,7 +7,7 @@ disk or fills the machine.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -167,7 +167,7 @@ async def read_multipart(
     if not options.get(b"boundary"):
         raise APIError(400, "Content-Type: a multipart form without its boundary", "invalid_form")
 
-    async def once() -> AsyncIterator[bytes]:
+    async def once() -> AsyncGenerator[bytes, None]:
         yield content
         yield b""
 

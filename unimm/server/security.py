@@ -38,12 +38,13 @@ class Guard:
     Args:
         app: what answers the others.
         settings: of the server.
-        open_paths: paths that need no key.
+        open_paths: paths that need no key; one that ends in a slash stands for all below it.
     """
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, open_paths: Iterable[str] = ()) -> None:
         self.app, self.settings = app, settings
         self.open_paths = frozenset(open_paths)
+        self.open_folders = tuple(path for path in self.open_paths if path.endswith("/") and path != "/")
         names = {"localhost", "127.0.0.1", "[::1]", settings.host.lower(), f"[{settings.host.lower()}]"}
         self.names = names | {name.lower() for name in settings.server_names} | {socket.gethostname().lower()}
         self.origins = frozenset(origin.lower() for origin in settings.allow_origins)
@@ -112,7 +113,7 @@ class Guard:
 
     def _check_key(self, path: str, headers: list[tuple[bytes, str]]) -> None:
         key = self.settings.api_key
-        if key is None or path in self.open_paths:
+        if key is None or path in self.open_paths or path.startswith(self.open_folders):
             return
         scheme, _, given = (_one(headers, b"authorization") or "").partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), key.encode()):
