@@ -111,7 +111,7 @@ def wrong_types() -> Iterator[Bad]:
         {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"$ref": "http://a/b"}}}},
         {"response_format": {"type": "json_schema", "json_schema": {"name": "a",
         "schema": {"$ref": "file:///etc/passwd"}}}},
-        {"regex": "(a?){300}a{300}"}, {"regex": "("}, {"regex": "a" * 5000}, 
+        {"regex": "(a?){300}a{300}"}, {"regex": "("}, {"regex": "a" * 5000},
         {"regex": "a", "response_format": {"type": "json_object"}}, {"stream_options": {"include_usage": True}},
         {"repetition_penalty": 0}, {"frequency_penalty": 1}, {"temprature": 1}, {"__class__": 1}, {"messages.0": 1},
         {"logit_bias": {"5": 100}}, {"modalities": ["audio"]},
