@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from unimm.evaluation.bootstrap import ScoreTable, paired, with_intervals
+from unimm.evaluation.official import read_judged
 from unimm.evaluation.scorers import BENCHMARK_SCORERS
 from unimm.evaluation.scorers.captions import cider, word_tokens
 from unimm.evaluation.scorers.drawings import dpg_questions, dpg_score, wise_category
@@ -181,3 +182,17 @@ def test_intervals_hold_the_figure_and_pairing_narrows_them() -> None:
     wanted = 1.96 * np.std(second - first) / np.sqrt(400)
     assert (pair["high"] - pair["low"]) / 2 == pytest.approx(wanted, rel=0.15)
     assert pair["high"] - pair["low"] < 2 * np.sqrt(2) * (found["high"] - found["low"]) / 2
+
+
+def test_output_of_the_official_code_of_dpg_is_read(tmp_path: Path) -> None:
+    made = fixture("dpg")
+    detail = tmp_path / "dpg_detail.txt"
+    detail.write_text(made["detail"])
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in made["csv"][1:]:
+        rows.setdefault(row["item_id"], []).append(row)
+    lines = [
+        {"key": key, "images": [{"file": f"{key}.png"}], "fields": {"rows": own}} for key, own in rows.items()
+    ]
+    found = figures("dpg", read_judged("dpg", detail, lines))
+    assert found["dpg"] == pytest.approx(made["figures"]["dpg"], abs=EXACT)

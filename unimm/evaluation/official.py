@@ -98,10 +98,10 @@ def _dpg(path: Path, lines: Lines) -> list[ItemVerdict]:
         crops.setdefault(match["crop"], {})[match["question"]] = match["answer"] == "yes"
     verdicts = []
     for line in lines:
-        crops = list(_of(said, Path(line["images"][0]["file"]).stem, path).values())
+        asked: list[dict[str, bool]] = list(_of(said, Path(line["images"][0]["file"]).stem, path).values())
         (questions,) = dpg_questions(line["fields"]["rows"]).values()
         try:
-            answers = [{one["id"]: crop[one["question"]] for one in questions} for crop in crops]
+            answers = [{one["id"]: crop[one["question"]] for one in questions} for crop in asked]
         except KeyError as error:
             raise UserError(f"{path}: item {line['key']}: no answer to {error}") from None
         verdicts.append(dpg_score(questions, answers))

@@ -102,9 +102,11 @@ def _separated(path: Path, separator: str, columns: Sequence[str]) -> Iterator[C
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # images stand in cells, as base64
     with open_regular(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
         try:
-            quoting = csv.QUOTE_NONE if path.suffix.lower() == ".txt" else csv.QUOTE_MINIMAL
             names = list(columns) or None
-            reader = csv.DictReader(text, names, delimiter=separator, quoting=quoting)  # type: ignore[arg-type]
+            if path.suffix.lower() == ".txt":  # prompts, in which a quotation mark is one
+                reader = csv.DictReader(text, names, delimiter=separator, quoting=csv.QUOTE_NONE)
+            else:
+                reader = csv.DictReader(text, names, delimiter=separator)
             for number, row in enumerate(reader, 1):
                 if None in row:
                     raise UserError(f"{path}: row {number}: more cells than the header has")
