@@ -161,7 +161,8 @@ class Benchmark:
         if first is None:
             return None
         if self.options.drawn is not None:
-            return self._find(journal, _again(first, left))
+            self._find(journal, _again(first, left))
+            return None
         um = load_for(self.options)
         if self.protocol.drawing is not None:
             um.processor.check_draws(self.protocol.name)

@@ -75,7 +75,7 @@ def check_result(path: Path, options: RunOptions) -> dict[str, Any]:
 
 
 def _same(line: dict[str, Any], item: EvalItem, said: dict[str, Any]) -> bool:
-    return line["prompt"] == item.prompt and line["answer"] == said["answer"]
+    return bool(line["prompt"] == item.prompt and line["answer"] == said["answer"])
 
 
 def _cut(text: object) -> str:

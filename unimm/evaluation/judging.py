@@ -141,7 +141,11 @@ def judge_items(
         return _distance(protocol, options, lines)
     if options.judged is not None:
         verdicts = read_judged(protocol.scorer.name, options.judged, lines)
-        by = {"kind": "file", "file": options.judged.name, "version": file_hash(options.judged)}
+        by: dict[str, Any] = {
+            "kind": "file",
+            "file": options.judged.name,
+            "version": file_hash(options.judged),
+        }
         return _with(lines, verdicts), by
     if choice.kind == "emojiscenes":
         from unimm.evaluation.emojiscenes.twin import judge_scenes
