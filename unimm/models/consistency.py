@@ -18,6 +18,7 @@ from unimm.models.parts import (
     ImageGenerationConfig,
     JoinReducerConfig,
     MropePositionsConfig,
+    NaflexEncoderConfig,
     PositionsConfig,
     ResampleReducerConfig,
     SquareViewsConfig,
@@ -87,7 +88,7 @@ def _check_square(seeing: Seeing, image_size: int) -> None:
             )
         tokens = encoder.tokens
     else:
-        assert isinstance(encoder, TransformersEncoderConfig)
+        assert isinstance(encoder, TransformersEncoderConfig | NaflexEncoderConfig)
         _expect("encoder.side", side, image_size // encoder.patch, "pixels a side of views / patch")
         tokens = side**2
     if isinstance(reducer, ResampleReducerConfig):

@@ -61,6 +61,7 @@ class NaflexEncoderConfig:
         act: its activation.
         stem: what a patch is embedded by: one linear layer, or "conv" for convolutions that each halve the image, with
             which a small encoder learns from fewer images (`unimm.models.vision.conv_stem`).
+        side: features a side of every view; 0: views keep their own sizes.
     """
 
     width: Width
@@ -71,6 +72,7 @@ class NaflexEncoderConfig:
     mlp_ratio: Annotated[float, Field(gt=0, le=2**8)] = 4.0
     act: Literal["gelu", "quick_gelu"] = "quick_gelu"
     stem: Literal["patch", "conv"] = "patch"
+    side: WholeNumber = 0
     kind: Literal["naflex"] = "naflex"
 
     def __post_init__(self) -> None:

@@ -80,7 +80,8 @@ class Seeing(NamedTuple):
         encoder = self.encoder
         if isinstance(encoder, TimmEncoderConfig):
             return encoder.side
-        return (encoder.side or None) if isinstance(encoder, TransformersEncoderConfig) else None
+        own = isinstance(encoder, TransformersEncoderConfig | NaflexEncoderConfig)
+        return (encoder.side or None) if own else None
 
     @property
     def alike(self) -> Grid | None:

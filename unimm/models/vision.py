@@ -195,7 +195,7 @@ class NaflexTower(NativeTower):
     def __init__(self, config: NaflexEncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.patch, self.frames = config.patch, config.frames
+        self.patch, self.frames, self.side = config.patch, config.frames, config.side
         conv, channels = config.stem == "conv", 3 * config.frames
         self.stem = conv_stem(config.patch, channels, config.width) if conv else None
         options = NaFlexVitCfg(

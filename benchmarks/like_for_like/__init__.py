@@ -1,0 +1,1 @@
+"""What `benchmarks/systems.py` compares, and how it shows what came out."""
