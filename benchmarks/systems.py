@@ -104,7 +104,8 @@ def start_model(task: Task, system: str, folder: Path, base: Path | None) -> Pat
     with torch.no_grad():
         if system == "Emu3":
             source: Any = unimm.load("embedded").image_tokenizer
-            model.image_tokenizer.load_state_dict(source.state_dict())
+            target: Any = model.image_tokenizer
+            target.load_state_dict(source.state_dict())
         own = model.state_dict()
         given = {} if base is None else unimm.load(base, "cpu", "float32").model.state_dict()
         for name, tensor in given.items():

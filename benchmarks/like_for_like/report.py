@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,9 +34,8 @@ def write_report(rows: Rows, path: Path | None) -> None:
         if path is not None:
             begin, end = BEGIN.format(name=task), END.format(name=task)
             found = f"{begin}\n" + "\n".join(lines) + f"\n{end}"
-            page = re.sub(
-                f"{re.escape(begin)}.*?{re.escape(end)}", lambda _, new=found: new, page, flags=re.S
-            )
+            before, _, rest = page.partition(begin)
+            page = before + found + rest.partition(end)[2]
             draw(own, path.parents[1] / "images" / f"systems-{task}.png", task)
     if path is not None:
         path.write_text(page, encoding="utf-8")

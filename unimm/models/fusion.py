@@ -9,7 +9,7 @@ Shape suffixes: B rows, T positions of the stream, S rows of the memory, C decod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -74,13 +74,13 @@ class Piece(NamedTuple):
         row: of the batch.
         mark: position from which it may be seen.
         last: position of the last mark of its image.
-        count: rows.
+        size: its rows.
     """
 
     row: int
     mark: int
     last: int
-    count: int
+    size: int
 
 
 def visible_rows(pieces: Sequence[Piece], shape: tuple[int, int], looks: Looks, sees: Sight) -> Tensor:
@@ -93,7 +93,7 @@ def visible_rows(pieces: Sequence[Piece], shape: tuple[int, int], looks: Looks, 
         sees: see `CrossFusionConfig`.
     """
     owned = [[piece for piece in pieces if piece.row == row] for row in range(shape[0])]
-    most = max(sum(piece.count for piece in own) for own in owned)
+    most = max(sum(piece.size for piece in own) for own in owned)
     visible = None
     for row, own in enumerate(owned):
         if not own:
@@ -101,7 +101,7 @@ def visible_rows(pieces: Sequence[Piece], shape: tuple[int, int], looks: Looks, 
         seen = _narrowed(torch.stack([looks(row, piece.mark) for piece in own], dim=1), own, sees)
         if visible is None:
             visible = torch.zeros(*shape, most, dtype=torch.bool, device=seen.device)
-        counts = torch.tensor([piece.count for piece in own], device=seen.device)
+        counts = torch.tensor([piece.size for piece in own], device=seen.device)
         spread = seen.repeat_interleave(counts, dim=1)
         visible[row, :, : spread.shape[1]] = spread
     assert visible is not None
@@ -153,7 +153,7 @@ class Memory(NamedTuple):
 
     @classmethod
     def of(cls, pieces: Sequence[Piece], rows: Sequence[Tensor], visible: Tensor) -> Memory:
-        """Return the memory of pieces with rows [count, C] each."""
+        """Return the memory of pieces with rows [size, C] each."""
         batch, _, most = visible.shape
         stacks = []
         for row in range(batch):
@@ -240,7 +240,8 @@ class CrossBlock(nn.Module):
         )
         seen = self.o_proj(found.transpose(1, 2).flatten(2))
         stream = stream + self.attention_gate.tanh() * seen * some
-        return stream + self.mlp_gate.tanh() * self.mlp(self.between(stream)) * some
+        transformed: Tensor = stream + self.mlp_gate.tanh() * self.mlp(self.between(stream)) * some
+        return transformed
 
 
 class Fusion(nn.Module):
@@ -264,11 +265,8 @@ class Fusion(nn.Module):
 
     def read(self, states: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Return keys and values [B, G, S, D] of a memory [B, S, C], block by block."""
-        return {name: block.read(states) for name, block in self._named()}
-
-    def _named(self) -> Iterable[tuple[str, CrossBlock]]:
         named: Any = self.blocks.items()
-        return named
+        return {name: block.read(states) for name, block in named}
 
     def looking(self, memory: Attended | None) -> dict[str, Any]:
         """Return the keyword by which a pass through the decoder looks at a memory."""

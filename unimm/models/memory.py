@@ -97,7 +97,7 @@ class Remembering(NamedTuple):
         if plan is None:
             return {"memory": 0, "looking": 0, "looks": 0}
         return {
-            "memory": sum(piece.count for piece in plan.pieces),
+            "memory": sum(piece.size for piece in plan.pieces),
             "looking": int(plan.visible.any(-1).sum()),
             "looks": int(plan.visible.sum()),
         }

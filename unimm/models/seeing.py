@@ -80,8 +80,9 @@ class Seeing(NamedTuple):
         encoder = self.encoder
         if isinstance(encoder, TimmEncoderConfig):
             return encoder.side
-        own = isinstance(encoder, TransformersEncoderConfig | NaflexEncoderConfig)
-        return (encoder.side or None) if own else None
+        if isinstance(encoder, TransformersEncoderConfig | NaflexEncoderConfig):
+            return encoder.side or None
+        return None
 
     @property
     def alike(self) -> Grid | None:

@@ -95,8 +95,8 @@ class Operations:
             self.feature_pair = 4 * encoder_depth(encoder) * times
         self.memory = self.looking = self.look = 0
         if model.fusion is not None:
-            every = list(model.fusion.blocks.values())
-            reads = sum(weights_of(layer) for block in every for layer in (block.k_proj, block.v_proj))  # type: ignore[arg-type]
+            every: list[Any] = list(model.fusion.blocks.values())
+            reads = sum(weights_of(layer) for block in every for layer in (block.k_proj, block.v_proj))
             times = 2 + 2 * passes + 2 * ("fusion" in groups)
             self.memory, self.looking = reads * times, (weights_of(model.fusion) - reads) * times
             self.look = 4 * len(every) * width * (3 if passes else 1)

@@ -60,8 +60,8 @@ COLUMNS = {
 def systems() -> list[dict[str, Any]]:
     """Return a row of `COLUMNS` for each shipped recipe that is of a published system, the oldest first.
 
-    Beside them, `recipe` and `paper` say where it comes from; `photo_memory` and `page_memory` how many rows of a memory
-    the two images give.
+    Beside them, `recipe` and `paper` say where it comes from; `photo_memory` and `page_memory` how many rows of a
+    memory the two images give.
     """
     rows = []
     for info in list_recipes():
