@@ -8,7 +8,7 @@ answers. Every way of seeing starts from its decoder and its encoder, whose patc
 fit any view; what a system adds (reducer, connector, gated blocks) starts from nothing. Left out are tiles that look at
 each other inside the encoder (Llama 3.2) and features of inner layers (Molmo): they would need encoders of their own.
 
-What is done is in `runs/systems/results.jsonl`; started again after any end, it goes on where it was.
+What is done has a `result.json` in its folder; started again after any end, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from like_for_like.report import write_report
 
 PROBE_STEPS = 12  # after which the speed of a system is known
 OUT = Path("runs/systems")
+RESULT = "result.json"  # of one system on one task, in its folder
 Rows = list[dict[str, Any]]
 
 
@@ -153,12 +154,12 @@ def speed_of(task: Task, system: str, folder: Path, model: Path) -> float:
 
 
 def run_one(task: Task, system: str, out: Path, minutes: float) -> None:
-    """Train and measure one system on one task, and add a line to the results."""
+    """Train and measure one system on one task, and write its result."""
     folder = out / task.name / system.replace(" ", "-").lower()
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a process of a run that was killed may still be at it
-        if any(row["task"] == task.name and row["system"] == system for row in read_rows(out)):
+        if (folder / RESULT).exists():
             return
         import unimm
         from unimm.training.recipe import load_recipe
@@ -181,23 +182,15 @@ def run_one(task: Task, system: str, out: Path, minutes: float) -> None:
             "parameters": sum(p.numel() for part in um.model.parts().values() for p in part.parameters()),
             **task.measure(um),
         }
-        with open(out / "results.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+        _write(folder / RESULT, json.dumps(row))
 
 
 # --- all of them --------------------------------------------------------------------------------------------
 
 
 def read_rows(out: Path) -> Rows:
-    """Return the results there are; a line that was cut in half counts as none."""
-    rows: Rows = []
-    path = out / "results.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+    """Return the results there are."""
+    return [json.loads(path.read_text()) for path in sorted(out.glob(f"*/*/{RESULT}"))]
 
 
 def run_all(options: argparse.Namespace, work: Sequence[tuple[str, str, float]]) -> None:
