@@ -12,12 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from tokenizers import Tokenizer
 
 import unimm
 from tests.families import emu3_checkpoints, janus_checkpoints
 from unimm.errors import UserError
 from unimm.families.source import Checkpoint
 from unimm.processing.processor import UniMMProcessor, read_tokenizer
+from unimm.processing.tokenizer_files import BOUNDS
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1234\n"
 DAMAGE: dict[str, bytes] = {
@@ -196,3 +198,28 @@ def test_so_for_published_checkpoints(tmp_path: Path, folders: dict[str, Path], 
     found = processor(folder)
     assert found.pad == processor(folders[layout]).pad  # the decoder's
     assert found.pad_left([[1], [1, 2]])[0].tolist() == [[found.pad, 1], [1, 2]]
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_length_that_texts_were_cut_to_is_let_go_of(file: str, tiny: Path, tmp_path: Path) -> None:
+    """As a text tower's training leaves it: transformers' processors would cut each prompt to it, images too."""
+    folder = without_weights(tiny, tmp_path / "model")
+    if file == "tokenizer.json":
+        words = Tokenizer.from_file(str(folder / file))
+        words.enable_truncation(4)
+        words.enable_padding(length=4)
+        words.save(str(folder / file))
+    else:
+        bounds = {"max_length": 4, "truncation_strategy": "longest_first", "pad_to_multiple_of": 4}
+        document = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(document | bounds))
+    found = processor(folder)
+    found.save_pretrained(tmp_path / "again")
+    written = json.loads((tmp_path / "again/tokenizer_config.json").read_text())
+    assert not written.keys() & {*BOUNDS}
+    words = Tokenizer.from_file(str(tmp_path / "again/tokenizer.json"))
+    assert words.truncation is None and words.padding is None
+    text = "a red apple on a blue background"
+    for tokenizer in (found.tokenizer, read_tokenizer(tmp_path / "again")):
+        assert len(tokenizer.backend_tokenizer.encode(text).ids) > 4  # type: ignore[attr-defined]
+        assert not tokenizer.init_kwargs.keys() & {*BOUNDS}

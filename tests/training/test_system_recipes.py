@@ -16,6 +16,8 @@ import torch
 import yaml
 from PIL import Image
 from transformers import (
+    AutoImageProcessor,
+    AutoProcessor,
     LlavaForConditionalGeneration,
     Qwen2VLForConditionalGeneration,
 )
@@ -110,7 +112,10 @@ REFUSED = {
 
 @torch.no_grad()
 def test_transformers_reads_what_was_trained(trained: tuple[str, Path], tmp_path: Path) -> None:
-    """Written in its family's layout, it is loaded by transformers' own classes and gives the same."""
+    """Written in its family's layout, it is loaded by transformers' own classes and gives the same.
+
+    Their processor makes the inputs: it reads the text tokenizer, the chat template and the options of images.
+    """
     name, folder = trained
     if name in REFUSED:
         with pytest.raises(UserError, match=f"--to: .*{REFUSED[name]}"):
@@ -119,19 +124,23 @@ def test_transformers_reads_what_was_trained(trained: tuple[str, Path], tmp_path
         return
     convert(folder / "run-smoke/export", tmp_path / "written", "transformers")
     theirs = WRITTEN[name].from_pretrained(tmp_path / "written", dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "written")
+    # asked for the PIL backend, the processor would want it of its video processor too, which has none
+    processor.image_processor = AutoImageProcessor.from_pretrained(tmp_path / "written", backend="pil")
     ours = unimm.load(folder / "run-smoke/export", "cpu", dtype="float32")
-    rng = np.random.default_rng(0)
-    shown = Image.fromarray(rng.integers(0, 256, (40, 64, 3), dtype=np.uint8))
     again = unimm.load(tmp_path / "written", "cpu", dtype="float32")
-    inputs = ours.processor(["what is it?"], [[shown]])
-    assert torch.equal(inputs["input_ids"], again.processor(["what is it?"], [[shown]])["input_ids"])
-    expected = ours.model(**inputs).logits
-    assert torch.equal(expected, again.model(**inputs).logits)
-    given = dict(inputs)  # which Pixtral's class takes as they are
-    if name == "qwen2-vl-7b":  # whose class takes patches: images are compared with the small checkpoints
-        given = dict(ours.processor(["what is it?"], [[]]))
-        expected = ours.model(**given).logits
-    assert (theirs(**given).logits - expected).abs().max() < 1e-4
+    rng = np.random.default_rng(0)
+    shown = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in SIZES[:3]]
+    for images in (shown[:1], shown, []):
+        parts = [{"type": "image"}] * len(images) + [{"type": "text", "text": "what is it?"}]
+        text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+        given = processor(text=[text], images=images or None, add_special_tokens=False, return_tensors="pt")
+        inputs = ours.processor(["what is it?"], [images])
+        assert torch.equal(inputs["input_ids"], given["input_ids"])
+        assert torch.equal(inputs["input_ids"], again.processor(["what is it?"], [images])["input_ids"])
+        expected = ours.model(**inputs).logits
+        assert torch.equal(expected, again.model(**inputs).logits)
+        assert (theirs(**given).logits - expected).abs().max() < 1e-4
 
 
 def test_images_of_unlike_sizes_train_packed_as_pixels_and_as_features(

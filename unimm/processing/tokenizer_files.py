@@ -33,6 +33,8 @@ VOCABULARIES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
+# What transformers' processors would cut every prompt to, and pad it to, unasked
+BOUNDS = ("max_length", "truncation", "truncation_strategy", "stride", "padding", "pad_to_multiple_of")
 MAX_GROWTH = 2**12  # times that a normaliser may lengthen a text
 _GENERIC = ("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend")
 _NAMES = {name for kind in (*DECODERS, "janus", "emu3") if (name := TOKENIZER_MAPPING_NAMES.get(kind))}
@@ -128,6 +130,16 @@ def load_tokenizer(folder: Path, config: Mapping[str, Any] | None = None) -> Pre
     if not tokenizer.is_fast:
         raise UserError(f"{folder / CONFIG_FILE}: no fast tokenizer; give the folder a {FILE}")
     _check_growth(tokenizer, folder / FILE)
+    return without_bounds(tokenizer)
+
+
+def without_bounds(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Let go of the length that texts were cut and padded to, in training say; it would be written with the rest."""
+    words: Any = tokenizer
+    words.backend_tokenizer.no_truncation()
+    words.backend_tokenizer.no_padding()
+    for name in BOUNDS:
+        tokenizer.init_kwargs.pop(name, None)
     return tokenizer
 
 

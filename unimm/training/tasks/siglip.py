@@ -32,6 +32,7 @@ from unimm.data.text_tokenizer import train_text_tokenizer
 from unimm.files import append, atomic_write
 from unimm.images import save_image, to_tensor
 from unimm.models.vision import create_encoder
+from unimm.processing.tokenizer_files import without_bounds
 from unimm.sections import Fraction, Positive, Section, validate
 from unimm.sheet import Card, Line, SheetSection, draw_sheet
 from unimm.training.recipe import BaseRecipe, Stage
@@ -411,7 +412,7 @@ class SiglipTask:
             save_file(weights, path, metadata={"format": "pt"})
         with atomic_write(folder / "vision.json") as path:
             path.write_text(json.dumps(self.recipe.model.vision.config(), indent=2) + "\n")
-        self.tokenizer.save_pretrained(folder)
+        without_bounds(self.tokenizer).save_pretrained(folder)
 
 
 @torch.no_grad()
