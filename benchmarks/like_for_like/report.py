@@ -82,6 +82,7 @@ def draw(rows: Rows, path: Path, task: str) -> None:
                 row["system"], (row[key], share), xytext=(4, 3), textcoords="offset points", fontsize=8
             )
         axis.set_xlabel(label)
+        axis.margins(x=0.2)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"{name} right, per cent")
     figure.suptitle(f"{task}: squares look at a memory, circles have all in the stream", fontsize=10)
