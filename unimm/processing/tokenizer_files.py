@@ -34,7 +34,7 @@ VOCABULARIES = (
     "sentencepiece.bpe.model",
 )
 # What transformers' processors would cut every prompt to, and pad it to, unasked
-BOUNDS = ("max_length", "truncation", "truncation_strategy", "stride", "padding", "pad_to_multiple_of")
+LENGTH_BOUNDS = ("max_length", "truncation", "truncation_strategy", "stride", "padding", "pad_to_multiple_of")
 MAX_GROWTH = 2**12  # times that a normaliser may lengthen a text
 _GENERIC = ("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend")
 _NAMES = {name for kind in (*DECODERS, "janus", "emu3") if (name := TOKENIZER_MAPPING_NAMES.get(kind))}
@@ -138,7 +138,7 @@ def without_bounds(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
     words: Any = tokenizer
     words.backend_tokenizer.no_truncation()
     words.backend_tokenizer.no_padding()
-    for name in BOUNDS:
+    for name in LENGTH_BOUNDS:
         tokenizer.init_kwargs.pop(name, None)
     return tokenizer
 
