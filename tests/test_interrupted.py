@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -95,12 +96,37 @@ def commands(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
             "draw", "a red apple", "-n", 2, "--seed", 3, "-o", folder / "drawn", *model
         ),
         "train": toy,
+        **jobs(data, tiny),
+    }
+
+
+def jobs(data: Path, tiny: Path) -> dict[str, Callable[[Path], object]]:
+    """Batch jobs, with a bad item each."""
+    prompts = ["a red apple", "", "a cat", "a dog", "an apple on blue"]
+    (data / "prompts.jsonl").write_text("".join(json.dumps({"prompt": one}) + "\n" for one in prompts))
+
+    def sample(folder: Path, task: str, source: Path, *overrides: str) -> None:
+        given = (f"source.path={source}", f"model={tiny}", f"output.folder={folder}/job", *overrides)
+        command("sample", task, *given)
+
+    return {
+        "sample draw": lambda folder: sample(
+            folder, "draw", data / "prompts.jsonl", "output.format=jsonl", "output.shard=2"
+        ),
+        "sample caption": lambda folder: sample(
+            folder,
+            "caption",
+            data / "list",
+            "output.format=webdataset",
+            "output.shard=3",
+            "options.max_new_tokens=4",
+        ),
     }
 
 
 NAMES = (
     "data encode", "data check", "preferences draw", "preferences rank", "vote", "convert", "recipes copy", "draw",
-    "train",
+    "train", "sample draw", "sample caption",
 )  # fmt: skip
 
 

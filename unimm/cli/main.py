@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import click
 
 from unimm import __version__
-from unimm.cli import data, evaluate, model, preferences, recipes, serve
+from unimm.cli import data, evaluate, jobs, model, preferences, recipes, serve
 from unimm.cli.commands import Group, mistake
 from unimm.cli.completion import answer_shell, completion
 from unimm.console import debugging, is_unicode, replace_unencodable, say
@@ -56,6 +56,7 @@ CLI = Group(
             model.ask,
             model.chat,
             model.draw,
+            jobs.sample,
             serve.serve,
             model.info,
             model.convert,

@@ -271,7 +271,7 @@ def write_shard(job: EncodingJob, number: int) -> int:
                     record = BadRecord(record.key, source.location, str(error))
                 else:
                     for extension, data in members:
-                        _add(tar, f"{index:010d}.{extension}", data)
+                        add_member(tar, f"{index:010d}.{extension}", data)
             if isinstance(record, BadRecord):
                 file = record.file or source.location
                 bad.append({"key": record.key, "file": file, "reason": record.reason})
@@ -302,7 +302,7 @@ def sample_members(
         elif features is not None:
             members.append((f"{number}{FEATURES_SUFFIX}", _array(next(seen))))
         else:
-            members.append((f"{number}.{_extension(image)}", image.blob.read()))
+            members.append((f"{number}.{image_extension(image)}", image.blob.read()))
     names = [name for name, _ in members]
     row: dict[str, Any] = {"key": record.key, "messages": _written(record.messages, names)}
     if record.others:
@@ -335,14 +335,14 @@ def _array(array: CodeArray | Features) -> bytes:
     return buffer.getvalue()
 
 
-def _extension(image: ImagePart) -> str:
+def image_extension(image: ImagePart) -> str:
     """The extension for an image's bytes, by what they are."""
     image.image()  # a bad one is found now, not in training
     form = image.header()[0].lower()
     return {"jpeg": "jpg", "mpo": "jpg", "tiff": "tif"}.get(form, form)
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     """Add a member without time or owner, so that the same data give the same bytes."""
     member = tarfile.TarInfo(name)
     member.size = len(data)

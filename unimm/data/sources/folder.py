@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from unimm.data.sources.entries import RowEntry
 from unimm.data.sources.images import find_file
 from unimm.data.sources.reach import WAY_OUT, Reach, walk
 from unimm.data.sources.rows import Reading, make_record, row_key
@@ -65,7 +67,7 @@ class ImageFolder(Source):
         self.found = ImageFinder(folder, reading.allow_outside)
         self.images = self.found.paths
         self.broken.extend(self.found.problems())
-        if self.images and not any(_words(path) for path in self.images):
+        if self.images and reading.words and not any(_words(path) for path in self.images):
             raise UserError(
                 f"{folder}: {len(self.images)} images, but no words; expected metadata.jsonl (or .csv) with "
                 'file_name and text, or a .txt of the same name beside each, as "a.jpg" and "a.txt"'
@@ -75,33 +77,44 @@ class ImageFolder(Source):
         return len(self.images)
 
     def __getitem__(self, index: int) -> Record:
+        key, file, row, find = self.entry(index)
+        fields = self.reading.fields if file.endswith(".json") else {}  # else the columns are ours
+        fields = {name: field for name, field in fields.items() if name != "image"}
+        try:
+            return make_record(key, row, find, Reading(self.reading.pairs, fields))
+        except UserError as error:
+            raise BadRecord(key, file, str(error).removeprefix(f"{file}: ")) from None
+
+    def entry(self, index: int) -> RowEntry:
+        """The image at `index` with its words as a row; what is in a JSON file counts before the image beside it.
+
+        Raises:
+            BadRecord: its words are missing (unless `Reading.words` is false), or something cannot be read.
+        """
         path = self.images[self.check_index(index)]
         key, words = str(path.relative_to(self.folder)), _words(path)
-        if words is None:
+        if words is None and self.reading.words:
             missing = path.with_suffix(".txt").name
             raise BadRecord(key, str(self.folder), f"{missing}: missing beside the image")
+        file = str(words or path)
         try:
-            return self._record(key, path, words)
+            return self._entry(key, path, words)
         except UserError as error:
-            raise BadRecord(key, str(words), str(error).removeprefix(f"{words}: ")) from None
+            raise BadRecord(key, file, str(error).removeprefix(f"{file}: ")) from None
 
-    def _record(self, key: str, path: Path, words: Path) -> Record:
-        """The record of an image; what is in a JSON file counts before the image beside it."""
-        reading, image = self.reading, self.found.blob(path)
+    def _entry(self, key: str, path: Path, words: Path | None) -> RowEntry:
+        image, allow_outside = self.found.blob(path), self.reading.allow_outside
+        if words is None:
+            return RowEntry(key, str(path), {"image": image}, lambda value: value)
         data = self.found.blob(words).read()
         if words.suffix != ".json":
             row: Any = {"image": image, "text": decode_text(data)}
-            return make_record(key, row, lambda value: value, Reading(reading.pairs))
+            return RowEntry(key, str(words), row, lambda value: value)
         row = parse_strict_json(data)
         if not isinstance(row, dict):
             row = {"messages": row}
-        fields = {name: field for name, field in reading.fields.items() if name != "image"}
-        return make_record(
-            row_key(row, key),
-            row | {"image": image},
-            lambda value: find_file(path.parent, value, reading.allow_outside),
-            Reading(reading.pairs, fields),
-        )
+        find = functools.partial(find_file, path.parent, allow_outside=allow_outside)
+        return RowEntry(row_key(row, key), str(words), row | {"image": image}, find)
 
     def files(self) -> Sequence[Path]:
         """All images."""

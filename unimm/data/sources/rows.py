@@ -45,6 +45,7 @@ class Reading:
         images: folder that names of images are relative to; None: where the source lies.
         split: which split of a Hugging Face folder that has several.
         allow_outside: whether data may name files outside its folder.
+        words: whether images in a folder must have words beside them, as what is learnt from has.
     """
 
     pairs: PairDirection = "image_to_text"
@@ -52,6 +53,7 @@ class Reading:
     images: str | None = None
     split: str | None = None
     allow_outside: bool = False
+    words: bool = True
 
 
 def make_record(key: str, row: Any, find: Find, reading: Reading) -> Record:
@@ -116,7 +118,7 @@ def dialogue(row: Mapping[str, Any], turns: list[Turn], find: Find) -> list[Mess
     system = row.get("system")
     if isinstance(system, str) and system.strip() and turns[0].role != "system":
         turns = [Turn("system", system, "system"), *turns]
-    return write_messages(turns, _listed(row), find)
+    return write_messages(turns, listed_images(row), find)
 
 
 def _texts(row: Mapping[str, Any], find: Find, reading: Reading) -> Versions:
@@ -152,7 +154,7 @@ def _document(row: Mapping[str, Any], find: Find) -> Iterator[Part]:
 def _edit(row: Mapping[str, Any], find: Find) -> list[Message]:
     """An image, or several or none, what to do with them, and the image that comes of it."""
     name = next((name for name in ("instruction", "text") if name in row), "instruction")
-    turn = Turn("user", _text(row, name), name)
+    turn = Turn("user", text_of(row, name), name)
     shown = row.get("input_image")
     listed = [] if shown is None else list(shown) if isinstance(shown, list | tuple) else [shown]
     drawn = ImagePart(find(row["output_image"]), draw=True)
@@ -180,8 +182,8 @@ def question_turns(row: Mapping[str, Any], asked: str) -> list[Turn]:
     turns = _history(row)
     if isinstance(row[asked], list | Mapping):
         return turns + read_turns(row[asked], asked)
-    more = [_text(row, name) for name in ("input", "context") if name != asked and row.get(name)]
-    return [*turns, Turn("user", "\n\n".join([_text(row, asked), *more]), asked)]
+    more = [text_of(row, name) for name in ("input", "context") if name != asked and row.get(name)]
+    return [*turns, Turn("user", "\n\n".join([text_of(row, asked), *more]), asked)]
 
 
 def _history(row: Mapping[str, Any]) -> list[Turn]:
@@ -201,9 +203,9 @@ def _most_frequent(row: Mapping[str, Any], name: str) -> str:
     if isinstance(value, Mapping):  # as in SQuAD
         value = value.get("text")
     if not isinstance(value, list | tuple):
-        return _text({name: value}, name)
+        return text_of({name: value}, name)
     answers = [one.get("answer") if isinstance(one, Mapping) else one for one in value]
-    said = [_text({name: one}, name) for one in answers if one is not None and one != ""]
+    said = [text_of({name: one}, name) for one in answers if one is not None and one != ""]
     if not said:
         raise UserError(f"{name}: empty")
     return Counter(said).most_common(1)[0][0]
@@ -211,14 +213,14 @@ def _most_frequent(row: Mapping[str, Any], name: str) -> str:
 
 def _pair(row: Mapping[str, Any], value: Any, name: str, find: Find, reading: Reading) -> Versions:
     """A text, or several that say the same, alone or with the images that they describe."""
-    images = [ImagePart(find(one)) for one in _listed(row)]
+    images = [ImagePart(find(one)) for one in listed_images(row)]
     texts = list(value) if isinstance(value, list | tuple) else [value]
     if not texts:
         raise UserError(f"{name}: empty")
     versions: Versions = []
     for text in texts:
-        words = without_placeholders(_text({name: text}, name), name, len(images))
-        said: Part = _text({name: words}, name)
+        words = without_placeholders(text_of({name: text}, name), name, len(images))
+        said: Part = text_of({name: words}, name)
         if not images:
             versions.append([Message("assistant", (said,))])
         elif reading.pairs == "image_to_text":
@@ -229,8 +231,8 @@ def _pair(row: Mapping[str, Any], value: Any, name: str, find: Find, reading: Re
     return versions
 
 
-def _listed(row: Mapping[str, Any]) -> Sequence[Any]:
-    """What the row says of its images: `images`, or `image`, which may be a list too."""
+def listed_images(row: Mapping[str, Any]) -> Sequence[Any]:
+    """What a row says of its images: `images`, or `image`, which may be a list too."""
     for name in ("images", "image"):
         value = row.get(name)
         if isinstance(value, list | tuple):
@@ -242,7 +244,12 @@ def _listed(row: Mapping[str, Any]) -> Sequence[Any]:
     return []
 
 
-def _text(row: Mapping[str, Any], name: str) -> str:
+def text_of(row: Mapping[str, Any], name: str) -> str:
+    """The text in a column, without white space at its ends.
+
+    Raises:
+        UserError: there is none, or something else.
+    """
     value = row.get(name)
     if value is None:
         raise UserError(f"{name}: missing")
