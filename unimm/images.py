@@ -86,10 +86,10 @@ def read_image(source: ImageInput, name: str | None = None, max_pixels: int | No
 
 
 @contextmanager
-def opened_image(source: ImageInput) -> Iterator[Image.Image]:
-    """Give an image file as Pillow opens it, for who reads more of it than its first frame; errors: `read_image`."""
+def opened_image(source: ImageInput, name: str | None = None) -> Iterator[Image.Image]:
+    """Give an image file as Pillow opens it, for who reads more of it than its first frame; see `read_image`."""
     limit = pixel_limit()
-    with _opened(source, None, limit) as (file, said), _open(file, said, limit) as opened:
+    with _opened(source, name, limit) as (file, said), _open(file, said, limit) as opened:
         _check_size(opened, said, limit)
         yield opened
 

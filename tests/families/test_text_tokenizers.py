@@ -19,7 +19,7 @@ from tests.families import emu3_checkpoints, janus_checkpoints
 from unimm.errors import UserError
 from unimm.families.source import Checkpoint
 from unimm.processing.processor import UniMMProcessor, read_tokenizer
-from unimm.processing.tokenizer_files import BOUNDS
+from unimm.processing.tokenizer_files import LENGTH_BOUNDS
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1234\n"
 DAMAGE: dict[str, bytes] = {
@@ -216,10 +216,10 @@ def test_a_length_that_texts_were_cut_to_is_let_go_of(file: str, tiny: Path, tmp
     found = processor(folder)
     found.save_pretrained(tmp_path / "again")
     written = json.loads((tmp_path / "again/tokenizer_config.json").read_text())
-    assert not written.keys() & {*BOUNDS}
+    assert not written.keys() & {*LENGTH_BOUNDS}
     words = Tokenizer.from_file(str(tmp_path / "again/tokenizer.json"))
     assert words.truncation is None and words.padding is None
     text = "a red apple on a blue background"
     for tokenizer in (found.tokenizer, read_tokenizer(tmp_path / "again")):
         assert len(tokenizer.backend_tokenizer.encode(text).ids) > 4  # type: ignore[attr-defined]
-        assert not tokenizer.init_kwargs.keys() & {*BOUNDS}
+        assert not tokenizer.init_kwargs.keys() & {*LENGTH_BOUNDS}

@@ -26,9 +26,12 @@ from unimm.errors import UserError, UserNote
 @click.option("--server-name", multiple=True, metavar="NAME", help="a host name that leads here; *: any")
 @click.option("--allow-origin", multiple=True, metavar="URL", help="a page elsewhere that may use the server")
 @click.option(
-    "--allow-host", multiple=True, metavar="HOST", help="where images may be fetched from by http(s)"
+    "--allow-host",
+    multiple=True,
+    metavar="HOST",
+    help="where images and videos may be fetched from by http(s)",
 )
-@click.option("--media-path", type=FOLDER, metavar="DIR", help="below it, file: URLs may name images")
+@click.option("--media-path", type=FOLDER, metavar="DIR", help="below it, file: URLs may name images, videos")
 @click.option("--max-body", type=POSITIVE, metavar="BYTES", help="of a request (default: 32 MiB)")
 @click.option("--max-image-pixels", type=POSITIVE, metavar="N", help="of an image sent (default: 32,000,000)")
 @click.option("--max-images", type=POSITIVE, metavar="N", help="of a request (default: 16)")

@@ -12,6 +12,8 @@ from unimm.errors import UserError
 from unimm.models.inputs import Images
 from unimm.models.layout import Grid
 
+MOST_VIDEO_PIXELS = 2**27  # of all frames: more than any published context has room for
+
 
 def video_views(
     video: Iterable[Image.Image],
@@ -30,7 +32,7 @@ def video_views(
         stride: pixels a side of a token.
 
     Raises:
-        UserError: its frames are of several sizes.
+        UserError: its frames are of several sizes, or too many.
     """
     found: list[Tensor] = []
     first, size = (0, 0), (0, 0)
@@ -39,6 +41,10 @@ def video_views(
             first, size = frame.size, size_of(frame.height, frame.width)
         if frame.size != first:
             raise UserError(f"video: a frame of {frame.size}, but the first is of {first}; give one size")
+        if (len(found) + 1) * size[0] * size[1] > MOST_VIDEO_PIXELS:
+            raise UserError(
+                f"video: more than {len(found)} frames of {size[1]} x {size[0]} pixels; give fewer frames or max_pixels"
+            )
         found.append(normal([frame.resize(size[::-1], Image.Resampling.BICUBIC)])[0])
     if not found:
         raise UserError("video: has no frames")

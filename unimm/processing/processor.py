@@ -204,6 +204,12 @@ class UniMMProcessor:
         if self.views is None:
             raise UserError("images: this model understands no images")
 
+    def check_understands_videos(self) -> None:
+        """Refuse videos where the model understands none; raises as `check_understands`."""
+        self.check_understands()
+        if not (isinstance(self.views, AreaViews) and self.views.frames):
+            raise UserError("video: this model understands images only; give some frames as images")
+
     def check_draws(self, key: str) -> None:
         """Refuse what only a model that can draw has a use for.
 
@@ -228,12 +234,9 @@ class UniMMProcessor:
             return Images()
         self.check_understands()
         assert self.views is not None
-        if isinstance(self.views, AreaViews) and self.views.frames:
-            return self.views.prepare(images)
-        for image in images:
-            if isinstance(image, Video):
-                raise UserError("video: this model understands images only; give some frames as images")
-        return self.views.prepare(images)  # type: ignore[arg-type]  # without videos
+        if any(isinstance(image, Video) for image in images):
+            self.check_understands_videos()
+        return self.views.prepare(images)  # type: ignore[arg-type]  # videos where they are understood
 
     def store_features(
         self, features: NDArray[Any], grid: ImageGrid, padding: NDArray[Any] | None = None

@@ -165,7 +165,7 @@ async def _begin_edit(
     count = len(files) + len(asked.images)
     if not count:
         raise APIError(400, "image: missing; give one, or several", "invalid_value", "image")
-    service.images.check_count(count, "image")
+    service.images.check_count(count, 0, "image")
 
     def read() -> list[Any]:
         if service.processor.views is None:

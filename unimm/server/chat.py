@@ -59,20 +59,25 @@ def _most_tokens(asked: int | None, limit: int | None) -> int | None:
 
 
 def _messages(service: Service, asked: ChatRequest) -> list[dict[str, Any]]:
-    """Return the messages with their images read, as `UniMM.chat` takes them."""
-    urls = [part.image_url for message in asked.messages for part in message.content if part.image_url]
-    service.images.check_count(len(urls), "messages")
-    if urls:
+    """Return the messages with their images read, as `UniMM.chat` takes them; videos are read as they are looked at."""
+    parts = [part for message in asked.messages for part in message.content]
+    images, videos = (sum(bool(getattr(part, kind)) for part in parts) for kind in ("image_url", "video_url"))
+    service.images.check_count(images, videos, "messages")
+    if images:
         service.processor.check_understands()
+    if videos:
+        service.processor.check_understands_videos()
     messages: list[dict[str, Any]] = []
     for number, message in enumerate(asked.messages):
         content: list[dict[str, Any]] = []
         for place, part in enumerate(message.content):
-            if part.image_url is None:
+            where = f"messages[{number}].content[{place}].{part.type}"
+            if part.image_url is not None:
+                content.append({"type": "image", "image": service.images.at(part.image_url.url, where)})
+            elif part.video_url is not None:
+                content.append({"type": "video", "video": service.images.video(part.video_url, where)})
+            else:
                 content.append({"type": "text", "text": part.text})
-                continue
-            where = f"messages[{number}].content[{place}].image_url"
-            content.append({"type": "image", "image": service.images.at(part.image_url.url, where)})
         messages.append({"role": message.role, "content": content})
     return messages
 

@@ -1,4 +1,4 @@
-"""Images by `http(s):`, from hosts that the server was told of and from nowhere else.
+"""Images and videos by `http(s):`, from hosts that the server was told of and from nowhere else.
 
 A name is looked up once, the address that it leads to is checked and then connected to, so that no second look-up can
 lead elsewhere. Redirects are not followed. A private address (of this machine, of the network around it) is refused
@@ -35,11 +35,11 @@ class Address(NamedTuple):
 
 
 class Fetcher:
-    """Fetches images.
+    """Fetches images and videos.
 
     Args:
         allowed: hosts, as `name` (its usual port) or `name:port`.
-        limit: bytes of an image.
+        limit: bytes of one.
     """
 
     def __init__(self, allowed: Sequence[str], limit: int) -> None:
@@ -64,7 +64,7 @@ class Fetcher:
     def _checked(self, url: str, where: str) -> Address:
         """Return the parts of a URL whose host is allowed."""
         refused = APIError(
-            400, f"{where}: images are not fetched from there; send a data: URL", "image_not_allowed", where
+            400, f"{where}: not fetched from there; send a data: URL", "image_not_allowed", where
         )
         try:
             split = urllib.parse.urlsplit(url)
@@ -108,7 +108,9 @@ class Fetcher:
             if asked.scheme == "https":
                 line = ssl.create_default_context().wrap_socket(line, server_hostname=asked.host)
             connection.sock = line
-            connection.request("GET", asked.target, headers={"Accept": "image/*", "User-Agent": "unimm"})
+            connection.request(
+                "GET", asked.target, headers={"Accept": "image/*, video/*", "User-Agent": "unimm"}
+            )
             response = connection.getresponse()
             if response.status != 200:
                 status = (

@@ -1,7 +1,7 @@
-"""Images that clients send: where they may come from, and how large they may be. Nothing is fetched or opened unasked.
+"""Images and videos that clients send: where they may come from, and how large they may be.
 
-`data:` URLs are always taken. `file:` URLs only below the media path, through no link. `http(s):` URLs only from hosts
-that the server was told of (`unimm.server.fetch`).
+Nothing is fetched or opened unasked. `data:` URLs are always taken. `file:` URLs only below the media path, through no
+link. `http(s):` URLs only from hosts that the server was told of (`unimm.server.fetch`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ from unimm.errors import UserError
 from unimm.images import LIMIT_VARIABLE, decode_data_url, read_image
 from unimm.server.errors import APIError
 from unimm.server.fetch import Fetcher
+from unimm.server.schemas import VideoURL
 from unimm.server.settings import ServerSettings
+from unimm.videos import Video, VideoLimits
+
+MAX_VIDEOS = 1  # of a request
 
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -34,17 +38,20 @@ class ImageReader:
         self.settings = settings
         self.fetcher = Fetcher(settings.allow_hosts, settings.max_body)
 
-    def check_count(self, count: int, where: str) -> None:
-        """Refuse too many images.
+    def check_count(self, images: int, videos: int, where: str) -> None:
+        """Refuse too many images or videos.
 
         Raises:
             APIError: a request has more than it may.
         """
-        most = self.settings.max_images
-        if count > most:
-            raise APIError(
-                400, f"{where}: {count} images; a request may have {most}", "too_many_images", where
-            )
+        for kind, count, most in (
+            ("images", images, self.settings.max_images),
+            ("videos", videos, MAX_VIDEOS),
+        ):
+            if count > most:
+                raise APIError(
+                    400, f"{where}: {count} {kind}; a request may have {most}", f"too_many_{kind}", where
+                )
 
     def at(self, url: str, where: str) -> Image.Image:
         """Return the image at a URL as RGB.
@@ -56,21 +63,43 @@ class ImageReader:
         Raises:
             APIError: it may not be read from there, or is no image.
         """
+        return self.read(self._data(url, where, "image"), where)
+
+    def video(self, asked: VideoURL, where: str) -> Video:
+        """Return the video at a URL; it is read, within limits, once it is looked at.
+
+        Args:
+            asked: its URL of any kind, and which frames are taken.
+            where: the field that it stands in.
+
+        Raises:
+            APIError: it may not be read from there, or an option makes no sense.
+        """
+        data = self._data(asked.url, where, "video")
+        if not data:
+            raise APIError(400, f"{where}: empty", "invalid_video", where)
+        limits = VideoLimits(pixels=self.settings.max_pixels, side=self.settings.max_side)
+        try:
+            return Video(data, asked.fps, asked.nframes, limits=limits, name=where)
+        except UserError as error:
+            line = str(error).removeprefix("video: ").replace("frames", "nframes", 1)
+            raise APIError(400, f"{where}.{line}", "invalid_value", where) from None
+
+    def _data(self, url: str, where: str, what: str) -> bytes:
+        """Return the bytes at a URL; `what`: an image or a video, for errors."""
         scheme = url[:12].partition(":")[0].lower()
         if scheme == "data":
             try:
-                data = decode_data_url(url, where)
+                return decode_data_url(url, where)
             except UserError as error:
-                raise APIError(400, str(error), "invalid_image", where) from None
-        elif scheme in ("http", "https"):
-            data = self.fetcher.get(url, where)
-        elif scheme == "file":
-            data = self._below_media(url, where)
-        else:
-            raise APIError(
-                400, f"{where}: expected a data: URL with the image in base64", "invalid_image", where
-            )
-        return self.read(data, where)
+                raise APIError(400, str(error), f"invalid_{what}", where) from None
+        if scheme in ("http", "https"):
+            return self.fetcher.get(url, where)
+        if scheme == "file":
+            return self._below_media(url, where, what)
+        raise APIError(
+            400, f"{where}: expected a data: URL with the {what} in base64", f"invalid_{what}", where
+        )
 
     def read(self, data: bytes, where: str) -> Image.Image:
         """Return the image in a file's bytes as RGB; its size is checked before it is decoded.
@@ -92,14 +121,14 @@ class ImageReader:
             raise APIError(422, line, "invalid_image", where)
         return image
 
-    def _below_media(self, url: str, where: str) -> bytes:
+    def _below_media(self, url: str, where: str, what: str) -> bytes:
         """Return the bytes of a file below the media path; what is elsewhere is neither opened nor said to exist."""
         root = self.settings.media_path
         if root is None:
             line = f"{where}: file: URLs are not read by this server; send a data: URL"
-            raise APIError(400, line, "image_not_allowed", where)
+            raise APIError(400, line, f"{what}_not_allowed", where)
         refused = APIError(
-            400, f"{where}: no image file below the server's media path", "image_not_allowed", where
+            400, f"{where}: no {what} file below the server's media path", f"{what}_not_allowed", where
         )
         parts = _parts_below(url, root)
         if parts is None:

@@ -41,20 +41,29 @@ class ImageURL(Section):
     detail: Literal["auto", "low", "high"] = "auto"
 
 
-class ContentPart(Section):
-    """A piece of a message: words, or an image."""
+class VideoURL(Section):
+    """Where a video is, as an image; which frames are taken: `fps` of a second, or `nframes` in all."""
 
-    type: Literal["text", "image_url"]
+    url: str
+    fps: float | None = None
+    nframes: int | None = None
+
+
+class ContentPart(Section):
+    """A piece of a message: words, an image or a video."""
+
+    type: Literal["text", "image_url", "video_url"]
     text: str | None = None
     image_url: Annotated[ImageURL | None, BeforeValidator(_as_url)] = None
+    video_url: Annotated[VideoURL | None, BeforeValidator(_as_url)] = None
 
     @model_validator(mode="after")
     def _one(self) -> ContentPart:
-        other = "text" if self.type == "image_url" else "image_url"
         if getattr(self, self.type) is None:
             raise FieldError(f"{self.type}: missing")
-        if getattr(self, other) is not None:
-            raise FieldError(f"{other}: does not go with the type {self.type}")
+        for other in ("text", "image_url", "video_url"):
+            if other != self.type and getattr(self, other) is not None:
+                raise FieldError(f"{other}: does not go with the type {self.type}")
         return self
 
 
