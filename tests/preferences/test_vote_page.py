@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,28 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import WebDriverWait
 
+from tests.browser import PATIENCE, needs_browser, start_chromium, wait_in
 from tests.preferences.ballots import captions, write
 from unimm.preferences.data import read_preferences
 from unimm.preferences.vote.pairs import read_ballot
 
-PROGRAMS = "chromium", "chromedriver"
-MISSING = [name for name in PROGRAMS if shutil.which(name) is None]
-pytestmark = pytest.mark.skipif(
-    bool(MISSING),
-    reason=f"{' and '.join(MISSING)} not found (Debian: apt-get install chromium chromium-driver)",
-)
-PATIENCE = 60  # seconds until a page that does not answer fails the test
-FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--no-first-run",
-)  # fmt: skip
+pytestmark = needs_browser
 
 
 class Voting:
@@ -81,12 +68,7 @@ class Browser:
     """Headless Chromium; every step waits until the page has shown its effect."""
 
     def __init__(self) -> None:
-        options = webdriver.ChromeOptions()
-        options.binary_location = shutil.which("chromium")
-        for flag in FLAGS:
-            options.add_argument(flag)
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        self.driver = webdriver.Chrome(options, Service(shutil.which("chromedriver")))
+        self.driver = start_chromium()
 
     def open(self, url: str) -> None:
         """Load the page."""
@@ -123,7 +105,7 @@ class Browser:
 
     def wait(self, until: Callable[[], bool]) -> None:
         """Wait until something is so."""
-        WebDriverWait(self.driver, PATIENCE, poll_frequency=0.05).until(lambda _: until())
+        wait_in(self.driver, until)
 
 
 @pytest.fixture(scope="module")
