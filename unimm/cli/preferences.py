@@ -167,9 +167,7 @@ def vote(options: Options) -> Any:
     from unimm.preferences.vote.server import VoteServer
     from unimm.preferences.vote.votes import Votes
 
-    voter = _login() if options.voter is None else options.voter.strip()
-    if not voter or not is_unicode(voter):
-        raise UserError(f"preferences vote: --voter: {options.voter!r}; give a name")
+    voter = voter_name(options.voter)
     ballot = read_ballot(options.candidates, options.seed, options.pairs)
     if options.model is None and (others := ballot.models - {"embedded"}):
         raise UserError(f"{ballot.file}: drawn with {min(others)}; give --model with the model that drew")
@@ -194,8 +192,16 @@ def vote(options: Options) -> Any:
     return {"preferences": options.output, "kept": done - ties, "ties": ties, "left": total - done}
 
 
-def _login() -> str:
-    """Who is at the keyboard, as far as the system knows."""
+def voter_name(given: str | None) -> str:
+    """Return who votes: the name given, or who is at the keyboard, as far as the system knows.
+
+    Raises:
+        UserError: the name is none.
+    """
+    if given is not None:
+        if not given.strip() or not is_unicode(given):
+            raise UserError(f"--voter: {given!r}; give a name")
+        return given.strip()
     try:
         return getpass.getuser()
     except (KeyError, OSError, ImportError):

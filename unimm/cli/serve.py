@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from pathlib import Path
@@ -42,6 +43,10 @@ from unimm.errors import UserError, UserNote
 @click.option("--request-timeout", type=NUMBER, metavar="S", help="seconds of a request (default: 600)")
 @click.option("--shutdown-timeout", type=NUMBER, metavar="S", help="seconds at SIGTERM (default: 30)")
 @click.option("--batch-size", type=POSITIVE, metavar="N", help="drawings that run at once (default: 64)")
+@click.option(
+    "--votes", type=FOLDER, metavar="DIR", help="where votes on two drawings are kept (default: no voting)"
+)
+@click.option("--voter", metavar="NAME", help="kept with each vote (default: the login)")
 @click.option("--log-words", is_flag=True, help="let the log hold prompts and answers")
 @model_options
 def serve(options: Options) -> Any:
@@ -71,8 +76,19 @@ def serve(options: Options) -> Any:
         return um
 
     warnings.simplefilter("ignore", UserNote)  # of other people's images
-    server = ModelServer(settings, load_model)
-    server.serve()
+    with contextlib.ExitStack() as opened:
+        server = ModelServer(settings, load_model)
+        if options.votes is not None:
+            from unimm.cli.preferences import voter_name
+            from unimm.preferences.vote.duels import Duels, add_votes
+            from unimm.preferences.vote.votes import Votes
+
+            path = Path(options.votes) / "votes.jsonl"
+            votes = opened.enter_context(Votes(path, {"model": settings.model_name}))
+            if votes.note:
+                say(votes.note)
+            add_votes(server.app, server.service, Duels(votes, voter_name(options.voter)))
+        server.serve()
     return {"served": settings.model_name}
 
 

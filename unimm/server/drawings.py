@@ -137,6 +137,7 @@ class Drawings:
         self.kind, self.received = kind, received
         self.um = service.um
         self.created = int(time.time())
+        self.ids: dict[int, str] = {}  # of drawings that are remembered
         request = jobs[0].request
         assert isinstance(request, DrawingRequest)
         self.grid = request.grid
@@ -170,6 +171,8 @@ class Drawings:
         """
         ticket = await self.jobs[number].finish()
         assert ticket.codes is not None
+        if self.service.remember is not None and self.kind == "image_generation":
+            self.ids[number] = self.service.remember(self.asked.prompt, ticket.codes.tolist())
         return ticket, await self._rendered(ticket.codes.flatten().tolist())
 
     async def _rendered(self, codes: list[int]) -> str:
@@ -181,7 +184,8 @@ class Drawings:
     def whole(self, found: Sequence[tuple[Ticket, str]]) -> dict[str, Any]:
         """Return all drawings at once."""
         data = [
-            {**self._carried(image), "seed": seed} for (_, image), seed in zip(found, self.seeds, strict=True)
+            {**self._carried(image), "seed": seed, **self._named(number)}
+            for number, ((_, image), seed) in enumerate(zip(found, self.seeds, strict=True))
         ]
         tickets = [ticket for ticket, _ in found]
         return {"created": self.created, "data": data, **self._described(), "usage": self._usage(tickets)}
@@ -215,8 +219,8 @@ class Drawings:
                     ticket, image = await self.image(number)
                     tickets.append(ticket)
                     log = self.log(tickets) if len(tickets) == len(self.jobs) else None
-                    usage = {"usage": self._usage([ticket])}
-                    yield self._event("completed", number, {**self._carried(image), **usage}, log)
+                    fields = {"usage": self._usage([ticket]), **self._named(number)}
+                    yield self._event("completed", number, {**self._carried(image), **fields}, log)
         finally:
             for future in waiting:
                 future.cancel()
@@ -249,6 +253,10 @@ class Drawings:
             "total_tokens": len(ids) + codes,
             "input_tokens_details": {"text_tokens": len(ids) - images, "image_tokens": images},
         }
+
+    def _named(self, number: int) -> dict[str, str]:
+        """Return the name by which votes know a drawing, if the server remembers it."""
+        return {"id": self.ids[number]} if number in self.ids else {}
 
     def _carried(self, image: str) -> dict[str, str]:
         """Return an image as it was asked for: by its bytes, or at a `data:` URL."""

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from unimm.pipeline import UniMM
 
 T = TypeVar("T")
+RememberDrawing = Callable[[str, list[list[int]]], str]
+"""Takes a prompt and the rows of codes of a drawing; returns what the drawing is called from then on."""
 LONGEST_WAIT = 60  # seconds that a client is told to wait at most
 
 
@@ -49,6 +51,7 @@ class Service:
         bodies: reads what clients send.
         images: reads images.
         started: when it was made, in seconds since 1970.
+        remember: keeps what was drawn (`RememberDrawing`), for those who vote on it; None: nothing is kept.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Service:
         self.bodies = BodyReader(settings.max_body)
         self.images = ImageReader(settings)
         self.started = int(time.time())
+        self.remember: RememberDrawing | None = None
         self.stopping = False
         self._open = 0
         self._preparing = 0

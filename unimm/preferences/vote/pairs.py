@@ -169,6 +169,31 @@ def read_ballot(path: str | Path, seed: int = 0, each: int | None = None) -> Bal
     return Ballot(path, pairs, alike, models)
 
 
+def pair_of_drawings(prompt: str, left: list[list[int]], right: list[list[int]], where: str) -> Pair | None:
+    """Return two drawings of a prompt as a pair; None: they are equal.
+
+    Args:
+        prompt: what was to be drawn.
+        left: rows of codes of the drawing on the left.
+        right: the other's.
+        where: names them in messages.
+
+    Raises:
+        UserError: the prompt cannot be learned from.
+    """
+    if not is_unicode(prompt):
+        raise UserError(f"{where}: half of a surrogate pair, which no file can hold; remove it")
+    row = validate(Choices, {"prompt": prompt, "candidates": [{"codes": left}, {"codes": right}]}, where)
+    one, other = row.candidates
+    if left == right:
+        return None
+    if (problem := find_problem(Preference(prompt=row.prompt, chosen=one, rejected=other))) is not None:
+        raise UserError(f"{where}: {problem}")
+    texts = sorted(_text(_plain(side)) for side in row.candidates)
+    key = _hash(_text(_plain(row.prompt[0])), *texts)
+    return Pair(key, row.prompt[0], one, other, where)
+
+
 def _read(value: Mapping[str, Any], where: str, models: set[str]) -> Choices:
     """A line of either form; the model that drew is added to `models`."""
     if not is_unicode(_text(value)):

@@ -125,11 +125,11 @@ def make_app(booth: Booth) -> Starlette:
         return Response(png, media_type="image/png", headers=headers)
 
     async def vote(request: Request) -> Response:
-        body = await _body(request, booth.token)
+        body = await read_vote(request, booth.token)
         return _json(await run_in_threadpool(booth.vote, body.get("pair"), body.get("choice")))
 
     async def undo(request: Request) -> Response:
-        body = await _body(request, booth.token)
+        body = await read_vote(request, booth.token)
         return _json(await run_in_threadpool(booth.undo, body.get("pair")))
 
     app = Starlette(
@@ -164,10 +164,18 @@ class _ThisHost:
         await answer(scope, receive, send)
 
 
-async def _body(request: Request, expected: str) -> dict[str, Any]:
-    """Read the JSON object of a request that comes from our page."""
+async def read_vote(request: Request, expected: str) -> dict[str, Any]:
+    """Return the JSON object of a request that comes from our page.
+
+    Args:
+        request: of any page or program.
+        expected: the token of this run.
+
+    Raises:
+        Refusal: it comes from elsewhere or from an earlier run, or is no short JSON object.
+    """
     origin, token = request.headers.get("Origin"), request.headers.get("X-Token", "")
-    if origin is not None and origin != f"http://{request.headers['Host']}":
+    if origin is not None and origin not in _own_origins(request):
         raise Refusal(HTTPStatus.FORBIDDEN, "votes are taken from this page alone")
     if not hmac.compare_digest(token.encode(), expected.encode()):
         raise Refusal(HTTPStatus.FORBIDDEN, "the page is of an earlier run; reload it")
@@ -178,6 +186,12 @@ async def _body(request: Request, expected: str) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise Refusal(HTTPStatus.BAD_REQUEST, "a vote is a JSON object")
     return body
+
+
+def _own_origins(request: Request) -> tuple[str, str]:
+    """Return what a browser calls our page, which may stand behind a proxy with TLS."""
+    host = request.headers["Host"]
+    return f"http://{host}", f"https://{host}"
 
 
 async def _read(request: Request) -> bytes:
