@@ -155,6 +155,25 @@ def describe(
         config = checkpoint.config
     with torch.device("meta"):
         model = UniMMModel(config)
+    return {
+        "source": EMBEDDED if checkpoint.folder == embedded_model() else str(checkpoint.folder),
+        "family": checkpoint.family.name,
+        "layout": checkpoint.layout,
+        **describe_loaded(model),
+        **({"speed": _speed(config.decoder_config())} if speed else {}),
+    }
+
+
+def describe_loaded(model: UniMMModel) -> dict[str, Any]:
+    """Say what a model is made of, whether its weights are there or not.
+
+    Args:
+        model: on any device.
+
+    Returns:
+        Parts with their parameters, context, image sizes, what the model can do and what its engine may hold.
+    """
+    config = model.config
     parts = {name: count_weights(part) for name, part in model.parts().items()}
     if model.image_tokenizer is not None:
         parts["image_tokenizer"] = sum(p.numel() for p in model.image_tokenizer.parameters())
@@ -163,9 +182,6 @@ def describe(
     views, generation = config.views_config(), config.generation_config()
     decoder = config.decoder_config()
     return {
-        "source": EMBEDDED if checkpoint.folder == embedded_model() else str(checkpoint.folder),
-        "family": checkpoint.family.name,
-        "layout": checkpoint.layout,
         "decoder": decoder.model_type,
         "quantization": config.quantization,
         "parameters": parts,
@@ -175,7 +191,6 @@ def describe(
         "draws": f"{generation.image_size}x{generation.image_size}" if generation else None,
         "can": [*(["caption", "ask", "chat"] if views else []), *(["draw"] if generation else [])],
         "engine": _engine_limits(decoder),
-        **({"speed": _speed(decoder)} if speed else {}),
     }
 
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,9 +91,13 @@ class Client:
 
 
 @contextlib.contextmanager
-def serving(um: UniMM, **settings: Any) -> Iterator[Client]:
-    """A server in a thread; it owns the model while it runs."""
-    server = ModelServer(ServerSettings(port=0, **settings), lambda: um)
+def serving(
+    um: UniMM, prepare: Callable[[ModelServer], None] | None = None, **settings: Any
+) -> Iterator[Client]:
+    """A server in a thread, prepared before it begins; it owns the model while it runs."""
+    server = ModelServer(ServerSettings(**{"port": 0, **settings}), lambda: um)
+    if prepare is not None:
+        prepare(server)
     thread = threading.Thread(target=server.serve, name="unimm-serve")
     thread.start()
     client = Client(server.port)

@@ -12,9 +12,11 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from unimm.loading import describe_loaded
+from unimm.server.assets import add_page
 from unimm.server.body import media_type, read_document, read_multipart
 from unimm.server.chat import begin_chat
 from unimm.server.docs import DOCS_POLICY, docs_page, with_bodies
@@ -36,8 +38,7 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 def create_app(service: Service) -> FastAPI:
     """Return the application.
 
-    Further pages are mounted on it (`app.mount`, `app.include_router`); a route for `/` takes the place of the plain
-    answer if it is put first in `app.router.routes`.
+    Further routes are added to it (`app.include_router`), such as those for votes (`unimm.preferences.vote.duels`).
 
     Args:
         service: with the model.
@@ -65,10 +66,7 @@ def create_app(service: Service) -> FastAPI:
 
 def _add_pages(app: FastAPI, service: Service) -> None:
     """Add what a person and a monitor look at."""
-
-    @app.get("/", include_in_schema=False)
-    async def root() -> Response:
-        return PlainTextResponse(WELCOME.format(version=VERSION, model=service.settings.model_name))
+    add_page(app, WELCOME.format(version=VERSION, model=service.settings.model_name))
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:
@@ -150,7 +148,12 @@ def model_card(service: Service) -> dict[str, Any]:
         "context": processor.context,
         "size": f"{columns * processor.stride}x{rows * processor.stride}" if draws else None,
         "rows": rows if draws else None,
+        "any_size": draws and processor.layout.sized,
+        "votes": draws and service.remember is not None,
+        "max_n": service.settings.max_n,
+        "max_images": service.settings.max_images,
         "sampling": vars(um.model.config.sampling_config()) if draws else None,
+        "info": {"version": VERSION, "device": str(um.device), **describe_loaded(um.model)},
     }
 
 
