@@ -64,7 +64,8 @@ def mean(values: Weights, weights: Weights) -> float:
 def resample(units: int, seed: int = 0, count: int = BOOTSTRAP_RESAMPLES) -> NDArray[np.int64]:
     """How often each unit is drawn in each resample: int64 [count, units]."""
     rng = np.random.default_rng([seed, units])
-    return rng.multinomial(units, np.full(units, 1 / units), size=count)
+    drawn = rng.integers(units, size=(count, units)) + units * np.arange(count)[:, None]
+    return np.bincount(drawn.ravel(), minlength=count * units).reshape(count, units)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

@@ -64,8 +64,12 @@ def write_result(path: Path, document: ResultDocument) -> None:
     """
     check_output(path, "an earlier result", first_line_has_format)
     with atomic_write(path) as temporary:
-        lines = json.dumps(_finite(document), indent=1, ensure_ascii=False)
-        temporary.write_text(lines + "\n", encoding="utf-8")
+        head = json.dumps(_finite({**document, "items": []}), indent=1, ensure_ascii=False)
+        lines = (json.dumps(_finite(item), ensure_ascii=False) for item in document["items"])  # one a line
+        before, after = head.rsplit('"items": []', 1)
+        temporary.write_text(
+            before + '"items": [\n  ' + ",\n  ".join(lines) + "\n ]" + after + "\n", encoding="utf-8"
+        )
 
 
 def first_line_has_format(file: Any) -> bool:
