@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -16,6 +14,7 @@ import torch
 from PIL import Image
 
 from tests.evaluation.conftest import Score
+from tests.judge_server import judge_server
 from unimm.cli.main import main
 from unimm.errors import UserError
 from unimm.evaluation.drawing import crops_of_grid, grid_of_images
@@ -37,20 +36,22 @@ def test_geneval_is_drawn_in_its_folders_and_judged_by_rules(score: Score, tmp_p
         "drawing.temperature=0.5",
         "judge.kind=emojiscenes",
     )
-    found = score("geneval", *own)
+    found = score("geneval", *own, limit=4)
     folder = tmp_path / "out" / "images"
     assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png")) == [
-        f"{prompt:05}/samples/{sample:05}.png" for prompt in range(6) for sample in range(2)
+        f"{prompt:05}/samples/{sample:05}.png" for prompt in range(4) for sample in range(2)
     ]
     metadata = json.loads((folder / "00001" / "metadata.jsonl").read_text())
     assert metadata["prompt"] == found["items"][1]["prompt"] and metadata["tag"] == "counting"
     assert [seed for line in found["items"] for one in line["images"] for seed in one["seeds"]] == list(
-        range(12)
+        range(8)
     )
     images = [one["score"] for line in found["items"] for one in line["scored"]]
     assert found["figures"]["images"]["value"] == pytest.approx(np.mean(images))
     assert found["figures"]["overall"]["value"] > 0 and found["judge"]["kind"] == "emojiscenes"
-    other = score("geneval", *own, "drawing.seed=100", output="other")
+    (tmp_path / "other").mkdir()
+    shutil.copy(tmp_path / "out" / "judge.safetensors", tmp_path / "other")  # fitted once
+    other = score("geneval", *own, "drawing.seed=100", output="other", limit=4)
     page = tmp_path / "page.html"
     assert main(["report", str(tmp_path / "out"), str(tmp_path / "other"), "-o", str(page)]) == 0
     differing = sum(
@@ -59,11 +60,11 @@ def test_geneval_is_drawn_in_its_folders_and_judged_by_rules(score: Score, tmp_p
     )
     assert page.read_text().count("<img ") == 4 * differing > 0
     (folder / "00002" / "samples" / "00001.png").unlink()  # it is drawn again, the same
-    assert same(score("geneval", *own, batch_size=3)) == same(found)
+    assert same(score("geneval", *own, batch_size=3, limit=4)) == same(found)
     assert main(["eval", "--check", str(tmp_path / "out")]) == 0
     Image.new("RGB", (64, 64)).save(folder / "00002" / "samples" / "00001.png")
     with pytest.raises(UserError, match=r"item 2: .*00001.png: is another image than was drawn"):
-        score("geneval", *own)
+        score("geneval", *own, limit=4)
 
 
 def test_official_output_is_the_judge(score: Score, tiny: Path, tmp_path: Path) -> None:
@@ -188,45 +189,6 @@ def test_grids_are_cut_into_what_they_were_made_of() -> None:
 
 
 # --- a judge behind a URL -------------------------------------------------------------------------------------
-
-
-@contextmanager
-def judge_server(*replies: Any) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """A judge that gives some replies in turn, the last for ever; yields its address and what it was asked.
-
-    A reply is a text, a pair of a text and a version, a number of an HTTP status, or None: it never comes.
-    """
-    asked: list[dict[str, Any]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            reply = replies[min(len(asked), len(replies)) - 1]
-            if reply is None:
-                self.connection.recv(1)  # until the one who asked has gone
-                return
-            if isinstance(reply, int):
-                self.send_error(reply)
-                return
-            text, version = reply if isinstance(reply, tuple) else (reply, "judge-1")
-            body = {"model": version, "choices": [{"message": {"content": text}}]}
-            data = json.dumps(body).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/v1", asked
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def judge_of(url: str, *more: str) -> tuple[str, ...]:

@@ -31,6 +31,10 @@ Reader = Callable[[str], Read | None]
 """What a judge's words mean; None where they mean nothing."""
 
 
+class JudgeError(UserError):
+    """A judge that went on failing; another item may fare better."""
+
+
 class UrlJudge:
     """A model behind a URL.
 
@@ -66,7 +70,8 @@ class UrlJudge:
             What they mean, and the words.
 
         Raises:
-            UserError: it does not answer, answers nonsense, or is another version.
+            JudgeError: it does not answer, or answers nonsense.
+            UserError: it refuses, or is another version.
         """
         content: list[dict[str, Any]] = [
             {
@@ -86,10 +91,10 @@ class UrlJudge:
             if attempt:
                 time.sleep(wait)
                 wait *= 2
-            reply, problem = self._post(body)
+            reply, problem = post_json(self.address, body, self.choice.timeout)
             if reply is None:
                 continue
-            self._check_version(item, reply)
+            self.check_version(item, reply)
             words = _words(reply)
             if words is None:
                 problem = "gave no message"
@@ -99,40 +104,14 @@ class UrlJudge:
                 return found, words
             problem = f"said {_short(words)}, which no rule reads"
         tries = f" ({self.choice.retries + 1} tries)" if self.choice.retries else ""
-        raise UserError(f"{item}: the judge {self.choice.url} {problem}{tries}; nothing was scored for it")
+        raise JudgeError(f"{item}: the judge {self.choice.url} {problem}{tries}; nothing was scored for it")
 
-    def _post(self, body: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
-        """Send a request; the reply, or None and what went wrong.
+    def check_version(self, item: str, reply: dict[str, Any]) -> None:
+        """Hold the judge to the version that it was.
 
         Raises:
-            UserError: the judge refuses the request, which no second try mends.
+            UserError: it calls itself by another.
         """
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(KEY_VARIABLE):
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(self.address, json.dumps(body).encode(), headers)
-        try:
-            with urllib.request.urlopen(request, timeout=self.choice.timeout) as answer:
-                reply = json.loads(answer.read(MAX_REPLY))
-        except urllib.error.HTTPError as error:
-            if error.code not in RETRIED:
-                raise UserError(
-                    f"judge.url: {self.choice.url} refuses ({error.code} {error.reason})"
-                ) from None
-            return None, f"answers with {error.code} {error.reason}"
-        except TimeoutError:
-            return None, f"did not answer within {self.choice.timeout:g} s"
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
-            if isinstance(reason, TimeoutError):
-                return None, f"did not answer within {self.choice.timeout:g} s"
-            return None, f"cannot be reached ({reason})"
-        except ValueError:
-            return None, "answered what is no JSON"
-        return (reply, "") if isinstance(reply, dict) else (None, "answered what is no chat completion")
-
-    def _check_version(self, item: str, reply: dict[str, Any]) -> None:
-        """Hold the judge to the version that it was."""
         said = str(reply.get("model", "unknown"))
         if self.version is None:
             self.version = said
@@ -141,6 +120,39 @@ class UrlJudge:
                 f"{item}: the judge {self.choice.url} is {said} now, and was to be {self.version}; scores of two "
                 "judges are not mixed"
             )
+
+
+def post_json(address: str, body: dict[str, Any], timeout: float) -> tuple[dict[str, Any] | None, str]:
+    """Send a JSON request; the reply, or None and what went wrong.
+
+    Args:
+        address: where to, with its key in `OPENAI_API_KEY` if it wants one.
+        body: what is sent.
+        timeout: seconds the reply may take.
+
+    Raises:
+        UserError: the judge refuses the request, which no second try mends.
+    """
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get(KEY_VARIABLE):
+        headers["Authorization"] = f"Bearer {key}"
+    request = urllib.request.Request(address, json.dumps(body).encode(), headers)
+    late = f"did not answer within {timeout:g} s"
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            reply = json.loads(answer.read(MAX_REPLY))
+    except urllib.error.HTTPError as error:
+        if error.code not in RETRIED:
+            raise UserError(f"judge.url: {address} refuses ({error.code} {error.reason})") from None
+        return None, f"answers with {error.code} {error.reason}"
+    except TimeoutError:
+        return None, late
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        return None, late if isinstance(reason, TimeoutError) else f"cannot be reached ({reason})"
+    except ValueError:
+        return None, "answered what is no JSON"
+    return (reply, "") if isinstance(reply, dict) else (None, "answered no JSON object")
 
 
 def _words(reply: dict[str, Any]) -> str | None:

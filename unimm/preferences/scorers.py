@@ -25,9 +25,11 @@ from torch.nn import functional as F
 
 from unimm.data.emojiscenes.scenes import Scene
 from unimm.errors import UserError
+from unimm.evaluation.judges import JudgeError
 from unimm.images import Pixels
 from unimm.models.inputs import Images
 from unimm.preferences.candidates import DrawingPrompt
+from unimm.preferences.judge import JudgeScorer, load_judge
 from unimm.processing.messages import SHOWN, Message
 from unimm.processing.processor import grids_of
 from unimm.processing.rows import branch, stack_answers
@@ -127,6 +129,8 @@ def score_candidates(scorer: Scorer, candidates: Sequence[Candidate]) -> list[fl
     """
     try:
         scores = [float(score) for score in scorer(candidates)]
+    except JudgeError as error:  # the next prompt may fare better
+        raise ScorerError(str(error)) from error
     except (UserError, ScorerError):  # no candidate will have what is lacking; a part of a product has failed
         raise
     except Exception as error:  # it may be anyone's code
@@ -143,8 +147,9 @@ def make_scorer(name: str, um: UniMM, folder: Path) -> Scorer:
 
     Args:
         name: `self-vqa`, `rules`, `artwork`, `variety`, `probe`, or a path; modules of the working directory are found
-            too. Several with `*` between them, as `self-vqa*artwork`: their product, high where each of them is. A
-            factor may have a power, as `rules*variety^0.5`, by which it counts more or less. Factors are at least 0.
+            too. A YAML file with `task: judge` is a judge behind a URL (`unimm.preferences.judge`). Several with `*`
+            between them, as `self-vqa*artwork`: their product, high where each of them is. A factor may have a power,
+            as `rules*variety^0.5`, by which it counts more or less. Factors are at least 0.
         um: the model that drew.
         folder: where a scorer may keep what it fits.
 
@@ -161,6 +166,9 @@ def find_scorer(name: str) -> Callable[[ScorerContext], Scorer]:
         return lambda context: _product(context, [(make(context), power) for make, power in factors])
     if name in SCORERS:
         return SCORERS[name]
+    if name.endswith((".yaml", ".yml")):
+        settings = load_judge(name)
+        return lambda context: JudgeScorer(settings)
     module_name, _, attribute = name.replace(":", ".").rpartition(".")
     if not module_name:
         known = ", ".join(SCORERS)
