@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,14 +12,17 @@ import torch
 from unimm.errors import UserError
 from unimm.evaluation.items import LETTERS, EvalItem
 from unimm.evaluation.protocol import AnswerSection
+from unimm.models.model_outputs import AnswerScores
 from unimm.processing.messages import SHOWN, Message
 from unimm.processing.processor import grids_of
 from unimm.processing.rows import branch, stack_answers
 from unimm.sampling.requests import TextRequest, TextSampling, Ticket
 from unimm.sampling.sampler import noise_keys
 from unimm.sampling.text import Answer
+from unimm.videos import Video
 
 if TYPE_CHECKING:
+    from unimm.images import ImageInput
     from unimm.pipeline import UniMM
 
 Said = dict[str, Any]
@@ -95,11 +98,34 @@ def _said(item: EvalItem, ticket: Ticket) -> Said:
 
 
 @torch.inference_mode()
+def score_texts(
+    um: UniMM, prompt: str, shown: Sequence[ImageInput | Video], texts: Sequence[str]
+) -> AnswerScores:
+    """How likely a model finds each of several answers to one question, as branches behind one reading of it.
+
+    Raises:
+        UserError: an image cannot be read, or the question is too long.
+    """
+    images = um.processor.look(shown)
+    grids = grids_of(images)
+    question = Message("user", (*[SHOWN] * len(grids), prompt.strip()))
+    rows = [
+        um.processor.conversation.write([question, Message("assistant", (text,))], grids) for text in texts
+    ]
+    row = branch(rows)
+    arrays = [{**row.arrays(), "answers": row.numbered(range(len(rows)))}]
+    inputs: dict[str, Any] = {**stack_answers(arrays, um.processor.pad), "images": images}
+    device = um.device
+    scores: AnswerScores = um.model.score(
+        {name: value.to(device) for name, value in inputs.items()}, len(rows)
+    )
+    return scores
+
+
 def likeliest(um: UniMM, item: EvalItem, how: AnswerSection) -> Said:
     """The letter of the likeliest choice of an item, and how likely each is.
 
-    The choices are branches behind one reading of the question, one item at a time, so that no other item has a part
-    in the last bits of a number.
+    One item goes through the model at a time, so that no other has a part in the last bits of a number.
 
     Raises:
         UserError: the item has no choices, or is too long.
@@ -109,20 +135,9 @@ def likeliest(um: UniMM, item: EvalItem, how: AnswerSection) -> Said:
     letters = LETTERS[: len(item.choices)]
     said = list(letters) if how.choices == "letters" else list(item.choices)
     try:
-        images = um.processor.look([image.read() for image in item.images])
-        grids = grids_of(images)
-        question = Message("user", (*[SHOWN] * len(grids), item.prompt.strip()))
-        rows = [
-            um.processor.conversation.write([question, Message("assistant", (answer,))], grids)
-            for answer in said
-        ]
+        scores = score_texts(um, item.prompt, [image.read() for image in item.images], said)
     except UserError as error:
         raise UserError(f"{_name(item)}: {error}") from None
-    row = branch(rows)
-    arrays = [{**row.arrays(), "answers": row.numbered(range(len(rows)))}]
-    inputs: dict[str, Any] = {**stack_answers(arrays, um.processor.pad), "images": images}
-    device = um.device
-    scores = um.model.score({name: value.to(device) for name, value in inputs.items()}, len(rows))
     log_probs = scores.log_probs.double().cpu()
     if how.normalise == "mean":
         log_probs = log_probs / scores.length.double().cpu()
