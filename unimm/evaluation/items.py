@@ -17,6 +17,7 @@ from typing import Any
 
 from unimm.data.sources.images import find_file
 from unimm.errors import UserError
+from unimm.evaluation.made import made_rows
 from unimm.evaluation.protocol import EvaluationProtocol, fill_prompt
 from unimm.evaluation.rows import Columns, file_hash, find_files, join_rows, read_rows
 from unimm.processing.messages import Blob
@@ -70,6 +71,12 @@ class DataFiles:
     hashes: dict[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
+        made = self.protocol.data.made
+        if made is not None:
+            if self.names:
+                raise UserError(f"{self.protocol.name}: --data: its data is made; data.made has its settings")
+            self.files, self.hashes = [], {made.kind: made.checksum()}
+            return
         if not self.names:
             raise UserError(f"{self.protocol.name}: --data: give the files of {self.protocol.data.source}")
         self.files = find_files(self.names)
@@ -88,7 +95,7 @@ class DataFiles:
     @property
     def verified(self) -> bool:
         """Whether the protocol knows the checksums of its files."""
-        return bool(self.protocol.data.sha256)
+        return bool(self.protocol.data.sha256) or self.protocol.data.made is not None
 
     def rows(self) -> Iterator[tuple[Columns, Path]]:
         """The rows of all files that belong to the split, each with the file it is from.
@@ -97,7 +104,11 @@ class DataFiles:
             UserError: a row cannot be read.
         """
         data = self.protocol.data
-        if data.join is not None and len(self.files) > 1 and self.files[0].suffix == ".json":
+        listed: Iterator[tuple[Columns, Path]]
+        if data.made is not None:
+            path = Path(data.made.kind)
+            listed = ((row, path) for row in made_rows(data.made))
+        elif data.join is not None and len(self.files) > 1 and self.files[0].suffix == ".json":
             parts = [read_rows(path, data.columns) for path in self.files]
             listed = ((row, self.files[0]) for row in join_rows(parts, data.join, ", ".join(self.names)))
         else:

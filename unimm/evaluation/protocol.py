@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from unimm.errors import UserError
+from unimm.evaluation.made import MadeData
 from unimm.sections import FieldError, NotNegative, Positive, Section, near, read_yaml, validate
 
 PROTOCOL_TASK = "protocol"
@@ -32,6 +33,8 @@ class DataFormat(Section):
     source: NotEmpty
     """Where it is published, for people."""
     split: NotEmpty
+    made: MadeData | None = None
+    """Data that the package makes; there are no files then."""
     sha256: dict[str, str] = Field(default={})
     """Name of a published file -> its checksum; empty where no copy was at hand when the protocol was written."""
     fields: dict[str, str | list[str]]

@@ -11,6 +11,7 @@ from typing import Any
 
 from unimm.errors import UserError
 from unimm.evaluation.bootstrap import ScoreTable, Summary
+from unimm.evaluation.emojiscenes.questions import is_right
 from unimm.evaluation.items import LETTERS
 from unimm.evaluation.protocol import EvaluationProtocol
 from unimm.evaluation.scorers import summaries
@@ -18,6 +19,7 @@ from unimm.evaluation.scorers.choices import first_letter, mmbench_letter, mmmu_
 from unimm.evaluation.scorers.texts import anls, exact_answer, relaxed_accuracy
 from unimm.evaluation.scorers.vqa import textvqa_accuracy, vqa_accuracy
 from unimm.evaluation.scorers.yesno import exact_word, mme_word, pope_word
+from unimm.evaluation.tables.score import answered_rightly, score_table
 from unimm.sections import near
 
 Scored = dict[str, Any]
@@ -79,6 +81,11 @@ def _mmmu(fields: Mapping[str, Any], choices: tuple[str, ...], answer: str, rule
     }
 
 
+def _table(fields: Mapping[str, Any], choices: tuple[str, ...], answer: str, rule: str | None) -> Scored:
+    verdict = score_table(fields["answer"], answer, fields["category"])
+    return {"score": verdict.similarity, "right": verdict.right, "cells": verdict.cells}
+
+
 BENCHMARK_SCORERS: dict[str, BenchmarkScorer] = {
     "vqav2": BenchmarkScorer(
         lambda fields, choices, answer, rule: {"score": vqa_accuracy(answer, _people(fields))},
@@ -98,6 +105,15 @@ BENCHMARK_SCORERS: dict[str, BenchmarkScorer] = {
     ),
     "exact": BenchmarkScorer(
         lambda fields, choices, answer, rule: {"score": exact_answer(answer, _wanted(fields))},
+        summaries.means("accuracy"), "accuracy",
+    ),
+    "emojiscenes": BenchmarkScorer(
+        lambda fields, choices, answer, rule: {"score": float(is_right(answer, _wanted(fields)))},
+        summaries.means("accuracy"), "accuracy",
+    ),
+    "tables": BenchmarkScorer(_table, summaries.tables, "cells"),
+    "table-answers": BenchmarkScorer(
+        lambda fields, choices, answer, rule: {"score": float(answered_rightly(_wanted(fields), answer))},
         summaries.means("accuracy"), "accuracy",
     ),
     "seedbench": BenchmarkScorer(

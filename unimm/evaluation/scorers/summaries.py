@@ -38,6 +38,26 @@ def means(name: str) -> Callable[[ScoreTable], Summary]:
     return summarise
 
 
+def tables(table: ScoreTable) -> Summary:
+    """`cells`: the share that is right in its place; `tables`: of those that are right whole; `similarity` (TEDS)."""
+    scores, right, cells = (table.column(name) for name in ("score", "right", "cells"))
+    whole = (scores == 1.0).astype(float)
+    groups = {"": np.arange(len(scores))} | {f"/{name}": at for name, at in table.groups("category").items()}
+
+    def of(at: Places, weights: Weights) -> Figures:
+        own = weights[at]
+        total = float((own * cells[at]).sum())
+        return {
+            "cells": float((own * right[at]).sum()) / total if total else float("nan"),
+            "tables": mean(whole[at], own),
+            "similarity": mean(scores[at], own),
+        }
+
+    return lambda weights: {
+        f"{name}{group}": value for group, at in groups.items() for name, value in of(at, weights).items()
+    }
+
+
 def mmbench(table: ScoreTable) -> Summary:
     """`circular`: questions that are right under every rotation of their choices; `vanilla`: as the first is asked."""
     scores = table.column("score")
@@ -70,28 +90,28 @@ def pope(table: ScoreTable) -> Summary:
     said = np.array([row["read"] == "yes" for row in table.rows], float)
     true = np.array([str(row["answer"]).lower().strip() == "yes" for row in table.rows], float)
     read = np.array([row["read"] in ("yes", "no") for row in table.rows], float)
-    scores = table.column("score")
-    groups = {"": np.arange(len(table.rows))} | {
-        f"/{name}": at for name, at in table.groups("category").items()
+    columns = np.stack([said * true, said, true * read, table.column("score"), np.ones(len(said))])
+    groups = {"": (np.arange(len(table.rows)), columns)} | {
+        f"/{name}": (at, columns[:, at]) for name, at in table.groups("category").items()
     }
 
-    def of(at: Places, weights: Weights) -> Figures:
-        own = weights[at]
-        hits = float((own * said[at] * true[at]).sum())
-        called, positive = float((own * said[at]).sum()), float((own * true[at] * read[at]).sum())
+    def of(at: Places, counted: Weights, weights: Weights) -> Figures:
+        hits, called, positive, right, total = (counted @ weights[at]).tolist()
         precision = hits / called if called else 0.0
         recall = hits / positive if positive else 0.0
         both = precision + recall
         return {
             "f1": 2 * precision * recall / both if both else 0.0,
-            "accuracy": mean(scores[at], own),
+            "accuracy": right / total if total else float("nan"),
             "precision": precision,
             "recall": recall,
-            "yes": mean(said[at], own),
+            "yes": called / total if total else float("nan"),
         }
 
     return lambda weights: {
-        f"{name}{group}": value for group, at in groups.items() for name, value in of(at, weights).items()
+        f"{name}{group}": value
+        for group, parts in groups.items()
+        for name, value in of(*parts, weights).items()
     }
 
 
