@@ -6,17 +6,17 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 from PIL import Image
 
 from unimm.data.emojiscenes.scenes import SCENE_KINDS, EmojiScenes
 from unimm.data.tables.settings import TABLE_SPLITS, TableSettings
 from unimm.errors import UserError
+from unimm.evaluation.rows import Columns
 from unimm.sections import NotNegative, Positive, Section
 
 MADE_VERSION = 1  # rises with any change of what is made
-Row = dict[str, Any]
 
 
 class MadeData(Section):
@@ -39,7 +39,7 @@ class MadeData(Section):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def made_rows(made: MadeData) -> Iterator[Row]:
+def made_rows(made: MadeData) -> Iterator[Columns]:
     """The rows: each has an `id`, and what it is asked, answered or judged by.
 
     Raises:
@@ -56,7 +56,7 @@ def made_rows(made: MadeData) -> Iterator[Row]:
     return makers[made.kind](made)
 
 
-def _scene_questions(made: MadeData) -> Iterator[Row]:
+def _scene_questions(made: MadeData) -> Iterator[Columns]:
     from unimm.evaluation.emojiscenes.batches import render_image
     from unimm.evaluation.emojiscenes.questions import collect_questions
 
@@ -66,7 +66,7 @@ def _scene_questions(made: MadeData) -> Iterator[Row]:
         yield {"id": f"{made.split}-{number}", **parts, "image": _png(render_image(scene))}
 
 
-def _scene_prompts(made: MadeData) -> Iterator[Row]:
+def _scene_prompts(made: MadeData) -> Iterator[Columns]:
     from unimm.evaluation.emojiscenes.drawing import prompt_for
 
     for kind in SCENE_KINDS:
@@ -78,7 +78,7 @@ def _scene_prompts(made: MadeData) -> Iterator[Row]:
             }  # fmt: skip
 
 
-def _tables(made: MadeData) -> Iterator[Row]:
+def _tables(made: MadeData) -> Iterator[Columns]:
     from unimm.data.tables.content import TRANSCRIPTION_REQUESTS
     from unimm.data.tables.tables import SyntheticTables
 
@@ -91,7 +91,7 @@ def _tables(made: MadeData) -> Iterator[Row]:
             yield {"id": f"{made.split}-{number}-{markup}", **asked, "image": image}
 
 
-def _table_questions(made: MadeData) -> Iterator[Row]:
+def _table_questions(made: MadeData) -> Iterator[Columns]:
     from unimm.data.tables.tables import SyntheticTables
     from unimm.evaluation.tables.reading import questions_of
 

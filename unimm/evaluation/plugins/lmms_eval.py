@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +78,8 @@ class SimpleModel(lmms):  # type: ignore[misc]
             return [self._drawn(*request.args) for request in requests]
         return answer_questions(self.um, (self._question(*request.args) for request in requests))
 
-    def _question(
-        self, text: str, options: Any, visuals: Callable[[Any], Any], number: int, task: str, split: str
-    ) -> SuiteQuestion:
+    def _question(self, *arguments: Any) -> SuiteQuestion:
+        text, options, visuals, number, task, split = arguments
         ids, seen = self.um.processor.question(text, list(visuals(self.task_dict[task][split][number]) or []))
         return SuiteQuestion(ids, seen, options, self.seed + number)
 
@@ -127,9 +126,8 @@ class ChatModel(SimpleModel):
 
     is_simple = False
 
-    def _question(
-        self, text: str, messages: Callable[[Any], Any], options: Any, number: int, task: str, split: str
-    ) -> SuiteQuestion:
+    def _question(self, *arguments: Any) -> SuiteQuestion:
+        _, messages, options, number, task, split = arguments
         listed = [
             {**message, "content": [_part(part) for part in message["content"]]}
             for message in messages(self.task_dict[task][split][number])

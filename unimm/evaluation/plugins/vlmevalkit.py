@@ -62,7 +62,7 @@ class UniMMModelForKit(BaseModel):  # type: ignore[misc]
         return answer_questions(self.um, [SuiteQuestion(ids, seen, self.options, 0)])[0]
 
 
-def register(arguments: Sequence[str]) -> list[str]:
+def register_models(arguments: Sequence[str]) -> list[str]:
     """Make models known to VLMEvalKit.
 
     Args:
@@ -94,7 +94,7 @@ def register(arguments: Sequence[str]) -> list[str]:
 def main() -> None:
     """Register models, and run VLMEvalKit."""
     try:
-        sys.argv[1:] = register(sys.argv[1:])
+        sys.argv[1:] = register_models(sys.argv[1:])
     except UserError as error:
         raise SystemExit(f"unimm: {error}") from None
     from vlmeval import run
