@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -57,9 +58,8 @@ def run_job(recipe: AnyJob, on_progress: ProgressCallback | None = None) -> dict
         progress = _Progress(len(items), on_progress)
         progress.add(len(items) - sum(len(folder.range_of(shard)) for shard in todo))
         if todo and recipe.engine == "ray":
-            from unimm.jobs.cluster import run_on_ray
-
-            run_on_ray(recipe, folder, todo, progress.add)
+            cluster = importlib.import_module("unimm.jobs.cluster")  # whose workers run this module
+            cluster.run_on_ray(recipe, folder, todo, progress.add)
         elif todo:
             ShardRunner(recipe, load_job_model(recipe), folder, progress.add).run(todo)
         folder.finish()
