@@ -6,7 +6,9 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from unimm.training.engine import lr_factor, shortened_warmups
+from unimm.errors import UserError
+from unimm.sections import validate
+from unimm.training.engine import lr_factors, shortened_warmups
 from unimm.training.recipe import Stage
 
 DECAYS = ("linear", "cosine")
@@ -14,6 +16,10 @@ DECAYS = ("linear", "cosine")
 
 def stage(**other: object) -> Stage:
     return Stage.model_validate({"name": "s", "steps": 11, "batch": 1, "lr": {"a": 1.0}, **other})
+
+
+def lr_factor(made: Stage, step: int) -> float:
+    return lr_factors(made, step)["a"]
 
 
 def test_warmup_rises_to_one_and_constant_stays() -> None:
@@ -56,3 +62,35 @@ def test_a_warmup_longer_than_its_stage_rises_over_all_of_it() -> None:
     assert shortened_warmups(short) == [
         "stages[1].warmup: 40 steps, the stage has 4; the rates rise over all of it"
     ]
+
+
+def test_each_group_rises_over_steps_of_its_own() -> None:
+    """As if it were alone; a group that is not named does not rise."""
+    rates = {"a": 1.0, "b": 1.0, "c": 1.0}
+    made = stage(steps=20, lr=rates, warmup={"a": 4, "b": 10}, schedule="cosine", min_lr_ratio=0.1)
+    for step in range(20):
+        factors = lr_factors(made, step)
+        for group, warmup in (("a", 4), ("b", 10), ("c", 0)):
+            alone = stage(steps=20, warmup=warmup, schedule="cosine", min_lr_ratio=0.1)
+            assert factors[group] == lr_factor(alone, step)
+    assert lr_factors(made, 1) == {"a": 0.5, "b": 0.2, "c": pytest.approx(0.99446, abs=1e-4)}
+    assert shortened_warmups([stage(steps=4, lr=rates, warmup={"a": 4, "b": 10})]) == [
+        "stages[0].warmup.b: 10 steps, the stage has 4; its rate rises over all of it"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("warmup", "line"),
+    [
+        ({"b": 4}, "b has no rate in lr, so none rises; expected of a"),
+        ({"a": -1}, "warmup.a: expected at least 0, got -1"),
+        ({"a": "x"}, "warmup.a: expected an integer"),
+        ("long", 'warmup: expected an integer, got "long"$'),
+    ],
+)
+def test_a_line_for_a_warmup_of_nothing(warmup: object, line: str) -> None:
+    with pytest.raises(UserError, match=line) as caught:
+        validate(
+            Stage, {"name": "s", "steps": 4, "batch": 1, "lr": {"a": 1.0}, "warmup": warmup}, "recipe.yaml"
+        )
+    assert "\n" not in str(caught.value)

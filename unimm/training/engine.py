@@ -232,15 +232,20 @@ def parameter_groups(
     return made, order
 
 
-def lr_factor(stage: Stage, step: int) -> float:
-    """What the stage's learning rates are multiplied by at `step` (0-based, within the stage).
+def lr_factors(stage: Stage, step: int) -> dict[str, float]:
+    """What each group's learning rate is multiplied by at `step`; see `lr_factor`."""
+    return {group: lr_factor(stage, step, stage.warmup_of(group)) for group in stage.lr}
+
+
+def lr_factor(stage: Stage, step: int, warmup: int) -> float:
+    """What a learning rate of the stage is multiplied by at `step` (0-based, within the stage).
 
     Rises linearly over `warmup` steps (or all, where there are fewer) to 1 at the last of them, then stays
     (`constant`) or falls towards `min_lr_ratio`, which the step after the stage's last would have (`linear`,
     `cosine`; as in transformers): so the last step trains too. It follows from the step alone, so that a resumed
     run needs no scheduler state.
     """
-    warmup = min(stage.warmup, stage.steps)
+    warmup = min(warmup, stage.steps)
     if step < warmup:
         return (step + 1) / warmup
     if stage.schedule == "constant":
@@ -251,12 +256,16 @@ def lr_factor(stage: Stage, step: int) -> float:
 
 
 def shortened_warmups(stages: Sequence[Stage]) -> list[str]:
-    """A line for each stage that is shorter than its warm-up."""
-    return [
-        f"stages[{number}].warmup: {stage.warmup} steps, the stage has {stage.steps}; the rates rise over all of it"
-        for number, stage in enumerate(stages)
-        if stage.warmup > stage.steps
-    ]
+    """A line for each warm-up that is longer than its stage."""
+    lines = []
+    for number, stage in enumerate(stages):
+        given = stage.warmup if isinstance(stage.warmup, dict) else {"": stage.warmup}
+        for group, steps in given.items():
+            where = f"stages[{number}].warmup{group and f'.{group}'}"
+            if steps > stage.steps:
+                rates = "its rate rises" if group else "the rates rise"
+                lines.append(f"{where}: {steps} steps, the stage has {stage.steps}; {rates} over all of it")
+    return lines
 
 
 def merge(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -327,7 +336,7 @@ class TrainingEngine:
         batches: Sequence[Batch],
         totals: Mapping[str, float],
         step: int,
-        factor: float,
+        factor: float | Mapping[str, float],
         max_micro_batches: int | None = None,
     ) -> StepResult:
         """Forward and backward every micro-batch, clip by the true global norm, and update.
@@ -336,12 +345,13 @@ class TrainingEngine:
             batches: this rank's micro-batches, on the CPU.
             totals: the whole step's targets over all ranks.
             step: steps done before, over all stages.
-            factor: what the base learning rates are multiplied by.
+            factor: what the base learning rates are multiplied by, all or those of each group.
             max_micro_batches: those of the rank that has the most; the others run their last again, for nothing, since
                 ranks that share gradients do so after each.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
+            own = factor[group["name"]] if isinstance(factor, Mapping) else factor
+            group["lr"] = group["base_lr"] * own
         loss_sum = norm = torch.zeros((), device=self.device)
         sums: dict[str, Any] = {}
         count = max(len(batches), max_micro_batches or 0)

@@ -10,9 +10,9 @@ import importlib
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
 
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import Discriminator, Field, PrivateAttr, Tag, field_validator, model_validator
 
 from unimm.console import say
 from unimm.errors import UserError, UserNote
@@ -106,6 +106,17 @@ class Packing(Section):
     """Rows in one forward on one device."""
 
 
+def _warmup_kind(value: Any) -> str:
+    return "dict[steps]" if isinstance(value, Mapping) else "steps[all]"
+
+
+Warmup: TypeAlias = Annotated[
+    Annotated[dict[str, NotNegative], Tag("dict[steps]")] | Annotated[NotNegative, Tag("steps[all]")],
+    Discriminator(_warmup_kind),
+]
+"""Steps for all groups, or by group."""
+
+
 class Stage(Section):
     """One stage: which groups train at which rate, on which mixture of data, for how many steps."""
 
@@ -123,8 +134,9 @@ class Stage(Section):
     """Compile the decoder with `torch.compile`."""
     lr: Annotated[dict[str, Rate], Field(min_length=1)]
     """Group -> learning rate; groups not listed are frozen."""
-    warmup: NotNegative = 0
-    """Steps over which the rates rise; where the stage has fewer, they rise over all of it."""
+    warmup: Warmup = 0
+    """Steps over which the rates rise; where the stage has fewer, they rise over all of it. Also by group, as `lr`:
+    those of groups not listed do not rise."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     mixture: dict[str, Rate] = Field(default_factory=dict)
@@ -158,6 +170,19 @@ class Stage(Section):
         if not any(value.values()):
             raise ValueError(f"every rate is 0, so nothing would train; give {next(iter(value))} one above 0")
         return value
+
+    @field_validator("warmup")
+    @classmethod
+    def _of_groups(cls, value: int | dict[str, int], info: Any) -> int | dict[str, int]:
+        rates = info.data.get("lr")
+        for group in value if isinstance(value, dict) and rates is not None else ():
+            if group not in rates:
+                raise ValueError(f"{group} has no rate in lr, so none rises; expected of {', '.join(rates)}")
+        return value
+
+    def warmup_of(self, group: str) -> int:
+        """Steps over which a group's rate rises, as given."""
+        return self.warmup.get(group, 0) if isinstance(self.warmup, dict) else self.warmup
 
     @field_validator("mixture")
     @classmethod
@@ -326,7 +351,13 @@ def smoke_recipe(path: str | Path, overrides: Iterable[str] = ()) -> BaseRecipe:
     _typed(recipe_class, data, source)  # mistakes in the recipe itself are named as ever
     data["output"] = f"{str(data['output']).rstrip('/')}-smoke"
     for stage in data["stages"]:
-        stage |= {"steps": 2, "batch": 2, "micro_batch": None, "warmup": min(stage.get("warmup", 0), 1)}
+        warmup = stage.get("warmup", 0)
+        short = (
+            {name: min(steps, 1) for name, steps in warmup.items()}
+            if isinstance(warmup, dict)
+            else min(warmup, 1)
+        )
+        stage |= {"steps": 2, "batch": 2, "micro_batch": None, "warmup": short}
         if stage.get("pack"):
             stage |= {"pack": {"length": max(512, stage["pack"]["length"])}}
     data |= {"device": "cpu", "checkpoint": {"every": 2}, "logging": {"every": 1, "tensorboard": False}}

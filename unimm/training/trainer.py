@@ -42,7 +42,7 @@ from unimm.training.engine import (
     freeze,
     gather_over_ranks,
     in_bfloat16,
-    lr_factor,
+    lr_factors,
     pick_device,
     set_modes,
     shortened_warmups,
@@ -215,7 +215,9 @@ class Run:
         if isinstance(self.task, Draws):
             with engine.whole():
                 batches = self.task.draw(self.module, batches, self.step)
-        result = engine.step(batches, totals, self.step, lr_factor(stage, self.stage_step), max_micro_batches)
+        result = engine.step(
+            batches, totals, self.step, lr_factors(stage, self.stage_step), max_micro_batches
+        )
         self.step += 1
         self.stage_step += 1
         if self.average is not None:
