@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from unimm.errors import UserError
 from unimm.evaluation.recipe import load_evaluation
+from unimm.jobs.recipe import load_job
 from unimm.preferences.align import load_alignment
 from unimm.recipes import list_recipes
 from unimm.training.recipe import load_recipe
@@ -26,7 +27,8 @@ VALUES: tuple[Any, ...] = (
     2**80, "2001-01-01",
 )  # fmt: skip
 SAMPLED = 20  # changes of each recipe
-LOADERS = {"evaluation": load_evaluation, "alignment": load_alignment}
+JOBS = ("ask", "caption", "draw")
+LOADERS = {"evaluation": load_evaluation, "alignment": load_alignment, **dict.fromkeys(JOBS, load_job)}
 Place = tuple[str | int, ...]
 
 

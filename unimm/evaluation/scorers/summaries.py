@@ -111,7 +111,7 @@ def pope(table: ScoreTable) -> Summary:
     return lambda weights: {
         f"{name}{group}": value
         for group, parts in groups.items()
-        for name, value in of(*parts, weights).items()
+        for name, value in of(parts[0], parts[1], weights).items()
     }
 
 
