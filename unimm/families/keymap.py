@@ -312,3 +312,34 @@ def _expression(pattern: str) -> re.Pattern[str]:
 
 def _fill(pattern: str, holes: Mapping[str, str]) -> str:
     return re.sub(r"\{(\w+)\}", lambda hole: holes[hole[1]], pattern)
+
+
+def llama_layer(ours: str, theirs: str, names: tuple[str, str, str, str], query: Op, key: Op) -> list[Rule]:
+    """Return the rules of a layer that is Llama's, as Meta and Mistral name its weights.
+
+    Args:
+        ours: what our names begin with.
+        theirs: what the checkpoint's names begin with.
+        names: ours of the attention, with its dot where it is a module of its own, of the MLP and of the two norms.
+        query: how the product of queries is translated.
+        key: how that of keys is.
+    """
+    attention, mlp, before, between = names
+    products = {
+        "q_proj": ("wq", query),
+        "k_proj": ("wk", key),
+        "v_proj": ("wv", SAME),
+        "o_proj": ("wo", SAME),
+    }
+    return [
+        *(
+            Rule(f"{ours}.{attention}{own}.weight", f"{theirs}.attention.{other}.weight", op)
+            for own, (other, op) in products.items()
+        ),
+        *(
+            Rule(f"{ours}.{mlp}.{own}.weight", f"{theirs}.feed_forward.{other}.weight")
+            for own, other in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3"))
+        ),
+        Rule(f"{ours}.{before}.weight", f"{theirs}.attention_norm.weight"),
+        Rule(f"{ours}.{between}.weight", f"{theirs}.ffn_norm.weight"),
+    ]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unimm.families.keymap import SAME, KeyMap, Op, Rule, rotary_halves, share
+from unimm.families.keymap import SAME, KeyMap, Op, Rule, llama_layer, rotary_halves, share
 from unimm.models.configuration import UniMMConfig
 from unimm.models.encoder_parts import TiledEncoderConfig
 from unimm.models.fusion_parts import CrossFusionConfig
@@ -102,13 +102,13 @@ def original_map(config: UniMMConfig) -> KeyMap:
         Rule("extra_embedding.weight", f"{text}learnable_embedding.weight"),
         Rule("decoder.model.norm.weight", f"{text}norm.weight"),
         Rule("decoder.lm_head.weight", f"{text}output.weight"),
-        *_layer("decoder.model.layers.{i}", f"{text}layers.{{i}}", "self_attn.", "input_layernorm",
-                "post_attention_layernorm", rotary_halves(decoder.num_attention_heads),
-                rotary_halves(decoder.num_key_value_heads)),
+        *llama_layer("decoder.model.layers.{i}", f"{text}layers.{{i}}",
+                     ("self_attn.", "mlp", "input_layernorm", "post_attention_layernorm"),
+                     rotary_halves(decoder.num_attention_heads), rotary_halves(decoder.num_key_value_heads)),
     ]  # fmt: skip
     for number, place in enumerate(sorted(fusion.layers)):
         ours, theirs = f"fusion.blocks.{place}", f"{text}cross_attention_layers.{number}"
-        rules += _layer(ours, theirs, "", "norm", "between", SAME, SAME)
+        rules += llama_layer(ours, theirs, ("", "mlp", "norm", "between"), SAME, SAME)
         rules += [
             Rule(f"{ours}.{name}_norm.weight", f"{theirs}.attention.{name}_norm.weight") for name in "qk"
         ]
@@ -117,30 +117,6 @@ def original_map(config: UniMMConfig) -> KeyMap:
             Rule(f"{ours}.mlp_gate", f"{theirs}.gate_ffwd"),
         ]
     return KeyMap(rules=tuple(rules), kept=("text_model.rope.freqs",))
-
-
-def _layer(
-    ours: str, theirs: str, attention: str, before: str, between: str, query: Op, key: Op
-) -> list[Rule]:
-    """Rules of a layer or a block, under our names of its attention and its two norms."""
-    products = {
-        "q_proj": ("wq", query),
-        "k_proj": ("wk", key),
-        "v_proj": ("wv", SAME),
-        "o_proj": ("wo", SAME),
-    }
-    return [
-        *(
-            Rule(f"{ours}.{attention}{own}.weight", f"{theirs}.attention.{other}.weight", op)
-            for own, (other, op) in products.items()
-        ),
-        *(
-            Rule(f"{ours}.mlp.{own}.weight", f"{theirs}.feed_forward.{other}.weight")
-            for own, other in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3"))
-        ),
-        Rule(f"{ours}.{before}.weight", f"{theirs}.attention_norm.weight"),
-        Rule(f"{ours}.{between}.weight", f"{theirs}.ffn_norm.weight"),
-    ]
 
 
 def shard_axis(name: str) -> int | None:

@@ -23,7 +23,7 @@ from unimm.families.common import (
     special_token,
 )
 from unimm.families.family import Family
-from unimm.families.keymap import SAME, KeyMap, Op, Rule, rotary_halves
+from unimm.families.keymap import KeyMap, Rule, llama_layer, rotary_halves
 from unimm.families.pixtral_writer import PixtralWriter
 from unimm.families.source import Checkpoint, normalisation
 from unimm.models.configs import Activation, Published, section_for
@@ -254,40 +254,17 @@ def _original_map(vision_heads: int, decoder: Any) -> KeyMap:
         rules=(
             Rule("vision.model.patch_conv.weight", "vision_encoder.patch_conv.weight"),
             Rule("vision.model.ln_pre.weight", "vision_encoder.ln_pre.weight"),
-            *_layers("vision.model.transformer.layers.{i}", "vision_encoder.transformer.layers.{i}",
-                     ("attention", "feed_forward", "attention_norm", "ffn_norm"), vision, vision),
+            *llama_layer("vision.model.transformer.layers.{i}", "vision_encoder.transformer.layers.{i}",
+                     ("attention.", "feed_forward", "attention_norm", "ffn_norm"), vision, vision),
             Rule("connector.layers.0.{end}", "vision_language_adapter.w_in.{end}"),
             Rule("connector.layers.2.{end}", "vision_language_adapter.w_out.{end}"),
-            *_layers("decoder.model.layers.{i}", "layers.{i}",
-                     ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"), query, key),
+            *llama_layer("decoder.model.layers.{i}", "layers.{i}",
+                     ("self_attn.", "mlp", "input_layernorm", "post_attention_layernorm"), query, key),
             Rule("decoder.model.embed_tokens.weight", "tok_embeddings.weight"),
             Rule("decoder.model.norm.weight", "norm.weight"),
             Rule("decoder.lm_head.weight", "output.weight"),
         ),
     )  # fmt: skip
-
-
-def _layers(ours: str, theirs: str, names: tuple[str, str, str, str], query: Op, key: Op) -> list[Rule]:
-    """Rules of a layer that is Llama's, under our names of attention, MLP and the two norms."""
-    attention, mlp, before, between = names
-    products = {
-        "q_proj": ("wq", query),
-        "k_proj": ("wk", key),
-        "v_proj": ("wv", SAME),
-        "o_proj": ("wo", SAME),
-    }
-    return [
-        *(
-            Rule(f"{ours}.{attention}.{own}.weight", f"{theirs}.attention.{other}.weight", op)
-            for own, (other, op) in products.items()
-        ),
-        *(
-            Rule(f"{ours}.{mlp}.{own}.weight", f"{theirs}.feed_forward.{other}.weight")
-            for own, other in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3"))
-        ),
-        Rule(f"{ours}.{before}.weight", f"{theirs}.attention_norm.weight"),
-        Rule(f"{ours}.{between}.weight", f"{theirs}.ffn_norm.weight"),
-    ]
 
 
 FAMILY = Pixtral()
