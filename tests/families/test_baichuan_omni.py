@@ -92,10 +92,10 @@ def test_parameters_of_1_0() -> None:
     assert sizes["decoder"] == 7_505_973_248  # Baichuan 2 7B
 
 
-def test_the_recipe_is_the_same_model() -> None:
+def test_the_recipe_is_the_same_model(text_tokenizer: PreTrainedTokenizerFast) -> None:
     recipe: Any = load_recipe(find_recipe("baichuan-omni-7b"))
     fields = baichuan_omni.parts(125696, 1, 2, 3)
-    described = recipe.model.understanding.parts()
+    described = recipe.model.understanding.parts(text_tokenizer)
     for name in ("views", "encoder", "reducer", "connector"):
         assert read_part(name, described[name]) == read_part(name, fields[name])
     decoder = fields["decoder"]

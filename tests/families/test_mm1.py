@@ -208,10 +208,10 @@ def test_tokens_of_images() -> None:
     assert views.grid_of(4000, 4000) == (3, 3) and wider.grid_of(4000, 4000) == (4, 4)
 
 
-def test_the_recipe_is_the_same_model() -> None:
+def test_the_recipe_is_the_same_model(text_tokenizer: PreTrainedTokenizerFast) -> None:
     recipe: Any = load_recipe(find_recipe("mm1.5-3b"))
     fields = mm1.parts("3B", 128256, 7)
-    described = recipe.model.understanding.parts()
+    described = recipe.model.understanding.parts(text_tokenizer)
     for name in ("views", "encoder", "reducer", "connector"):
         assert read_part(name, described[name]) == read_part(name, fields[name])
     decoder = fields["decoder"]
