@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1] / "unimm"
 # The layers in `unimm/` and what each may import, with all that those may. Ground: no model and no tokens in it.
 GROUND = {
     "errors", "files", "folders", "garbage", "documents", "sections", "console", "sheet", "images", "recipes",
-    "outputs", "devices", "videos",
+    "outputs", "devices", "videos", "clusters",
 }  # fmt: skip
 LOADING = {"loading", "locate", "adapters"}
 LAYERS: dict[str, tuple[str, ...]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,27 @@ from unimm.cli.serve import model_name
         (["--model-name", "../a"], "--model-name: '../a'"),
         (["--host", "999.1.1.1"], "host 999.1.1.1: no address of this machine"),
         (["--port", "99999"], "port 99999: "),
+        (["--replicas", "2"], "--replicas: is for --ray; add it"),
+        (["--ongoing", "2"], "--ongoing: is for --ray; add it"),
+        (["--ray", "--replicas", "0"], "--replicas: 0:0; give a number of at least 1, or LEAST:MOST"),
+        (["--ray", "--replicas", "3:2"], "--replicas: 3:2; give a number of at least 1, or LEAST:MOST"),
+        (["--ray", "--replicas", "2:"], "--replicas: '2:'; give a number, or LEAST:MOST"),
+        (["--ray", "--ongoing", "0"], "--ongoing: expected a whole number of at least 1"),
+        (["--ray", "--replica-cpus", "0"], "--replica-cpus: 0; give a number of cores above 0"),
+        (["--ray", "--replica-gpus", "-1"], "--replica-gpus: -1; give a number of GPUs, 0 for none"),
+        (["--ray", "--votes", "."], "--votes: replicas do not share a file of votes; serve without --ray"),
         (["--prot", "1"], "there is no option --prot; did you mean --port?"),
     ],
 )
 def test_odd_options_are_refused_in_a_line(unimm, arguments: list[str], words: str) -> None:
     done = unimm("serve", *arguments)
     assert (done.code, done.out) == (2, "") and words in done.err and done.err.count("\n") == 1
+
+
+def test_without_ray_it_says_what_to_install(unimm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray.serve", None)
+    done = unimm("serve", "--port", "0", "--ray")
+    assert done.code == 2 and "--ray: ray needs " in done.err and "pip install 'unimm[ray]'" in done.err
 
 
 def test_a_taken_port_is_named(unimm) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +17,11 @@ from unimm.cli.model import load
 from unimm.cli.options import FOLDER, INTEGER, NUMBER, POSITIVE, model_options
 from unimm.console import say
 from unimm.errors import UserError, UserNote
+
+if TYPE_CHECKING:
+    from unimm.server.settings import ServerSettings
+
+RAY_OPTIONS = ("replicas", "ongoing", "replica_cpus", "replica_gpus", "ray_address")
 
 
 @command("serve", "serve a model behind OpenAI's routes", lambda document: None)
@@ -47,6 +54,16 @@ from unimm.errors import UserError, UserNote
     "--votes", type=FOLDER, metavar="DIR", help="where votes on two drawings are kept (default: no voting)"
 )
 @click.option("--voter", metavar="NAME", help="kept with each vote (default: the login)")
+@click.option("--ray", is_flag=True, help="replicas by Ray Serve, on this machine or a cluster")
+@click.option("--replicas", metavar="N", help="or LEAST:MOST, by the load (with --ray; default: 1)")
+@click.option(
+    "--ongoing", type=POSITIVE, metavar="N", help="requests of a replica that call for another (default: 16)"
+)
+@click.option("--replica-cpus", type=NUMBER, metavar="N", help="cores of a replica (default: 1)")
+@click.option(
+    "--replica-gpus", type=NUMBER, metavar="N", help="GPUs of a replica, or a part of one (default: 0)"
+)
+@click.option("--ray-address", metavar="URL", help="of a cluster, such as auto (default: Ray starts here)")
 @click.option("--log-words", is_flag=True, help="let the log hold prompts and answers")
 @model_options
 def serve(options: Options) -> Any:
@@ -69,9 +86,14 @@ def serve(options: Options) -> Any:
     given |= {name: getattr(options, name) for name in names - {"max_side"}}
     settings = ServerSettings(**{name: value for name, value in given.items() if value is not None})
 
+    if options.ray:
+        return _serve_replicas(settings, options)
+    for name in RAY_OPTIONS:
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')}: is for --ray; add it")
+
     def load_model() -> Any:
-        um = load(options)
-        um.batch_size = options.batch_size or um.batch_size
+        um = _load(options)
         say(f"serving {settings.model_name} at {server.url} (Ctrl-C ends)")
         return um
 
@@ -89,6 +111,43 @@ def serve(options: Options) -> Any:
                 say(votes.note)
             add_votes(server.app, server.service, Duels(votes, voter_name(options.voter)))
         server.serve()
+    return {"served": settings.model_name}
+
+
+def _load(options: Options) -> Any:
+    """Load the model, here or in a replica."""
+    um = load(options)
+    um.batch_size = options.batch_size or um.batch_size
+    return um
+
+
+def _serve_replicas(settings: ServerSettings, options: Options) -> Any:
+    """Serve by Ray."""
+    from unimm.server.replicas import ReplicaSettings, serve_replicas
+
+    if options.votes is not None:
+        raise UserError("--votes: replicas do not share a file of votes; serve without --ray")
+    least, colon, most = (options.replicas or "1").partition(":")
+    if not (least.isdecimal() and least.isascii()) or (colon and not (most.isdecimal() and most.isascii())):
+        raise UserError(f"--replicas: {options.replicas!r}; give a number, or LEAST:MOST")
+    given = {
+        "ongoing": options.ongoing,
+        "cpus": options.replica_cpus,
+        "gpus": options.replica_gpus,
+        "address": options.ray_address,
+    }
+    replicas = ReplicaSettings(
+        int(least), int(most or least), **{name: value for name, value in given.items() if value is not None}
+    )
+    if options.model is not None and Path(options.model).is_dir():
+        options.model = os.path.abspath(options.model)  # wherever a replica stands
+    load_replica = functools.partial(_load, options)
+    serve_replicas(
+        settings,
+        replicas,
+        load_replica,
+        lambda url: say(f"serving {settings.model_name} at {url} (Ctrl-C ends)"),
+    )
     return {"served": settings.model_name}
 
 

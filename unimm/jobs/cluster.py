@@ -6,18 +6,16 @@ died had done is in the folder, so whoever takes over its shards goes on with th
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from unimm.clusters import connected, import_ray
 from unimm.errors import UserError
-from unimm.jobs.recipe import AnyJob, RaySection, job_of
+from unimm.jobs.recipe import AnyJob, job_of
 from unimm.jobs.work import JobFolder
 
-OBJECT_STORE = 128 * 2**20  # bytes; only numbers of shards go through it
 MOST_TOGETHER = 8  # shards that a worker runs without a gap
 
 
@@ -35,8 +33,8 @@ def run_on_ray(
     Raises:
         UserError: Ray is not installed or has not the resources, or a worker cannot go on.
     """
-    ray, how = import_ray("engine"), recipe.ray
-    with connected(ray, how):
+    ray, how = import_ray("engine", "data"), recipe.ray
+    with connected(ray, how.address, "ray.address"):
         _check_resources(ray, recipe)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
@@ -84,45 +82,6 @@ class ShardWorker:
         shards = [int(shard) for shard in batch["shard"]]
         self.runner.run([shard for shard in shards if not self.runner.folder.is_done(shard)])
         return {"shard": batch["shard"]}
-
-
-def import_ray(key: str) -> Any:
-    """Return Ray.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    os.environ.setdefault(
-        "RAY_USAGE_STATS_ENABLED", "0"
-    )  # nothing is told to others unless the user wants it
-    try:
-        importlib.import_module("ray.data")
-        return importlib.import_module("ray")
-    except ImportError as error:
-        raise UserError(f"{key}: ray needs {error.name}; install it with: pip install 'unimm[ray]'") from None
-
-
-@contextlib.contextmanager
-def connected(ray: Any, how: RaySection) -> Iterator[None]:
-    """Use a cluster, or Ray on this machine alone, all of whose processes end with the block.
-
-    Raises:
-        UserError: there is no cluster at that address.
-    """
-    given: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
-    if how.address is None:
-        given |= {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE}
-    else:
-        given |= {"address": how.address}
-    try:
-        ray.init(**given)
-    except Exception as error:  # Ray raises plain ones too, as where a busy machine starts it too slowly
-        where = "ray" if how.address is None else f"ray.address: {how.address}"
-        raise UserError(f"{where}: Ray did not start: {' '.join(str(error).split())[:200]}") from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _check_resources(ray: Any, recipe: AnyJob) -> None:
