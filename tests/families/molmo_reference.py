@@ -5,10 +5,10 @@ says how they were made. The weights are not stored: they follow from a seed. `w
 the hub (`model.transformer.*` and `model.vision_backbone.*`, a preprocessor_config.json, a tokenizer with the image's
 special tokens behind the text's), and `recorded` gives what a model read from it has to give.
 
-Two decoders: "qwen" (as 7B-D and 72B: biased query, key and value, grouped queries) and "olmo" (as 7B-O: norms after
-each branch and over all query and key channels). The published config.json says nothing of the vision tower, whose
-shapes are constants of the authors' code; here it has two keys more, `vision_backbone` and `vit_layers`, under the
-names of their training configuration.
+Three decoders: "qwen" (as 7B-D and 72B: biased query, key and value, grouped queries), "olmo" (as 7B-O: norms after
+each branch and over all query and key channels) and "experts" (as MolmoE-1B). The published config.json of the first
+two says nothing of the vision tower, whose shapes are constants of the authors' code; here it has two keys more,
+`vision_backbone` and `vit_layers`, under the names of their training configuration.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.families.survey import WORDS
 
 FIXTURE = Path(__file__).parent / "fixtures" / "molmo.safetensors"
-KINDS = ("qwen", "olmo")
+KINDS = ("qwen", "olmo", "experts")
 
 # sides in patches differ from each other and from what the margins leave: 10 and 6, five and three tokens
 CROP = 40  # pixels, of the side of a crop and of the whole image as the tower sees it
@@ -70,8 +70,24 @@ CONFIGS: Mapping[str, dict[str, Any]] = {
         "hidden_size": 40, "intermediate_size": 88, "num_hidden_layers": 2, "num_attention_heads": 5,
         "num_key_value_heads": None, "layer_norm_eps": 1e-5, "rope_theta": 2e4,
     },
+    "experts": {
+        "architectures": ["OLMoForCausalLM"], "model_type": "molmo", "transformers_version": "4.45.0.dev0",
+        "auto_map": {
+            "AutoConfig": "config_molmoe.MolmoConfig", "AutoModelForCausalLM": "modeling_molmoe.MolmoForCausalLM",
+        },
+        "activation_type": "swiglu", "additional_vocab_size": NEW_ROWS, "attention_layer_norm": True,
+        "block_type": "moe", "clip_qkv": None, "d_model": 40, "embedding_size": 304, "image_padding_embed":
+        "pad_and_partial_pad", "image_pooling_2d": "attention-meanq", "image_projector": "mlp", "include_bias": False,
+        "layer_norm_eps": 1e-5, "layer_norm_type": "rms", "max_position_embeddings": 2048, "max_sequence_length": 1024,
+        "mlp_hidden_size": None, "mlp_ratio": 1, "moe_interleave": False, "moe_num_experts": 6,
+        "moe_shared_expert": False, "moe_top_k": 2, "n_heads": 5, "n_kv_heads": None, "n_layers": 2,
+        "norm_after": False, "pad_token_id": 1, "qkv_bias": False, "residual_dropout": 0.1, "rope": True,
+        "rope_full_precision": True, "rope_impl": "llama", "rope_theta": 1e4, "use_cache": True,
+        "use_cls_feature": False, "use_position_ids": True, "vision_backbone": TOWER, "vit_layers": [-2, -4],
+        "vocab_size": 301, "weight_tying": False,
+    },
 }  # fmt: skip
-SEEDS = {"qwen": 5, "olmo": 20240926}
+SEEDS = {"qwen": 5, "olmo": 20240926, "experts": 64}
 
 IMAGE_TOKENS = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<|image|>")
 MERGED = ("ĠUser", "ĠAssistant", "Ġimage", "Ġred", "Ġapples", "what", "Ġthe")
@@ -131,6 +147,8 @@ def weights(kind: str) -> dict[str, Tensor]:
 
 def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Every name of a checkpoint, with the shape of its tensor."""
+    if "moe_num_experts" in config:
+        return _expert_shapes(config)
     width, ff = config["hidden_size"], config["intermediate_size"]
     head = width // config["num_attention_heads"]
     keys = head * (config["num_key_value_heads"] or config["num_attention_heads"])
@@ -152,13 +170,38 @@ def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         found[block + "ff_proj.weight"] = (ff, width)
         found[block + "ff_out.weight"] = (width, ff // 2)
         found[block + "attn_norm.weight"] = found[block + "ff_norm.weight"] = (width,)
-    found |= {f"vision_backbone.{name}": shape for name, shape in _vision_shapes(config).items()}
+    found |= {f"vision_backbone.{name}": shape for name, shape in _vision_shapes(config, width, ff).items()}
     return {f"model.{name}": shape for name, shape in found.items()}
 
 
-def _vision_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The names below `vision_backbone`: tower, padding, pooling and projector."""
-    tower, width, ff = config["vision_backbone"], config["hidden_size"], config["intermediate_size"] // 2
+def _expert_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The names of a checkpoint with experts, each with matrices of its own."""
+    width = config["d_model"]
+    ff = width * config["mlp_ratio"]
+    found = {
+        "transformer.wte.embedding": (config["embedding_size"], width),
+        "transformer.wte.new_embedding": (NEW_ROWS, width),
+        "transformer.ln_f.weight": (width,),
+    }
+    for layer in range(config["n_layers"]):
+        block = f"transformer.blocks.{layer}."
+        found[block + "attn.att_proj.weight"] = (3 * width, width)
+        found[block + "attn.attn_out.weight"] = (width, width)
+        for norm in ("attn.q_norm", "attn.k_norm", "attn.attn_norm", "mlp.ff_norm"):
+            found[f"{block}{norm}.weight"] = (width,)
+        found[block + "mlp.gate.weight"] = (config["moe_num_experts"], width)
+        for expert in range(config["moe_num_experts"]):
+            own = f"{block}mlp.experts.{expert}."
+            found[own + "gate_proj.weight"] = found[own + "up_proj.weight"] = (ff // 2, width)
+            found[own + "down_proj.weight"] = (width, ff // 2)
+    found |= {f"vision_backbone.{name}": shape for name, shape in _vision_shapes(config, width, ff).items()}
+    made: dict[str, tuple[int, ...]] = {f"model.{name}": shape for name, shape in found.items()}
+    return made | {"lm_head.weight": (config["embedding_size"], width)}
+
+
+def _vision_shapes(config: Mapping[str, Any], width: int, both: int) -> dict[str, tuple[int, ...]]:
+    """The names below `vision_backbone`: tower, padding, pooling and projector, which has half of `both`."""
+    tower, ff = config["vision_backbone"], both // 2
     own, inner = tower["image_emb_dim"], tower["image_mlp_dim"]
     joined = own * len(config["vit_layers"])
     found: dict[str, tuple[int, ...]] = {

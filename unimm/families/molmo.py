@@ -1,9 +1,9 @@
 """Molmo: overlapping crops, features of two layers pooled by attention and added to their placeholders' embeddings.
 
-The decoder is Qwen2 (7B-D, 72B) or OLMo 2 (7B-O), as the config says. It says nothing of the vision tower, whose sizes
-are those of the published code; where `vision_backbone` and `vit_layers` are there, under the names of the training
-configuration, these decide. Several images of a question have their features at their own places; the published code,
-made for one, puts all at the first image's.
+The decoder is Qwen2 (7B-D, 72B), OLMo 2 (7B-O) or OLMoE (MolmoE-1B, `molmo_experts`), as the config says. It says
+nothing of the vision tower, whose sizes are those of the published code; where `vision_backbone` and `vit_layers` are
+there, under the names of the training configuration, these decide. Several images of a question have their features at
+their own places; the published code, made for one, puts all at the first image's.
 
 Sources: Deitke et al. 2024 (arXiv 2409.17146); allenai/molmo `olmo/` and the code published with Molmo-7B-D-0924.
 """
@@ -11,21 +11,18 @@ Sources: Deitke et al. 2024 (arXiv 2409.17146); allenai/molmo `olmo/` and the co
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import Field
 from transformers import Olmo2Config, PreTrainedConfig, Qwen2Config
 
 from unimm.errors import UserError
 from unimm.families.common import CLIP_MEAN, CLIP_STD, UNDRAWN, decoder_of, special_token
-from unimm.families.documents import OwnCode
 from unimm.families.family import Family
 from unimm.families.keymap import LEAD, STACK, KeyMap, Op, Rule, share
+from unimm.families.molmo_documents import Crops, Document, ExpertDocument, has_experts
+from unimm.families.molmo_experts import expert_decoder, expert_rules
 from unimm.families.source import Checkpoint, normalisation
-from unimm.models.configs import Published
 from unimm.models.configuration import UniMMConfig
-from unimm.models.image_tokenizers.sizes import Side
-from unimm.models.part_types import HeadCount, Width
 from unimm.models.parts import AttendReducerConfig
 from unimm.models.turns import Turns
 from unimm.sections import validate
@@ -37,61 +34,6 @@ TURNS = Turns(user=" User: ", assistant=" Assistant:", images_before=True)
 TOKENS = {"begin": "<im_start>", "end": "<im_end>", "row_end": "<im_col>"}
 FEATURE = "<im_patch>"
 
-Eps = Annotated[float, Field(gt=0, lt=1)]
-_Count = Annotated[int, Field(gt=0, le=2**10)]
-_BlockNumber = Annotated[int, Field(ge=-(2**10), le=2**10)]
-Square = Annotated[tuple[Side, Side], Field(strict=False)]
-
-
-class Tower(Published):
-    """The vision tower, CLIP's ViT-L/14 at 336 pixels without its last block where nothing is said."""
-
-    image_default_input_size: Square = (336, 336)
-    image_patch_size: _Count = 14
-    image_emb_dim: Width = 1024
-    image_num_heads: HeadCount = 16
-    image_num_layers: _Count = 23
-    image_mlp_dim: Annotated[int, Field(gt=0, le=2**18)] = 4096
-    image_mlp_activations: Literal["quick_gelu"] = "quick_gelu"
-    image_norm_eps: Annotated[float, Field(ge=1e-5, le=1e-5)] = 1e-5  # what timm has
-
-
-class Document(OwnCode):
-    """`config.json`."""
-
-    hidden_size: Width
-    intermediate_size: Annotated[int, Field(gt=1, le=2**20, multiple_of=2)]  # of both halves
-    num_hidden_layers: _Count
-    num_attention_heads: HeadCount
-    num_key_value_heads: HeadCount | None = None
-    max_position_embeddings: Annotated[int, Field(gt=0, le=2**24)]
-    embedding_size: Annotated[int, Field(gt=0, le=2**22)] | None = None
-    vocab_size: Annotated[int, Field(gt=0, le=2**22)]
-    rope_theta: Annotated[float, Field(ge=1, le=1e12)]
-    layer_norm_eps: Eps = 1e-5
-    qkv_bias: bool = False
-    norm_after: bool = False
-    attention_layer_norm: bool = False
-    clip_qkv: None = None
-    layer_norm_type: Literal["rms"] = "rms"
-    weight_tying: Literal[False] = False
-    tie_word_embeddings: Literal[False] = False
-    vision_backbone: Tower = Field(default_factory=Tower)
-    vit_layers: Annotated[tuple[_BlockNumber, ...], Field(strict=False, min_length=1, max_length=8)] = (
-        -2,
-        -9,
-    )
-
-
-class Crops(OwnCode):
-    """`preprocessor_config.json`, besides colours."""
-
-    base_image_input_size: Square | None = None
-    image_patch_size: _Count | None = None
-    max_crops: Annotated[int, Field(gt=0, le=64)] = 12
-    overlap_margins: Annotated[tuple[_Count, _Count], Field(strict=False)] = (4, 4)
-    image_padding_mask: Literal[True] = True
-
 
 class Molmo(Family):
     """One layout, that of the publisher's own code."""
@@ -102,16 +44,15 @@ class Molmo(Family):
     def parts(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Translate a checkpoint's configuration."""
         where = str(checkpoint.path)
-        if any(name.startswith("moe") and value for name, value in checkpoint.document.items()):
-            raise UserError(f"{where}: MolmoE is not supported; of Molmo are 7B-D, 7B-O and 72B")
-        document = validate(Document, checkpoint.document, where)
+        kind = ExpertDocument if has_experts(checkpoint.document) else Document
+        document: Any = validate(kind, checkpoint.document, where)
         tower, layers = document.vision_backbone, _layers(document, where)
         side, patch = tower.image_default_input_size[0], tower.image_patch_size
         width, tokenizer = tower.image_emb_dim, checkpoint.text_tokenizer
         end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
         begin = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         ends = {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": pad}
-        decoder = _decoder(document, where, ends)
+        decoder = (expert_decoder if kind is ExpertDocument else _decoder)(document, where, ends)
         return {
             "decoder": decoder,
             "extra_tokens": NEW_TOKENS,
@@ -191,7 +132,7 @@ class Molmo(Family):
         return bool(config.reducer.get("kind") == "attend")
 
 
-def _layers(document: Document, where: str) -> tuple[int, ...]:
+def _layers(document: Document | ExpertDocument, where: str) -> tuple[int, ...]:
     """The blocks whose states are joined, counted from 0."""
     depth = document.vision_backbone.image_num_layers
     found = tuple(layer + depth if layer < 0 else layer for layer in document.vit_layers)
@@ -239,7 +180,7 @@ def _picture(checkpoint: Checkpoint, side: int, overlap: int) -> dict[str, Any]:
     return {**ends, **tiles, "add": True}
 
 
-def _views(checkpoint: Checkpoint, document: Document) -> dict[str, Any]:
+def _views(checkpoint: Checkpoint, document: Document | ExpertDocument) -> dict[str, Any]:
     """How an image is cut; sizes that the processor says are those of the tower."""
     options, path = checkpoint.image_options()
     crops, tower = validate(Crops, options, str(path)), document.vision_backbone
@@ -286,6 +227,13 @@ def _tower(theirs: str, config: UniMMConfig) -> list[Rule]:
 def _text(config: UniMMConfig) -> list[Rule]:
     """Rules of the decoder, whose projections are fused."""
     decoder: Any = config.decoder_config()
+    rows = [
+        Rule("decoder.model.embed_tokens.weight", "model.transformer.wte.embedding"),
+        Rule("extra_embedding.weight", "model.transformer.wte.new_embedding"),
+        Rule("decoder.model.norm.weight", "model.transformer.ln_f.weight"),
+    ]
+    if decoder.model_type == "olmoe":
+        return [*expert_rules(decoder), *rows]
     inner, outer = "decoder.model.layers.{i}", "model.transformer.blocks.{i}"
     head = decoder.hidden_size // decoder.num_attention_heads
     keys = head * decoder.num_key_value_heads
@@ -308,10 +256,8 @@ def _text(config: UniMMConfig) -> list[Rule]:
             for index, name in enumerate(("up", "gate"))
         ),
         *(Rule(f"{inner}.{ours}.weight", f"{outer}.{name}.weight") for ours, name in names.items()),
-        Rule("decoder.model.embed_tokens.weight", "model.transformer.wte.embedding"),
-        Rule("extra_embedding.weight", "model.transformer.wte.new_embedding"),
-        Rule("decoder.model.norm.weight", "model.transformer.ln_f.weight"),
         Rule("decoder.lm_head.weight", "model.transformer.ff_out.weight"),
+        *rows,
     ]
 
 
