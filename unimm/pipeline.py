@@ -22,6 +22,7 @@ from unimm.models.modeling import UniMMModel
 from unimm.models.quantization import is_quantised
 from unimm.processing.places import FUYU_OPEN, Coordinates, fuyu_words, read_places
 from unimm.processing.processor import CAPTION_REQUESTS, UniMMProcessor
+from unimm.processing.views import FitViews
 from unimm.sampling.arguments import (
     ImageInputs,
     check_text,
@@ -329,7 +330,9 @@ class UniMM:
         tokens = tokenizer.convert_ids_to_tokens(ids)
         apart = any(token in FUYU_OPEN for token in tokens)  # numbers that are tokens, with nothing between
         text = fuyu_words(tokens) if apart else str(tokenizer.decode(ids, skip_special_tokens=False))
-        return read_places(text, read_image(image).size)
+        size, views = read_image(image).size, self.processor.views
+        shown = views.shown_size(*size[::-1])[::-1] if isinstance(views, FitViews) else None
+        return read_places(text, size, shown=shown)
 
     def _pieces(self, request: TextRequest) -> Iterator[str]:
         """Yield the pieces of an answer."""

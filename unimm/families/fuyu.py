@@ -1,7 +1,7 @@
 """Fuyu: no encoder; the pixels of each patch are projected to the decoder, each row is followed by a token.
 
 transformers' class takes one image a sample; here a sample may have several, all before its words. Coordinates in
-words are read by `unimm.processing.places`.
+words are read and written by `unimm.processing.places`.
 
 Sources: Bavishi et al. 2023 (adept.ai/blog/fuyu-8b); transformers `models/fuyu` and `models/persimmon`.
 """
@@ -38,7 +38,7 @@ FEATURE, ROW_END, ANSWER = "|SPEAKER|", "|NEWLINE|", "<0x04>"
 BOUNDS = (1080, 1920)  # pixels of height and width, where a checkpoint does not say
 PAD = 1  # of 255: transformers pads before it brings pixels to [0, 1]
 NEVER = -1e4  # score of a piece that no text is cut into
-TURNS = Turns(user="", assistant=f"\n{ANSWER}", bos="after_images")
+TURNS = Turns(user="", assistant=f"\n{ANSWER}", bos="after_images", places="tokens")
 
 _TEXT_KIND: Any = (Literal["persimmon"], "persimmon")
 _TEXT: Any = create_model("FuyuText", __base__=section_for(PersimmonConfig), model_type=_TEXT_KIND)

@@ -75,6 +75,7 @@ class Turns:
         bos: where the tokenizer's begin token stands: "first", "after_images" that come first (Fuyu), or "never"
             (Qwen2-VL).
         images_before: whether images that a turn of the user begins with stand before what opens it (Molmo).
+        places: how points and boxes stand in a text: as "words", or as "tokens", one a number (Fuyu).
     """
 
     user: str = "<user>"
@@ -93,6 +94,7 @@ class Turns:
     end: str = ""
     bos: Literal["first", "after_images", "never"] = "first"
     images_before: bool = False
+    places: Literal["words", "tokens"] = "words"
 
     @classmethod
     def deepseek(cls, user: str, assistant: str, system: str) -> Turns:
@@ -109,7 +111,11 @@ class Turns:
         """Return all that may stand around what is said."""
         fields = {**vars(self), "template": None}
         return [
-            *(value for name, value in fields.items() if isinstance(value, str) and name != "bos"),
+            *(
+                value
+                for name, value in fields.items()
+                if isinstance(value, str) and name not in ("bos", "places")
+            ),
             *(join[0] for join in (self.joins or {}).values()),
         ]
 

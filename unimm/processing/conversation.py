@@ -33,6 +33,7 @@ from unimm.models.turns import (
     Turns,
 )
 from unimm.processing.messages import SHOWN, ImagePart, Message
+from unimm.processing.places import split_places
 from unimm.processing.rows import Row
 
 ImageSlot: TypeAlias = "ImageGrid | Tensor"
@@ -217,8 +218,25 @@ class Conversation:
         """Return the tokens of plain text; what looks like a special token is spelled out.
 
         Raises:
-            UserError: it holds half of a surrogate pair, which is no character.
+            UserError: it holds half of a surrogate pair, which is no character, or a place beyond the vocabulary.
         """
+        if self.turns.places == "words":
+            return self._word_ids(text)
+        pieces = split_places(text)
+        return [
+            token
+            for piece in pieces
+            for token in (self._word_ids(piece) if isinstance(piece, str) else self._place_ids(piece))
+        ]
+
+    def _place_ids(self, tokens: list[str]) -> list[int]:
+        known = self.tokenizer.get_vocab()
+        for token in tokens:
+            if token not in known:
+                raise UserError(f"place {','.join(tokens[1:-1])}: the model has no token for {token}")
+        return [known[token] for token in tokens]
+
+    def _word_ids(self, text: str) -> list[int]:
         try:
             text.encode()
         except UnicodeEncodeError as error:

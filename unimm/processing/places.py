@@ -7,7 +7,9 @@
 | qwen2_vl | `<|object_ref_start|>cup<|object_ref_end|><|box_start|>(x1,y1),(x2,y2)<|box_end|>` | thousandths |
 | mm1_5 | `<x1, y1, x2, y2>`, `<x, y>` | thousandths |
 
-Fuyu's numbers are a token each with nothing between: `fuyu_words` puts commas there, which its plain text lacks.
+Fuyu's numbers are a token each with nothing between: `fuyu_words` puts commas there, which its plain text lacks, and
+`split_places` takes them out again. A question to Fuyu may name places of the original image, `<box>top, left, bottom,
+right</box>` and `<point>x, y</point>`: `tags_as_places` writes them in its form.
 """
 
 from __future__ import annotations
@@ -33,6 +35,9 @@ _FUYU = re.compile(
     rf"(?:<0x00>|\x00){','.join([_NUMBER] * 4)}(?:<0x01>|\x01)|(?:<0x02>|\x02){_NUMBER},{_NUMBER}(?:<0x03>|\x03)"
 )
 FUYU_OPEN = ("<0x00>", "<0x02>")
+_FUYU_CLOSE = {"<0x00>": "<0x01>", "<0x02>": "<0x03>"}
+_TAG = re.compile(r"<(box|point)>(.*?)</\1>", re.DOTALL)
+_TAGGED = {"box": ("<0x00>", 4, "top, left, bottom, right"), "point": ("<0x02>", 2, "x, y")}
 _MOLMO = re.compile(r"<(points?)\s([^<>]*)>(?:(.*?)</\1>)?", re.DOTALL)
 _MOLMO_ALT = re.compile(r'\balt="([^"]*)"')
 _MOLMO_X = re.compile(rf'\bx(\d*)="{_NUMBER}"')
@@ -133,6 +138,49 @@ def fuyu_words(tokens: Iterable[str]) -> str:
         words += f",{token}" if number and left.isdigit() else token.replace("▁", " ")
         inside, left = number or token in FUYU_OPEN, token
     return words
+
+
+def tags_as_places(text: str, size: _Size, shown: _Size) -> str:
+    """Return a text for Fuyu whose tags of boxes and points are in its form, with its numbers.
+
+    Args:
+        text: with `<box>top, left, bottom, right</box>` and `<point>x, y</point>` in pixels of the original image.
+        size: (width, height) of that.
+        shown: (width, height) that it is resized to.
+
+    Raises:
+        UserError: a tag has not its numbers.
+
+    Source: transformers `processing_fuyu.py` (`transform_within_tags`): half a pixel of the resized image, rounded.
+    """
+    scale = shown[1] / size[1]
+
+    def written(tag: re.Match[str]) -> str:
+        opening, count, names = _TAGGED[tag[1]]
+        found = re.fullmatch(",".join([_NUMBER] * count), tag[2])
+        if found is None:
+            raise UserError(f"{tag[0]}: give {count} numbers, {names}, in pixels of the image")
+        numbers = [str(round(float(number) / 2 * scale)) for number in found.groups()]
+        return f"{opening}{','.join(numbers)}{_FUYU_CLOSE[opening]}"
+
+    return _TAG.sub(written, text)
+
+
+def has_tags(text: str) -> bool:
+    """Whether `tags_as_places` has something to do."""
+    return _TAG.search(text) is not None
+
+
+def split_places(text: str) -> list[str | list[str]]:
+    """Return a text in Fuyu's form in pieces: words, and the tokens of a place."""
+    pieces: list[str | list[str]] = []
+    start = 0
+    for found in _FUYU.finditer(text):
+        opening = FUYU_OPEN[found[1] is None]
+        numbers = [number for number in found.groups() if number is not None]
+        pieces += [text[start : found.start()], [opening, *numbers, _FUYU_CLOSE[opening]]]
+        start = found.end()
+    return [piece for piece in (*pieces, text[start:]) if piece]
 
 
 def draw_places(image: Image.Image, places: Sequence[Coordinates], line: int | None = None) -> Image.Image:

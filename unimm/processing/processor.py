@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from transformers.utils import logging as hf_logging
 
 from unimm.errors import UserError
 from unimm.files import atomic_write, write_json
-from unimm.images import to_uint8
+from unimm.images import read_image, to_uint8
 from unimm.models.configuration import UniMMConfig
 from unimm.models.inputs import Images
 from unimm.models.layout import Grid, ImageGrid, LayoutPart
@@ -30,9 +31,10 @@ from unimm.models.parts import CodesEncoderConfig
 from unimm.models.turns import Turns
 from unimm.processing.chat import read_chat
 from unimm.processing.conversation import Conversation
-from unimm.processing.messages import SHOWN, Message
+from unimm.processing.messages import SHOWN, ImagePart, Message
+from unimm.processing.places import has_tags, tags_as_places
 from unimm.processing.tokenizer_files import load_tokenizer
-from unimm.processing.views import AreaViews, SquareViews, TargetSize, make_views, square_pixels
+from unimm.processing.views import AreaViews, FitViews, SquareViews, TargetSize, make_views, square_pixels
 from unimm.sections import read_dataclass
 from unimm.videos import Video
 
@@ -325,7 +327,7 @@ class UniMMProcessor:
         seen = self.look([image for own in images for image in own])
         left = iter(grids_of(seen))
         rows = [
-            self.question_ids(text, [next(left) for _ in own])
+            self.question_ids(self._placed(text, own), [next(left) for _ in own])
             for text, own in zip(questions, images, strict=True)
         ]
         input_ids, attention_mask = self.pad_left(rows)
@@ -338,7 +340,7 @@ class UniMMProcessor:
             UserError: an image cannot be read, the model understands none, or the question is too long.
         """
         seen = self.look(images)
-        return self.question_ids(text, grids_of(seen)), seen
+        return self.question_ids(self._placed(text, images), grids_of(seen)), seen
 
     def chat(self, messages: Any) -> tuple[list[int], Images]:
         """Return a conversation up to where an answer begins: its tokens, and what the model sees.
@@ -351,7 +353,29 @@ class UniMMProcessor:
         """
         read, shown = read_chat(messages)
         seen = self.look(shown)
-        return self.conversation.ask(read, grids_of(seen)), seen
+        return self.conversation.ask(self._all_placed(read, shown), grids_of(seen)), seen
+
+    def _all_placed(self, messages: Sequence[Message], images: Sequence[ImageInput | Video]) -> list[Message]:
+        """Write the places in each text: of the last image before it, or of the first of all."""
+        before, placed = 0, []
+        for message in messages:
+            parts: list[str | ImagePart] = []
+            for part in message.parts:
+                before += not isinstance(part, str)
+                of = images[max(before - 1, 0) :][:1]
+                parts.append(self._placed(part, of) if isinstance(part, str) else part)
+            placed.append(replace(message, parts=tuple(parts)))
+        return placed
+
+    def _placed(self, text: str, images: Sequence[ImageInput | Video]) -> str:
+        """A text whose boxes and points, of the last of its images, are written as the model has them."""
+        if self.conversation.turns.places == "words" or not images or not has_tags(text):
+            return text
+        assert isinstance(self.views, FitViews)
+        image = images[-1]
+        assert not isinstance(image, Video)
+        size = read_image(image).size
+        return tags_as_places(text, size, self.views.shown_size(*size[::-1])[::-1])
 
     def drawing_inputs(
         self, prompt: str, images: Sequence[ImageInput | Video] = (), grid: Grid | None = None

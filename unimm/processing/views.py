@@ -255,6 +255,10 @@ class FitViews(Views):
         """See `Views.grid_of`."""
         return self.seeing.tokens(*self._sizes(height, width)[1])
 
+    def shown_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return (height, width) that an image is resized to, before anything is put around it."""
+        return self._sizes(height, width)[0]
+
     def _sizes(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """What an image is resized to, and padded to."""
         rule, whole = self.rule, self.rule.fill == "whole"
