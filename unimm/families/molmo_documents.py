@@ -13,8 +13,8 @@ from unimm.models.image_tokenizers.sizes import Side
 from unimm.models.part_types import HeadCount, Width
 
 Eps = Annotated[float, Field(gt=0, lt=1)]
-Count = Annotated[int, Field(gt=0, le=2**10)]
-BlockNumber = Annotated[int, Field(ge=-(2**10), le=2**10)]
+_Count = Annotated[int, Field(gt=0, le=2**10)]
+_BlockNumber = Annotated[int, Field(ge=-(2**10), le=2**10)]
 Square = Annotated[tuple[Side, Side], Field(strict=False)]
 
 
@@ -22,10 +22,10 @@ class Tower(Published):
     """The vision tower, CLIP's ViT-L/14 at 336 pixels without its last block where nothing is said."""
 
     image_default_input_size: Square = (336, 336)
-    image_patch_size: Count = 14
+    image_patch_size: _Count = 14
     image_emb_dim: Width = 1024
     image_num_heads: HeadCount = 16
-    image_num_layers: Count = 23
+    image_num_layers: _Count = 23
     image_mlp_dim: Annotated[int, Field(gt=0, le=2**18)] = 4096
     image_mlp_activations: Literal["quick_gelu"] = "quick_gelu"
     image_norm_eps: Annotated[float, Field(ge=1e-5, le=1e-5)] = 1e-5  # what timm has
@@ -36,7 +36,7 @@ class Document(OwnCode):
 
     hidden_size: Width
     intermediate_size: Annotated[int, Field(gt=1, le=2**20, multiple_of=2)]  # of both halves
-    num_hidden_layers: Count
+    num_hidden_layers: _Count
     num_attention_heads: HeadCount
     num_key_value_heads: HeadCount | None = None
     max_position_embeddings: Annotated[int, Field(gt=0, le=2**24)]
@@ -52,7 +52,7 @@ class Document(OwnCode):
     weight_tying: Literal[False] = False
     tie_word_embeddings: Literal[False] = False
     vision_backbone: Tower = Field(default_factory=Tower)
-    vit_layers: Annotated[tuple[BlockNumber, ...], Field(strict=False, min_length=1, max_length=8)] = (
+    vit_layers: Annotated[tuple[_BlockNumber, ...], Field(strict=False, min_length=1, max_length=8)] = (
         -2,
         -9,
     )
@@ -62,9 +62,9 @@ class Crops(OwnCode):
     """`preprocessor_config.json`, besides colours."""
 
     base_image_input_size: Square | None = None
-    image_patch_size: Count | None = None
+    image_patch_size: _Count | None = None
     max_crops: Annotated[int, Field(gt=0, le=64)] = 12
-    overlap_margins: Annotated[tuple[Count, Count], Field(strict=False)] = (4, 4)
+    overlap_margins: Annotated[tuple[_Count, _Count], Field(strict=False)] = (4, 4)
     image_padding_mask: Literal[True] = True
 
 
@@ -72,13 +72,13 @@ class ExpertDocument(OwnCode):
     """`config.json` of MolmoE, whose fields have the names of the training configuration."""
 
     d_model: Width
-    n_layers: Count
+    n_layers: _Count
     n_heads: HeadCount
     n_kv_heads: HeadCount | None = None
     mlp_ratio: Annotated[int, Field(gt=0, le=64)] = 1
     mlp_hidden_size: Annotated[int, Field(gt=1, le=2**20, multiple_of=2)] | None = None
     moe_num_experts: Annotated[int, Field(gt=1, le=2**10)]
-    moe_top_k: Count
+    moe_top_k: _Count
     max_sequence_length: Annotated[int, Field(gt=0, le=2**24)] = 4096
     max_position_embeddings: Annotated[int, Field(gt=0, le=2**24)] | None = None
     embedding_size: Annotated[int, Field(gt=0, le=2**22)] | None = None
@@ -102,7 +102,7 @@ class ExpertDocument(OwnCode):
     image_projector: Literal["mlp"]
     use_cls_feature: Literal[False] = False
     vision_backbone: Tower = Field(default_factory=Tower)
-    vit_layers: Annotated[tuple[BlockNumber, ...], Field(strict=False, min_length=1, max_length=8)] = (
+    vit_layers: Annotated[tuple[_BlockNumber, ...], Field(strict=False, min_length=1, max_length=8)] = (
         -2,
         -9,
     )
