@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import pytest
 
@@ -42,15 +43,17 @@ def test_version_is_that_of_the_distribution() -> None:
 @pytest.mark.parametrize(
     "first",
     [
-        "from transformers import AutoModelForCausalLM",  # whose module is not whole while others are imported for it
-        "from transformers.image_processing_utils import select_best_resolution",
-        "import diffusers.loaders.peft",
+        "import transformers; import unimm",
+        # whose module is not whole while others are imported for it
+        "import unimm; from transformers import AutoModelForCausalLM",
+        "import unimm; from transformers.image_processing_utils import select_best_resolution",
+        "import unimm; import diffusers.loaders.peft",
     ],
 )
-def test_the_auto_classes_know_our_models_whatever_is_imported_first(first: str) -> None:
+def test_the_auto_classes_know_our_models_whatever_is_imported_first(first: str, tiny: Path) -> None:
     code = (
-        f"import unimm; {first}; from transformers import AutoConfig, AutoModel; "
-        "config = AutoConfig.for_model('unimm'); print(type(config).__name__, type(config) in AutoModel._model_mapping)"
+        f"{first}; from transformers import AutoConfig, AutoModel; "
+        f"print(*(type(auto.from_pretrained({str(tiny)!r})).__name__ for auto in (AutoConfig, AutoModel)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["UniMMConfig", "True"]
+    assert done.stdout.split() == ["UniMMConfig", "UniMMModel"]

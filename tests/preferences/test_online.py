@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ from tests.preferences.online import (
     write_recipe,
 )
 from tests.training.test_trainer import ROOT
+from tests.two_processes import on_two_processes
 from unimm.errors import UserError
 from unimm.sampling.sampler import Filters, NoiseKey, gumbel, sample
 from unimm.training.recipe import load_recipe
@@ -138,11 +136,8 @@ def test_micro_batches_rows_shards_and_processes_change_nothing(tiny: Path, tmp_
         for zero in (0, 3):
             changes = {"micro_batch": 1, "deepspeed": {"zero_optimization": {"stage": zero}}}
             two.append(write(f"two-{zero}", changes))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    program = [*launcher, str(ROOT / "tests" / "training" / "run_recipes.py"), *map(str, two)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    status, said = on_two_processes(ROOT / "tests" / "training" / "run_recipes.py", *two)
+    assert status == 0, said[-3000:]
     for task in TASKS:
         whole = lines(tmp_path / task / "whole")
         for name in (*WAYS, "two-0", "two-3"):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 import unimm
+from tests.two_processes import on_two_processes
 from unimm.recipes import find_recipe
 from unimm.training.recipe import load_recipe, smoke_recipe
 from unimm.training.trainer import train
@@ -85,10 +83,8 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
         train(alone, quiet=True)
         for name in SHARDED if system == "nvlm-h-72b" else ("zero3",):
             sharded[f"{system}/{name}"] = recipe_of(folder, model, name, SHARDED[name])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    program = [str(ROOT / "tests" / "training" / "run_recipes.py"), *map(str, sharded.values())]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run([*launcher, *program], env=environment, check=True, capture_output=True, timeout=300)
+    status, said = on_two_processes(Path(__file__).with_name("run_recipes.py"), *sharded.values())
+    assert status == 0, said[-3000:]
     for run in sharded:
         assert_same_run(tmp_path / run, (tmp_path / run).parent / "one")
 

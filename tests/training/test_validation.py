@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests.data import forms
 from tests.training.test_records import recipe_file
+from tests.two_processes import on_two_processes
 from unimm.errors import UserError, UserNote
 from unimm.training.held_out import share_out, spread
 from unimm.training.recipe import load_recipe
@@ -230,10 +228,8 @@ def test_two_processes_measure_what_one_does(tiny: Path, tmp_path: Path) -> None
     for name, engine in {"plain": {}, "zero3": {"deepspeed": {"zero_optimization": {"stage": 3}}}}.items():
         made = validated(tmp_path / name, tiny, output=str(tmp_path / f"{name}/two"), **engine)
         paths.append(str(made))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    program = [str(Path(__file__).with_name("run_recipes.py")), *paths]
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    subprocess.run([*launcher, *program], env=os.environ | environment, check=True, capture_output=True)
+    status, said = on_two_processes(Path(__file__).with_name("run_recipes.py"), *paths)
+    assert status == 0, said[-3000:]
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

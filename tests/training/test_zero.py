@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.training.test_trainer import ROOT, assert_same, lines, recipe, weights
+from tests.training.test_trainer import assert_same, lines, recipe, weights
 from tests.training.toy import ToyRecipe, ToyTask
+from tests.two_processes import on_two_processes
 from unimm.training.engine import TrainingEngine, freeze, start_distributed
 from unimm.training.trainer import seed_everything, train
 
@@ -48,14 +46,10 @@ def grown(folder: Path, zero: int, steps: int) -> ToyRecipe:
     return recipe(folder, stage, deepspeed=sharded(zero), **OTHER)
 
 
-def on_two_processes(*recipes: ToyRecipe, dies_at: str = "") -> int:
+def trained_by_two(*recipes: ToyRecipe, dies_at: str = "") -> int:
     """Train recipes one after another on two processes; gives the exit status."""
-    program = [str(ROOT / "tests" / "training" / "run_recipes.py"), *(one.source for one in recipes)]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOY_DIES_AT": dies_at}
-    return subprocess.run(
-        [*launcher, *program], cwd=ROOT, env=os.environ | environment, capture_output=True
-    ).returncode
+    paths = [one.source for one in recipes]
+    return on_two_processes(Path(__file__).with_name("run_recipes.py"), *paths, TOY_DIES_AT=dies_at)[0]
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +62,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(grown(folder / "undisturbed", 0, 12), quiet=True)
     train(grown(folder / "grown", 0, 4), quiet=True)
     killed = [made(folder / f"killed-{zero}", zero) for zero in (3, 2)]
-    assert on_two_processes(killed[0], dies_at="7") != 0
-    assert on_two_processes(killed[1], dies_at="10") != 0
+    assert trained_by_two(killed[0], dies_at="7") != 0
+    assert trained_by_two(killed[1], dies_at="10") != 0
     two = [made(folder / f"two-{zero}", zero) for zero in range(4)]
-    assert on_two_processes(*two, *killed, grown(folder / "grown", 2, 8)) == 0
+    assert trained_by_two(*two, *killed, grown(folder / "grown", 2, 8)) == 0
     train(grown(folder / "grown", 3, 12), quiet=True)
     return folder
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.two_processes import on_two_processes
 from unimm.training.recipe import load_recipe
 from unimm.training.trainer import train
 
@@ -51,14 +49,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train(load_recipe(written(folder / f"one-{kind}", kind, 8)), quiet=True)
     recipes = [written(folder / f"two-{kind}", kind, 4) for kind in KINDS]
     recipes.append(written(folder / "restarted", "average", 4, restarts=1.0, kmeans=True))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    program = [str(ROOT / "tests" / "training" / "run_recipes.py")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
     def launch(paths: list[Path]) -> None:
-        command = [*launcher, *program, *map(str, paths)]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+        status, said = on_two_processes(ROOT / "tests" / "training" / "run_recipes.py", *paths)
+        assert status == 0, said[-3000:]
 
     launch(recipes)
     cut = written(folder / "resumed", "average", 4, restarts=1.0, kmeans=True)
