@@ -177,9 +177,9 @@ class Drawings:
 
     async def _rendered(self, codes: list[int]) -> str:
         asked = self.asked
-        return await self.service.render(
-            lambda: encoded(shown_rows(self.um, codes, self.grid), asked.format, asked.output_compression)
-        )
+        shown = self.service.worker.between_steps(lambda: shown_rows(self.um, codes, self.grid))
+        image = await asyncio.wrap_future(shown)
+        return await self.service.render(lambda: encoded(image, asked.format, asked.output_compression))
 
     def whole(self, found: Sequence[tuple[Ticket, str]]) -> dict[str, Any]:
         """Return all drawings at once."""

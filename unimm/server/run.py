@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from unimm.pipeline import UniMM
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SWITCH_INTERVAL = 5e-4  # seconds for which the engine's thread waits for Python at most while another has it
 
 
 class ModelServer:
@@ -68,9 +70,12 @@ class ModelServer:
             BaseException: the model could not be loaded.
         """
         self.service.worker.start()
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_INTERVAL)
         try:
             self._server.run(sockets=[self._socket])
         finally:
+            sys.setswitchinterval(before)
             self.service.close()
             self._socket.close()
         if self.service.worker.error is not None:

@@ -7,13 +7,14 @@ codes stay with their job until its reader takes them, so a slow reader costs it
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import copy
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from PIL import Image
 
@@ -30,6 +31,7 @@ from unimm.server.metrics import ServerMetrics
 if TYPE_CHECKING:
     from unimm.pipeline import UniMM
 
+T = TypeVar("T")
 WARM_UP = 20.0  # seconds that it may take
 WorkerState = Literal["loading", "ready", "failed", "stopped"]
 
@@ -147,6 +149,7 @@ class Worker:
         self.engine: Engine | None = None
         self._jobs: list[Job] = []  # of the worker's thread
         self._new: deque[Job] = deque()
+        self._between: deque[tuple[Callable[[], Any], concurrent.futures.Future[Any]]] = deque()
         self._wake = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="unimm-engine", daemon=True)
@@ -198,6 +201,16 @@ class Worker:
             engine.cancel(ticket)
         self._wake.set()
 
+    def between_steps(self, work: Callable[[], T]) -> concurrent.futures.Future[T]:
+        """Do something to the model's tensors between two steps of the engine; from any thread.
+
+        Two threads that compute at once, each with all cores, take longer than one after the other.
+        """
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self._between.append((work, future))
+        self._wake.set()
+        return future
+
     # --- the worker's thread --------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -216,6 +229,7 @@ class Worker:
             self._wake.clear()
             try:
                 self._take()
+                self._work_between()
                 more = self._step()
             except Exception as error:  # not of one request alone, as when memory runs out
                 write_failure("the engine failed and is made anew", error)
@@ -226,10 +240,23 @@ class Worker:
                 self.engine.release()
                 self._wake.wait()
         self.state = "stopped"
+        while self._between:
+            self._between.popleft()[1].cancel()
         for job in [*self._jobs, *self._new]:
             if not job.done:
                 job.error = APIError(503, "the server is stopping", "stopping")
             self._tell([job])
+
+    def _work_between(self) -> None:
+        """Do what was asked for since the last step."""
+        while self._between:
+            work, future = self._between.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
 
     def _take(self) -> None:
         """Hand what is new to the engine."""
