@@ -17,6 +17,7 @@ import itertools
 import json
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -140,10 +141,10 @@ def main() -> None:
             if options.only not in name:
                 continue
             rows[name] = row = measure(um, prompts, sampling)
-            if not options.json:
-                passes = ", ".join(f"{window}: {count:.1f}" for window, count in row["passes"].items())
-                ratios = ", ".join(f"{what} {ratio:.2f}" for what, ratio in row["time"].items())
-                print(f"{name}: equal {row['equal']:.4%}; passes {passes}; time {ratios}", flush=True)
+            passes = ", ".join(f"{window}: {count:.1f}" for window, count in row["passes"].items())
+            ratios = ", ".join(f"{what} {ratio:.2f}" for what, ratio in row["time"].items())
+            line = f"{name}: equal {row['equal']:.4%}; passes {passes}; time {ratios}"
+            print(line, file=sys.stderr if options.json else sys.stdout, flush=True)
     if options.json:
         print(
             json.dumps(
