@@ -12,10 +12,13 @@ import torch
 from PIL import Image
 
 from tests.judge_server import judge_server
+from tests.preferences.online import lines, write_recipe
 from unimm.errors import UserError
 from unimm.pipeline import UniMM
 from unimm.preferences.candidates import DrawingPrompt
 from unimm.preferences.scorers import Candidate, Scorer, ScorerError, make_scorer, score_candidates
+from unimm.training.recipe import load_recipe
+from unimm.training.trainer import train
 
 
 def candidates(*shades: int) -> list[Candidate]:
@@ -114,3 +117,26 @@ def test_settings_are_read_before_anything_is_drawn(tmp_path: Path, tiny_model: 
     path.write_text("task: judge\nurl: http://127.0.0.1:9/v1\nretrys: 2\n")
     with pytest.raises(UserError, match=r"retrys: .*retries"):
         make_scorer(f"rules*{path}", tiny_model, tmp_path)
+
+
+@pytest.mark.parametrize("task", ["grpo", "online_dpo"])
+def test_a_model_learns_what_a_judge_likes(tiny: Path, tmp_path: Path, task: str) -> None:
+    """Training asks it about its drawings as it goes; its marks are the rewards."""
+
+    def answer(request: dict[str, Any]) -> tuple[str, str]:
+        image, _ = request["messages"][0]["content"]
+        mark = brightness(image["image_url"]["url"].partition(",")[2])
+        marks.append(round(mark, 4))
+        return f"{mark:.4f}", "judge-1"
+
+    marks: list[float] = []
+    with judge_server(answer) as (url, asked):
+        judge = tmp_path / "judge.yaml"
+        judge.write_text(f"task: judge\nurl: {url}\ntogether: 4\n")
+        overrides = [f"scorer={judge}", "sampling.group=8", "stages[0].steps=2", "logging.every=1"]
+        folder = train(load_recipe(write_recipe(task, tiny, tmp_path), overrides), quiet=True)
+    each = len(asked) // 2
+    assert each >= 8 and all(one["messages"][0]["content"][0]["type"] == "image_url" for one in asked)
+    logged = [line["reward"] for line in lines(folder.parent)]
+    wanted = [sum(marks[start : start + each]) / each for start in (0, each)]
+    assert logged == pytest.approx(wanted, abs=1e-4) and max(marks) > min(marks)
