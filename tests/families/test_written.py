@@ -17,23 +17,39 @@ from torch import Tensor
 import unimm
 from tests.families.aria_checkpoints import ARIA
 from tests.families.fuyu_checkpoints import FUYU
+from tests.families.llama_vision_checkpoints import LLAMA_VISION
 from tests.families.pixtral_checkpoints import PIXTRAL
 from tests.families.qwen2_vl_checkpoints import QWEN2_VL, QWEN2_VL_TIED
 from tests.families.survey import Oracle, Reference, picture
 from unimm.errors import UserError
 from unimm.families.convert import convert
+from unimm.families.llama_vision_keys import shard_axis
+from unimm.families.shards import ShardedFiles, sharded_files
 from unimm.families.source import Checkpoint
 from unimm.families.tekken import read_tekken, tekken_document
 
 QUESTIONS = ["what is in this image?", "a"]
-REFERENCES = (PIXTRAL, QWEN2_VL, QWEN2_VL_TIED, ARIA, FUYU)
+REFERENCES = (PIXTRAL, QWEN2_VL, QWEN2_VL_TIED, ARIA, FUYU, LLAMA_VISION)
 OTHER = {"transformers": "original", "original": "transformers"}
 PAIRS = [(reference, layout) for reference in REFERENCES for layout in reference.layouts]
 
 
+UNREAD = ("post_layernorm", "rope.freqs")  # tensors that nothing reads, and
+PARTLY_READ = (
+    "pos_embed.embedding",
+    "gated_positional_embedding",
+)  # those of Meta's with cells of no arrangement
+
+
 def weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a folder."""
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    """The tensors of a folder, without what nothing reads."""
+    if files := sharded_files(folder):
+        with ShardedFiles(files, shard_axis) as shards:
+            found = dict(shards)
+        found = {name: tensor for name, tensor in found.items() if not name.endswith(PARTLY_READ)}
+    else:
+        found = {key: one for path in folder.glob("*.safetensors") for key, one in load_file(path).items()}
+    return {name: tensor for name, tensor in found.items() if not any(part in name for part in UNREAD)}
 
 
 def shown() -> list[list[Image.Image]]:
@@ -63,11 +79,8 @@ def test_a_checkpoint_is_written_in_the_other_layout_and_back(
         transformers_agrees(oracle, tmp_path / "other")
     convert(tmp_path / "other", tmp_path / "back", own)
     source, back = weights(tmp_path / "source"), weights(tmp_path / "back")
-    unused = {name for name in source.keys() ^ back.keys() if "post_layernorm" not in name}
-    assert not unused
-    assert all(
-        torch.equal(tensor, back[name]) for name, tensor in source.items() if "post_layernorm" not in name
-    )
+    assert source.keys() == back.keys()
+    assert all(torch.equal(tensor, back[name]) for name, tensor in source.items())
 
 
 @pytest.mark.parametrize("reference", REFERENCES, ids=lambda reference: reference.name)
@@ -156,4 +169,43 @@ def test_a_line_for_what_a_layout_cannot_say(change: dict[str, Any], line: str, 
     um.save(tmp_path / "own")
     with pytest.raises(UserError, match=line):
         convert(tmp_path / "own", tmp_path / "other", "transformers")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "line"),
+    [
+        (
+            "decoder",
+            {"max_position_embeddings": 512},
+            "layouts have no place for this model's decoder.max_position",
+        ),
+        ("fusion", {"layers": (0, 3)}, "layouts have no place for this model's fusion"),
+        ("encoder", {"eps": 1e-6}, "layouts have no place for this model's encoder"),
+    ],
+)
+def test_a_line_for_what_metas_layout_cannot_say(
+    part: str, change: dict[str, Any], line: str, tmp_path: Path
+) -> None:
+    LLAMA_VISION.write(tmp_path / "source", "transformers")
+    um = unimm.load(tmp_path / "source", device="cpu")
+    setattr(um.model.config, part, {**getattr(um.model.config, part), **change})
+    changed = type(um.model)(um.model.config)
+    changed.load_state_dict(um.model.state_dict(), strict=False)  # above all the tables of tiles
+    um.model = changed
+    um.save(tmp_path / "own")
+    with pytest.raises(UserError, match=rf"--to: Llama 3.2 Vision's {line}"):
+        convert(tmp_path / "own", tmp_path / "other", "original")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_table_of_tiles_that_metas_layout_cannot_hold_is_named(tmp_path: Path) -> None:
+    """transformers has a vector of a tile for each arrangement that it may be in, and training may part them."""
+    LLAMA_VISION.write(tmp_path / "source", "transformers")
+    um = unimm.load(tmp_path / "source", device="cpu")
+    with torch.no_grad():
+        um.model.get_parameter("vision.before.table")[1, 0] += 1
+    um.save(tmp_path / "own")
+    with pytest.raises(UserError, match=r"vision\.before\.table: cannot be written .*more than one vector"):
+        convert(tmp_path / "own", tmp_path / "other", "original")
     assert not (tmp_path / "other").exists()

@@ -34,6 +34,7 @@ class Op:
         zeros: what of one of theirs no module here needs, and has to be 0.
         put_back: where ours are only a part of one of theirs: makes theirs of one of ours and of theirs as it was. It
             raises a `ValueError` if ours is of no such form any more.
+        start: makes, of one of ours, theirs as it was where there was none; None: there has to be one.
     """
 
     to_ours: Callable[[Sequence[Tensor]], Tensor]
@@ -41,6 +42,7 @@ class Op:
     rows: slice | None = None
     zeros: Callable[[Tensor], Tensor] | None = None
     put_back: Callable[[Tensor, Tensor], Tensor] | None = None
+    start: Callable[[Tensor], Tensor] | None = None
 
 
 SAME = Op(lambda theirs: theirs[0], lambda ours, _: [ours])
@@ -270,11 +272,12 @@ def translated(
 def _put_back(entry: Entry, tensor: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
     """One of theirs of which ours is a part."""
     (name,) = entry.theirs
-    if name not in kept:
+    op = entry.op
+    if name not in kept and op.start is None:
         raise UserError(f"{entry.ours}: is a part of {name}, which was not kept; convert the source again")
-    assert entry.op.put_back is not None
+    assert op.put_back is not None
     try:
-        return entry.op.put_back(tensor, kept[name])
+        return op.put_back(tensor, kept[name] if name in kept or op.start is None else op.start(tensor))
     except ValueError as error:
         raise UserError(f"{entry.ours}: cannot be written as {name}: {error}") from None
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
 
 from unimm.errors import UserError
 from unimm.files import read_text
@@ -86,6 +86,19 @@ def read_llama_tokenizer(path: Path) -> PreTrainedTokenizerFast:
         eos_token=_NAMED[1],
         pad_token="<|finetune_right_pad_id|>",
     )
+
+
+def written_ranks(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the `tokenizer.model` of a text tokenizer; None: its words or special tokens are others."""
+    words = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if tuple(word for word, _ in words[-len(SPECIAL) :]) != SPECIAL:
+        return None
+    byte = {character: number for number, character in bytes_to_unicode().items()}
+    try:
+        plain = [bytes(byte[character] for character in word) for word, _ in words[: -len(SPECIAL)]]
+    except KeyError:
+        return None
+    return "".join(f"{base64.b64encode(word).decode()} {rank}\n" for rank, word in enumerate(plain))
 
 
 class _Converter(TikTokenConverter):

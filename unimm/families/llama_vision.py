@@ -29,6 +29,7 @@ from unimm.families.family import Family
 from unimm.families.keymap import KeyMap
 from unimm.families.llama_tokenizer import IMAGE, RANKS_FILE, read_llama_tokenizer
 from unimm.families.llama_vision_keys import original_map, shard_axis, transformers_map
+from unimm.families.llama_vision_writer import EXTRA, LlamaVisionWriter
 from unimm.families.shards import ONE_FILE
 from unimm.families.source import Checkpoint, normalisation
 from unimm.families.templates import Template, follow, processor_template, tokenizer_template
@@ -42,7 +43,6 @@ from unimm.models.tiled import tile_ratios
 from unimm.models.turns import Turns
 from unimm.sections import validate
 
-EXTRA = 8  # rows of the embedding, for tokens that are never written
 CONTEXT = 131072  # tokens, which the original's files do not say
 ROPE = {
     "factor": 8.0,
@@ -145,6 +145,7 @@ class LlamaVision(Family):
     name, title = "llama_vision", "Llama 3.2 Vision"
     needs = ("encoder", "views")
     shard_axes: ClassVar = {"original": shard_axis}
+    writer = LlamaVisionWriter()
 
     def parts(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Translate a checkpoint's configuration."""

@@ -154,4 +154,7 @@ def by_ratio(tiles: int) -> Op:
             raise ValueError("it has more than one vector for a row and column of tiles")
         return found
 
-    return Op(to_ours, lambda ours, _: [ours.new_zeros(tiles, *ours.shape[1:])], put_back=put_back)
+    def start(ours: Tensor) -> Tensor:
+        return ours.new_zeros(tiles, *ours.shape[1:])
+
+    return Op(to_ours, lambda ours, _: [start(ours)], put_back=put_back, start=start)

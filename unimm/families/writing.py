@@ -41,9 +41,11 @@ class UnderstandingWriter(Writer):
 
     Attributes:
         title: the family's name in sentences.
+        extra_tokens: how many rows its embedding has that the head lacks.
     """
 
     title: ClassVar[str]
+    extra_tokens: ClassVar[int] = 0
     keys: ClassVar[Mapping[str, str] | None] = {}
 
     def check(self, config: UniMMConfig, processor: UniMMProcessor, layout: str, where: str) -> None:
@@ -51,7 +53,7 @@ class UnderstandingWriter(Writer):
         foreign = {
             "generation": config.generation is not None,
             "image_tokenizer": config.image_tokenizer is not None,
-            "extra_tokens": bool(config.extra_tokens),
+            "extra_tokens": config.extra_tokens != self.extra_tokens,
         }
         if found := [name for name, present in foreign.items() if present]:
             raise UserError(f"--to: {self.title}'s layouts have no place for this model's {', '.join(found)}")

@@ -31,7 +31,7 @@ from unimm.server.metrics import ServerMetrics
 if TYPE_CHECKING:
     from unimm.pipeline import UniMM
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 WARM_UP = 20.0  # seconds that it may take
 WorkerState = Literal["loading", "ready", "failed", "stopped"]
 
@@ -201,12 +201,12 @@ class Worker:
             engine.cancel(ticket)
         self._wake.set()
 
-    def between_steps(self, work: Callable[[], T]) -> concurrent.futures.Future[T]:
+    def between_steps(self, work: Callable[[], _T]) -> concurrent.futures.Future[_T]:
         """Do something to the model's tensors between two steps of the engine; from any thread.
 
         Two threads that compute at once, each with all cores, take longer than one after the other.
         """
-        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        future: concurrent.futures.Future[_T] = concurrent.futures.Future()
         self._between.append((work, future))
         self._wake.set()
         return future
