@@ -92,7 +92,12 @@ class _Conversion:
         self.map = key_map(self.family, to, self._named())
         separate = self.family.image_tokenizers.get(to)
         self.subfolders = {separate.prefix: separate.folder} if separate else {}
-        self.kept = _kept(self.ours, checkpoint) if self.back or to == OWN else {}
+        self.kept = _kept(self.ours, checkpoint) if self.back or to == OWN else self._started()
+
+    def _started(self) -> dict[str, Tensor]:
+        """What a writer puts those of ours into that are a part of one of theirs."""
+        starts = [(entry, entry.op.start) for entry in self._returned()]
+        return {entry.theirs[0]: start(self.ours[entry.ours]) for entry, start in starts if start is not None}
 
     def _named(self) -> UniMMConfig:
         """The configuration by which tensors are named; a writer may have names of its own."""

@@ -34,7 +34,7 @@ class Op:
         zeros: what of one of theirs no module here needs, and has to be 0.
         put_back: where ours are only a part of one of theirs: makes theirs of one of ours and of theirs as it was. It
             raises a `ValueError` if ours is of no such form any more.
-        start: makes, of one of ours, theirs as it was where there was none; None: there has to be one.
+        start: makes what stands in for theirs as it was, where a model has no source; None: there has to be one.
     """
 
     to_ours: Callable[[Sequence[Tensor]], Tensor]
@@ -272,12 +272,11 @@ def translated(
 def _put_back(entry: Entry, tensor: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
     """One of theirs of which ours is a part."""
     (name,) = entry.theirs
-    op = entry.op
-    if name not in kept and op.start is None:
+    if name not in kept:
         raise UserError(f"{entry.ours}: is a part of {name}, which was not kept; convert the source again")
-    assert op.put_back is not None
+    assert entry.op.put_back is not None
     try:
-        return op.put_back(tensor, kept[name] if name in kept or op.start is None else op.start(tensor))
+        return entry.op.put_back(tensor, kept[name])
     except ValueError as error:
         raise UserError(f"{entry.ours}: cannot be written as {name}: {error}") from None
 
