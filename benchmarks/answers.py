@@ -19,7 +19,8 @@ from PIL import Image
 
 import unimm
 from unimm.console import print_json, print_table
-from unimm.data.emojiscenes.scenes import CONCEPTS, EmojiScenes, with_article
+from unimm.data.emojiscenes.concepts import with_article
+from unimm.data.emojiscenes.scenes import CONCEPTS, EmojiScenes
 from unimm.evaluation.benchmark import Benchmark, RunOptions
 from unimm.evaluation.protocol import find_protocol, load_protocol
 from unimm.sampling.requests import TextRequest, TextSampling

@@ -52,7 +52,7 @@ class LlamaVisionWriter(UnderstandingWriter):
         views = config.views_config()
         assert isinstance(views, CanvasViewsConfig)
         template = template_of(processor, IMAGE)
-        normal = {"image_mean": list(views.mean), "image_std": list(views.std)}
+        normal: dict[str, Any] = {"image_mean": list(views.mean), "image_std": list(views.std)}
         if layout == "original":
             write_json(folder / "params.json", _params(config))
             _write_words(processor, folder, template)

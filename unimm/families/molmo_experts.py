@@ -31,7 +31,8 @@ def expert_decoder(document: ExpertDocument, where: str, ends: Mapping[str, int 
     """
     if document.moe_top_k > document.moe_num_experts:
         raise UserError(f"{where}: moe_top_k: {document.moe_top_k} of {document.moe_num_experts} experts")
-    config = OlmoeConfig(
+    kind: Any = OlmoeConfig
+    config = kind(
         vocab_size=document.embedding_size or document.vocab_size,
         hidden_size=document.d_model,
         intermediate_size=document.intermediate_size // 2,
