@@ -19,6 +19,7 @@ from unimm.errors import UserError, UserNote
 from unimm.pipeline import UniMM
 from unimm.processing.messages import SHOWN, Message
 from unimm.sampling.requests import TextRequest, TextSampling
+from unimm.sampling.slots import TextSlot
 
 RED = Image.new("RGB", (32, 32), "red")
 
@@ -107,6 +108,20 @@ def test_what_ends_an_answer(um: UniMM) -> None:
     assert "".join(pieces).strip() == whole[: whole.index(stop)].strip()  # nothing of the stop gets out
     with pytest.warns(UserNote, match="cut where the context"):
         list(um.chat([user("what is it?")], stream=True))
+
+
+def test_a_stop_that_is_not_met_changes_nothing(um: UniMM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an answer ends within a character, the half of it is shown or not by what ended it alone."""
+    tokenizer = um.processor.tokenizer
+    letter, half = (tokenizer(text, add_special_tokens=False).input_ids for text in ("a", "é"))
+    assert tokenizer.decode(half[:1]) == "\N{REPLACEMENT CHARACTER}"
+    end = um.processor.end_tokens[0]
+    take = TextSlot.accept
+    for said in ([*letter, half[0], end], [*letter, *half, end]):
+        tokens = iter(said * 2)
+        monkeypatch.setattr(TextSlot, "accept", lambda slot, _, tokens=tokens: take(slot, next(tokens)))
+        answers = [um.ask(None, "what?", 8, **options) for options in ({}, {"stop": "b"})]
+        assert answers[0] == answers[1] == tokenizer.decode(said[:-1])
 
 
 def test_sampled_answers_are_those_of_their_seed(um: UniMM) -> None:

@@ -237,6 +237,7 @@ class TextSlot(Slot):
         self.ids = ticket.ids
         self.pieces = ""  # the text so far, of which `sent` characters have been handed out
         self.sent = 0
+        self.met_stop = False  # whether it ends with a stop, not with an end token
         streams = request.on_text is not None or bool(request.sampling.stop)
         grammar = request.sampling.grammar
         self.grammar = (
@@ -281,7 +282,8 @@ class TextSlot(Slot):
             return
         self.ids.append(token)
         complete = self.grammar is not None and self.grammar.take(token)
-        if (self._stream is not None and self._say(token)) or complete:
+        self.met_stop = self._stream is not None and self._say(token)
+        if self.met_stop or complete:
             self.finish("stop")
         elif len(self.ids) >= self.room:
             self.finish("length")
@@ -309,12 +311,11 @@ class TextSlot(Slot):
         """End the answer."""
         ticket = self.ticket
         whole = str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
-        stopped = bool(self.request.sampling.stop) and reason == "stop"
         if self._stream is not None:
-            if not stopped and whole.startswith(self.pieces):  # half a character may be left
+            if not self.met_stop and whole.startswith(self.pieces):  # half a character may be left
                 self.pieces = whole
             self._send(len(self.pieces))
-        ticket.text = (self.pieces if stopped else whole).strip()
+        ticket.text = (self.pieces if self.met_stop else whole).strip()
         ticket.finish_reason = reason
 
 
