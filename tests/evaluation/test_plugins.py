@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import csv
 import importlib
-import io
 import json
 import os
 import subprocess
@@ -19,6 +18,7 @@ import pytest
 from PIL import Image
 
 from tests.evaluation import twins
+from tests.families.qwen2_vl_checkpoints import QWEN2_VL
 from unimm.errors import UserError
 from unimm.evaluation.plugins.answers import SuiteQuestion, answer_questions, sampling_of
 from unimm.pipeline import UniMM
@@ -85,28 +85,40 @@ def scene_rows(count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def answers_of_ours(data: Path, output: Path) -> list[str]:
-    """The answers of the embedded model by `unimm eval`."""
+@pytest.fixture(scope="module", params=["embedded", "qwen2_vl"])
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model that has learnt, and a random one of another family."""
+    if request.param == "embedded":
+        return "embedded"
+    folder = tmp_path_factory.mktemp("plugins") / "qwen2_vl"
+    QWEN2_VL.write(folder)
+    return str(folder)
+
+
+def answers_of_ours(data: Path, output: Path, source: str, tokens: int) -> list[str]:
+    """The answers of a model by `unimm eval`, of so many tokens at most."""
     from unimm.cli.main import main
 
-    words = ["eval", "docvqa", "data.sha256={}", 'prompts.default="{question}"', "answer.max_new_tokens=16"]
-    assert main([*words, "--data", str(data), "-o", str(output)]) == 0
+    asked = ['prompts.default="{question}"', f"answer.max_new_tokens={tokens}"]
+    words = ["eval", "docvqa", "data.sha256={}", *asked]
+    assert main([*words, "--data", str(data), "-o", str(output), "--model", source]) == 0
     return [line["answer"] for line in json.loads((output / "result.json").read_text())["items"]]
 
 
 @pytest.mark.filterwarnings("ignore:.*no checksum of its data:unimm.errors.UserNote")
-def test_lmms_eval_gets_the_same_answers(tmp_path: Path) -> None:
+def test_lmms_eval_gets_the_same_answers(tmp_path: Path, source: str) -> None:
     pytest.importorskip("lmms_eval", reason="needs unimm[lmms-eval]")
     data = twins.write_parquet(tmp_path / "scenes.parquet", scene_rows(20))
     (tmp_path / "task").mkdir()
     (tmp_path / "task" / "scenes.yaml").write_text(TASK.format(data=data))
     (tmp_path / "task" / "utils.py").write_text(TASK_CODE)
-    ours = answers_of_ours(data, tmp_path / "ours")
+    ours = answers_of_ours(data, tmp_path / "ours", source, 16)
     for more in ([], ["--force_simple"]):
         output = tmp_path / f"theirs{len(more)}"
         command = [
-            sys.executable, "-m", "lmms_eval", "--model", "unimm", "--tasks", "scenes", "--include_path",
-            str(tmp_path / "task"), "--batch_size", "16", "--log_samples", "--output_path", str(output), *more,
+            sys.executable, "-m", "lmms_eval", "--model", "unimm", "--model_args", f"pretrained={source}",
+            "--tasks", "scenes", "--include_path", str(tmp_path / "task"), "--batch_size", "16",
+            "--log_samples", "--output_path", str(output), *more,
         ]  # fmt: skip
         subprocess.run(command, check=True, env={**os.environ, "HF_HOME": str(tmp_path / "hub")})
         (file,) = output.rglob("*samples_scenes.jsonl")
@@ -148,10 +160,11 @@ def test_lmms_eval_draws_and_weighs(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*no checksum of its data:unimm.errors.UserNote")
-def test_vlmevalkit_gets_the_same_answers(tmp_path: Path) -> None:
+def test_vlmevalkit_gets_the_same_answers(tmp_path: Path, source: str) -> None:
     pytest.importorskip("vlmeval", reason="needs VLMEvalKit")
     rows = scene_rows(20)
-    ours = answers_of_ours(twins.write_parquet(tmp_path / "scenes.parquet", rows), tmp_path / "ours")
+    data = twins.write_parquet(tmp_path / "scenes.parquet", rows)
+    ours = answers_of_ours(data, tmp_path / "ours", source, 128)
     with (tmp_path / "Scenes.tsv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, delimiter="\t")
         writer.writerow(["index", "image", "question", "answer"])
@@ -159,11 +172,12 @@ def test_vlmevalkit_gets_the_same_answers(tmp_path: Path) -> None:
             image = base64.b64encode(row["image"]["bytes"]).decode()
             writer.writerow([row["questionId"], image, row["question"], row["answer"]])
     command = [
-        sys.executable, "-m", "unimm.evaluation.plugins.vlmevalkit", "--unimm", "ours=embedded", "--model", "ours",
+        sys.executable, "-m", "unimm.evaluation.plugins.vlmevalkit", "--unimm", f"ours={source}", "--model", "ours",
         "--data", "Scenes", "--mode", "infer", "--work-dir", str(tmp_path / "theirs"),
     ]  # fmt: skip
-    environment = {**os.environ, "LMUData": str(tmp_path), "PRED_FORMAT": "tsv", "PYTHONPATH": str(ROOT)}
+    paths = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    environment = {**os.environ, "LMUData": str(tmp_path), "PRED_FORMAT": "tsv", "PYTHONPATH": paths}
     subprocess.run(command, check=True, env=environment)
     file = next((tmp_path / "theirs").rglob("ours_Scenes.tsv"))
-    said = csv.DictReader(io.StringIO(file.read_text(encoding="utf-8")), delimiter="\t")
-    assert [row["prediction"] for row in said] == ours
+    with file.open(encoding="utf-8", newline="") as said:
+        assert [row["prediction"] for row in csv.DictReader(said, delimiter="\t")] == ours

@@ -7,11 +7,15 @@ Needs VLMEvalKit (its module `vlmeval`). All that follows is read by VLMEvalKit'
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import vlmeval
 from vlmeval.vlm.base import BaseModel
 
 from unimm.errors import UserError
@@ -91,16 +95,32 @@ def register_models(arguments: Sequence[str]) -> list[str]:
     return left
 
 
+def kit_program() -> ModuleType:
+    """Return VLMEvalKit's own program, which its wheel has within the package and its repository beside it.
+
+    Raises:
+        UserError: it is in neither place.
+    """
+    if importlib.util.find_spec("vlmeval.run") is not None:
+        return importlib.import_module("vlmeval.run")
+    file = Path(vlmeval.__file__).parents[1] / "run.py"
+    spec = importlib.util.spec_from_file_location("vlmeval_run", file)
+    if not file.is_file() or spec is None or spec.loader is None:
+        raise UserError(f"VLMEvalKit: no {file}; install it from a clone of its repository by pip install -e")
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    return program
+
+
 def main() -> None:
     """Register models, and run VLMEvalKit."""
     try:
         sys.argv[1:] = register_models(sys.argv[1:])
+        program = kit_program()
     except UserError as error:
         raise SystemExit(f"unimm: {error}") from None
-    from vlmeval import run
-
-    run.load_env()  # as it does when it is a program
-    run.main()
+    program.load_env()  # as it does when it is a program
+    program.main()
 
 
 if __name__ == "__main__":
