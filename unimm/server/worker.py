@@ -25,6 +25,7 @@ from unimm.sampling.engine import Engine
 from unimm.sampling.requests import DrawingRequest, Request, TextRequest, TextSampling, Ticket
 from unimm.sampling.sampler import NoiseKey
 from unimm.server.errors import APIError, as_api_error
+from unimm.server.freeing import give_memory_back
 from unimm.server.logs import write_failure
 from unimm.server.metrics import ServerMetrics
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 WARM_UP = 20.0  # seconds that it may take
+REST = 1.0  # seconds without work after which free memory goes back to the system
 WorkerState = Literal["loading", "ready", "failed", "stopped"]
 
 
@@ -238,7 +240,9 @@ class Worker:
             if not more and not self._stopping:
                 assert self.engine is not None
                 self.engine.release()
-                self._wake.wait()
+                if not self._wake.wait(REST):
+                    give_memory_back()
+                    self._wake.wait()
         self.state = "stopped"
         while self._between:
             self._between.popleft()[1].cancel()
