@@ -59,8 +59,10 @@ class NaflexEncoderConfig:
         frames: frames of a video that a patch spans; an image is repeated so often.
         mlp_ratio: width of a block's MLP, in widths.
         act: its activation.
-        stem: what a patch is embedded by: one linear layer, or "conv" for convolutions that each halve the image, with
-            which a small encoder learns from fewer images (`unimm.models.vision.conv_stem`).
+        stem: what a patch is embedded by: one linear layer, or convolutions that each halve the image, with which a
+            small encoder learns from fewer images: "conv" normalises at each pixel (`unimm.models.stems.conv_stem`),
+            "scaled_conv" normalises weights alone and learns shapes such as letters from fewer still
+            (`unimm.models.stems.scaled_conv_stem`).
         side: features a side of every view; 0: views keep their own sizes.
     """
 
@@ -71,12 +73,12 @@ class NaflexEncoderConfig:
     frames: Annotated[int, Field(gt=0, le=16)] = 1
     mlp_ratio: Annotated[float, Field(gt=0, le=2**8)] = 4.0
     act: Literal["gelu", "quick_gelu"] = "quick_gelu"
-    stem: Literal["patch", "conv"] = "patch"
+    stem: Literal["patch", "conv", "scaled_conv"] = "patch"
     side: WholeNumber = 0
     kind: Literal["naflex"] = "naflex"
 
     def __post_init__(self) -> None:
-        if self.stem == "conv":
+        if self.stem != "patch":
             check_conv_stem(self.patch, self.width)
 
 

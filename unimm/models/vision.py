@@ -6,12 +6,10 @@ view, each from the top left. Shape suffixes: V views, P features of all views, 
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import timm
 import torch
-from timm.layers.norm import LayerNorm2d
 from timm.layers.patch_embed import PatchEmbed
 from timm.models import is_model_in_modules
 from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
@@ -29,25 +27,8 @@ from unimm.models.parts import (
     TimmEncoderConfig,
     TransformersEncoderConfig,
 )
+from unimm.models.stems import STEMS, conv_stem
 from unimm.models.tiled import TiledTower
-
-
-def conv_stem(patch: int, channels: int, width: int) -> nn.Sequential:
-    """Return 3x3 convolutions that each halve an image, up to patches; normalised at each pixel over its channels.
-
-    Args:
-        patch: pixels a side of a patch, a power of 2.
-        channels: of the image.
-        width: of a patch afterwards; each convolution before has half of the next one's.
-
-    Source: Xiao et al. 2021, arXiv 2106.14881.
-    """
-    levels = patch.bit_length() - 1
-    widths = [channels, *(width // 2 ** (levels - 1 - level) for level in range(levels))]
-    layers: list[nn.Module] = []
-    for before, after in itertools.pairwise(widths):
-        layers += [nn.Conv2d(before, after, 3, 2, 1), LayerNorm2d(after), nn.GELU()]
-    return nn.Sequential(*layers)
 
 
 class ConvStem(PatchEmbed):
@@ -196,15 +177,15 @@ class NaflexTower(NativeTower):
         super().__init__()
         self.config = config
         self.patch, self.frames, self.side = config.patch, config.frames, config.side
-        conv, channels = config.stem == "conv", 3 * config.frames
-        self.stem = conv_stem(config.patch, channels, config.width) if conv else None
+        channels, stem = 3 * config.frames, STEMS.get(config.stem)
+        self.stem = stem(config.patch, channels, config.width) if stem else None
         options = NaFlexVitCfg(
-            patch_size=1 if conv else config.patch, embed_dim=config.width, depth=config.depth, num_heads=config.heads,
+            patch_size=1 if stem else config.patch, embed_dim=config.width, depth=config.depth, num_heads=config.heads,
             mlp_ratio=config.mlp_ratio, act_layer=config.act, qkv_bias=True, pos_embed="none", rope_type="axial",
             rope_rotate_half=True, final_norm=False, fc_norm=False, global_pool="", class_token=False, reg_tokens=0,
             patchify_channels_last=False,
         )  # fmt: skip
-        self.model: Any = NaFlexVit(options, in_chans=config.width if conv else channels, num_classes=0)
+        self.model: Any = NaFlexVit(options, in_chans=config.width if stem else channels, num_classes=0)
         self.model.embeds.proj.register_parameter("bias", None)  # Qwen2-VL's convolution has none
 
     def checkpoint(self, wanted: bool) -> None:
