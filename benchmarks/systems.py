@@ -1,12 +1,14 @@
 """Thirteen ways of seeing, like for like: one decoder and one encoder, equal data and equal time, on two tasks.
 
     python benchmarks/systems.py                      # 2 x 13 trainings of ten minutes, two side by side
+    python benchmarks/systems.py --base tables=runs/tables/export    # from what training/tables.yaml made
     python benchmarks/systems.py --report docs/results/systems.md
 
 Each task begins with a base: a model that is trained for a while on images at their own size and on the texts of the
-answers. Every way of seeing starts from its decoder and its encoder, whose patches know their rows and columns and so
-fit any view; what a system adds (reducer, connector, gated blocks) starts from nothing. Left out are tiles that look at
-each other inside the encoder (Llama 3.2) and features of inner layers (Molmo): they would need encoders of their own.
+answers, or one that is given, with a decoder and an encoder of the same sizes. Every way of seeing starts from its
+decoder and its encoder, whose patches know their rows and columns and so fit any view; what a system adds (reducer,
+connector, gated blocks) starts from nothing. Left out are tiles that look at each other inside the encoder (Llama 3.2)
+and features of inner layers (Molmo): they would need encoders of their own.
 
 What is done has a `result.json` in its folder; started again after any end, it goes on where it was.
 """
@@ -107,16 +109,28 @@ def start_model(task: Task, system: str, folder: Path, base: Path | None) -> Pat
             source: Any = unimm.load("embedded").image_tokenizer
             target: Any = model.image_tokenizer
             target.load_state_dict(source.state_dict())
-        own = model.state_dict()
-        given = {} if base is None else unimm.load(base, "cpu", "float32").model.state_dict()
-        for name, tensor in given.items():
-            if name.startswith(("decoder.", "vision.")) and name in own:
-                rows = min(len(tensor), len(own[name])) if tensor.ndim else None
-                if tensor.shape[1:] == own[name].shape[1:]:  # a larger vocabulary has more rows
-                    own[name][:rows].copy_(tensor[:rows])
+        if base is not None:
+            begin_with(model, built.processor.tokenizer, base)
     tokenizer = built.processor.tokenizer
     UniMM(model, UniMMProcessor(config, tokenizer)).save(start)
     return start
+
+
+def begin_with(model: Any, tokenizer: Any, base: Path) -> None:
+    """Give a model the decoder, the encoder and the embeddings of the words that a base has too."""
+    import unimm
+
+    um, own = unimm.load(base, "cpu", "float32"), model.state_dict()
+    known, words = um.processor.tokenizer.get_vocab(), tokenizer.get_vocab()
+    shared = [word for word in known if word in words]
+    old, new = [known[word] for word in shared], [words[word] for word in shared]
+    for name, tensor in um.model.state_dict().items():
+        if name not in own or not name.startswith(("decoder.", "vision.")):
+            continue
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            own[name][new] = tensor[old]
+        elif tensor.shape == own[name].shape:
+            own[name].copy_(tensor)
 
 
 def text_tokenizer(task: Task, folder: Path) -> Path:
@@ -153,7 +167,7 @@ def speed_of(task: Task, system: str, folder: Path, model: Path) -> float:
     return float(json.loads(known.read_text()))
 
 
-def run_one(task: Task, system: str, out: Path, minutes: float) -> None:
+def run_one(task: Task, system: str, out: Path, minutes: float, given: Path | None = None) -> None:
     """Train and measure one system on one task, and write its result."""
     folder = out / task.name / system.replace(" ", "-").lower()
     folder.mkdir(parents=True, exist_ok=True)
@@ -165,7 +179,7 @@ def run_one(task: Task, system: str, out: Path, minutes: float) -> None:
         from unimm.training.recipe import load_recipe
         from unimm.training.trainer import train
 
-        base = None if system == BASE else out / task.name / BASE / "run" / "export"
+        base = None if system == BASE else given or out / task.name / BASE / "run" / "export"
         model = start_model(task, system, folder, base)
         speed = speed_of(task, system, folder, model)
         steps = max(round(speed * minutes * 60), 5)
@@ -177,6 +191,7 @@ def run_one(task: Task, system: str, out: Path, minutes: float) -> None:
             "system": system,
             "minutes": minutes,
             "steps": steps,
+            "base": None if given is None else str(given),
             "samples_per_second": round(speed * task.batch, 2),
             "memory_gib": round(trained, 2),
             "parameters": sum(p.numel() for part in um.model.parts().values() for p in part.parameters()),
@@ -205,6 +220,8 @@ def run_all(options: argparse.Namespace, work: Sequence[tuple[str, str, float]])
             task, system, minutes = waiting.pop(0)
             command = [sys.executable, __file__, "--out", str(options.out), "--minutes", str(minutes),
                        "--one", task, system]  # fmt: skip
+            if task in options.base:
+                command += ["--base", f"{task}={options.base[task]}"]
             log = options.out / f"{task}-{system}.log".replace(" ", "-").lower()
             log.parent.mkdir(parents=True, exist_ok=True)
             with open(log, "ab") as file:
@@ -226,11 +243,24 @@ def _write(path: Path, text: str) -> None:
     part.replace(path)
 
 
+def _pair(text: str) -> tuple[str, Path]:
+    """A task and the folder of a model, from TASK=FOLDER."""
+    task, _, folder = text.partition("=")
+    if task not in TASKS or not (Path(folder) / "config.json").exists():
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected TASK=FOLDER, one of {', '.join(TASKS)} and a model's folder"
+        )
+    return task, Path(folder).resolve()
+
+
 def main() -> None:
     """Train, measure, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0, help="training of a system on a task")
     parser.add_argument("--base-minutes", type=float, default=25.0, help="training of the base of a task")
+    parser.add_argument(
+        "--base", type=_pair, action="append", default=[], metavar="TASK=FOLDER", help="a model to begin with"
+    )
     parser.add_argument("--together", type=int, default=2, help="trainings side by side")
     parser.add_argument("--tasks", nargs="+", choices=sorted(TASKS), default=sorted(TASKS))
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
@@ -238,11 +268,14 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help="write the table and the charts of what is done here")
     parser.add_argument("--one", nargs=2, metavar=("TASK", "SYSTEM"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.base = dict(options.base)
     if options.one:
-        run_one(TASKS[options.one[0]], options.one[1], options.out, options.minutes)
+        task, system = options.one
+        run_one(TASKS[task], system, options.out, options.minutes, options.base.get(task))
         return
     if options.report is None:
-        run_all(options, [(task, BASE, options.base_minutes) for task in options.tasks])
+        own = [task for task in options.tasks if task not in options.base]
+        run_all(options, [(task, BASE, options.base_minutes) for task in own])
         pairs = [(task, system) for system in options.systems for task in options.tasks]
         run_all(options, [(task, system, options.minutes) for task, system in pairs])
     write_report(read_rows(options.out), options.report)

@@ -16,6 +16,8 @@ from PIL import Image
 
 import unimm
 from unimm.models.layout import PictureLayout
+from unimm.pipeline import UniMM
+from unimm.training.recipe import load_recipe
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -56,6 +58,23 @@ def test_all_thirteen_begin_with_the_decoder_and_encoder_of_the_base(
     assert len(systems.SYSTEMS) == 13
 
 
+def test_a_base_of_the_tables_recipe_gives_its_words_and_its_encoder(
+    systems: ModuleType, tmp_path: Path
+) -> None:
+    built: Any = load_recipe(FOLDER.parent / "training" / "tables.yaml").build_task()
+    UniMM(built.build(), built.processor).save(tmp_path / "base")
+    begun = systems.start_model(systems.TASKS["tables"], "NVLM-D", tmp_path / "one", tmp_path / "base")
+    base, um = unimm.load(tmp_path / "base"), unimm.load(begun)
+    first, state = base.model.state_dict(), um.model.state_dict()
+    encoder = [key for key in first if key.startswith("vision.")]
+    assert len(encoder) > 20 and all((state[key] == first[key]).all() for key in encoder)
+    numbers, own = base.processor.tokenizer.get_vocab(), um.processor.tokenizer.get_vocab()
+    assert set(numbers) < set(own)
+    name = "decoder.model.embed_tokens.weight"
+    for word, number in numbers.items():
+        assert (state[name][own[word]] == first[name][number]).all(), word
+
+
 def test_what_is_done_is_not_done_again(
     systems: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,7 +93,7 @@ def test_what_is_done_is_not_done_again(
 
     started: list[Any] = []
     monkeypatch.setattr(systems.subprocess, "Popen", lambda *args, **options: started.append(args))
-    systems.run_all(argparse.Namespace(out=tmp_path, together=2), [("scenes", "Fuyu", 1.0)])
+    systems.run_all(argparse.Namespace(out=tmp_path, together=2, base={}), [("scenes", "Fuyu", 1.0)])
     assert not started
 
 

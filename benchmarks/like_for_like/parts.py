@@ -26,6 +26,8 @@ class Task:
         height: pixels of the largest image.
         width: likewise.
         tile: pixels a side of a tile.
+        stem: of encoders; what is read is read through standardised weights, which see no even colour.
+        paper: of views: what their pixels are normalised by.
         tokenizer: as `model.text_tokenizer` of a recipe.
         data: section of a recipe.
         mixture: of what is trained.
@@ -39,6 +41,8 @@ class Task:
     height: int
     width: int
     tile: int
+    stem: str
+    paper: Section
     tokenizer: str
     data: Section
     mixture: Mapping[str, float]
@@ -56,8 +60,8 @@ class Task:
 # --- ways of seeing -----------------------------------------------------------------------------------------
 
 
-def _naflex(side: int = 0) -> Section:
-    return {"kind": "naflex", "width": 160, "depth": 3, "heads": 5, "patch": PATCH, "act": "gelu", "stem": "conv",
+def _naflex(task: Task, side: int = 0) -> Section:
+    return {"kind": "naflex", "width": 160, "depth": 3, "heads": 5, "patch": PATCH, "act": "gelu", "stem": task.stem,
             "side": side}  # fmt: skip
 
 
@@ -72,12 +76,12 @@ def _canvas(tile: int, most: int = 4, **rule: Any) -> Section:
 
 def _native(task: Task, **parts: Any) -> Section:
     mlp = {"kind": "mlp", "depth": 2, "norm": "layer", "norm_at": "feature"}
-    return {"views": _fit(task, "pad"), "encoder": _naflex(), "reducer": {"kind": "join", "side": 2}, "connector": mlp,
-            **parts}  # fmt: skip
+    return {"views": _fit(task, "pad"), "encoder": _naflex(task), "reducer": {"kind": "join", "side": 2},
+            "connector": mlp, **parts}  # fmt: skip
 
 
 def _tiled(task: Task, views: Section, **parts: Any) -> Section:
-    return _native(task, views=views, encoder=_naflex(views["tile"] // PATCH), **parts)
+    return _native(task, views=views, encoder=_naflex(task, views["tile"] // PATCH), **parts)
 
 
 def _blocks(**more: Any) -> Section:
@@ -138,7 +142,7 @@ SYSTEMS: dict[str, Callable[[Task], Section | None]] = {
     "Emu3": lambda task: None,  # the image tokenizer, which has learnt EmojiScenes
     "Janus": lambda task: _native(
         task, views={"kind": "square", "image_size": task.square, "pad_value": 255},
-        encoder=_naflex(task.square // PATCH),
+        encoder=_naflex(task, task.square // PATCH),
     ),
     "Qwen2-VL": lambda task: _native(
         task, views={"kind": "area", "least": 256, "most": task.height * task.width, "stride": 2 * PATCH},
@@ -188,7 +192,7 @@ def model_section(task: Task, system: str, tokenizer: str) -> Section:
         }
     return {
         "decoder": decoder,
-        "understanding": understanding,
+        "understanding": understanding | {"views": understanding["views"] | task.paper},
         "image_tokenizer": None,
         "text_tokenizer": tokenizer,
     }
@@ -263,11 +267,12 @@ TABLES: Section = {
 }
 TASKS = {
     "tables": Task(
-        "tables", 160, 192, 96, "tables", {"tables": TABLES}, {"tables/understanding": 1},
-        {"tables/understanding": 0.8, "tables/text": 0.2}, 16, 1024, measure_tables,
+        "tables", 160, 192, 96, "scaled_conv", {"mean": [0.92] * 3, "std": [0.2] * 3}, "tables", {"tables": TABLES},
+        {"tables/understanding": 1}, {"tables/understanding": 0.8, "tables/text": 0.2}, 16, 1024, measure_tables,
     ),
     "scenes": Task(
-        "scenes", 64, 64, 32, "embedded", {"emojiscenes": {"scenes": 24000}}, {"emojiscenes/understanding": 1},
-        {"emojiscenes/understanding": 0.9, "emojiscenes/text": 0.1}, 16, 512, measure_scenes,
+        "scenes", 64, 64, 32, "conv", {}, "embedded", {"emojiscenes": {"scenes": 24000}},
+        {"emojiscenes/understanding": 1}, {"emojiscenes/understanding": 0.9, "emojiscenes/text": 0.1}, 16, 512,
+        measure_scenes,
     ),
 }  # fmt: skip
