@@ -1,7 +1,7 @@
 """Drawing several codes in one pass: whether the images stay what they were, in how many passes, in what time.
 
     python benchmarks/speculation.py                       # 50 prompts, every setting
-    python benchmarks/speculation.py --prompts 200 --json  # what docs/results/engine.md has
+    python benchmarks/speculation.py --prompts 200 --json  # what docs/results/speed.md has
     python benchmarks/speculation.py --source janus        # a small random Janus with 16,384 codes
 
 For each setting of guidance, temperature and filters, every prompt is drawn one code after the other; then with windows
