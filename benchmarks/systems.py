@@ -246,9 +246,9 @@ def _write(path: Path, text: str) -> None:
 def _pair(text: str) -> tuple[str, Path]:
     """A task and the folder of a model, from TASK=FOLDER."""
     task, _, folder = text.partition("=")
-    if task not in TASKS or not (Path(folder) / "config.json").exists():
+    if task not in TASKS or not folder:
         raise argparse.ArgumentTypeError(
-            f"{text!r}: expected TASK=FOLDER, one of {', '.join(TASKS)} and a model's folder"
+            f"{text!r}: expected TASK=FOLDER, the task one of {', '.join(TASKS)}"
         )
     return task, Path(folder).resolve()
 
@@ -269,6 +269,9 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, metavar=("TASK", "SYSTEM"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.base = dict(options.base)
+    for folder in options.base.values():
+        if not (folder / "config.json").exists():
+            parser.error(f"argument --base: {folder}: not a model's folder")
     if options.one:
         task, system = options.one
         run_one(TASKS[task], system, options.out, options.minutes, options.base.get(task))
