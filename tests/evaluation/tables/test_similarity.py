@@ -39,6 +39,8 @@ def test_a_table_is_a_tree_of_its_rows() -> None:
         ((("item", "price"), ("pear", "3"), ("plum", "7"), ("fig", "12")), 1 - 3 / (NODES + 3)),
         ((("item", "price"), ("pear", "3", "kg"), ("fig", "12")), 1 - 1 / (NODES + 1)),
         ((("item",), ("pear",), ("fig",)), 1 - 3 / NODES),
+        # two cells are changed, eight are new, and the body goes: more than either has nodes
+        (((*"xxxxxxxxxx",),), 1 - (2 + 8 + 7) / 12),
         # head and first row in each other's place: item/pear 3 of 4 letters, price/3 all
         ((("pear", "3"), ("item", "price"), ("fig", "12")), 1 - 2 * (1 + 1) / NODES),
     ],

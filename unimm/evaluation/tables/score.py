@@ -17,7 +17,7 @@ class TableVerdict:
     Attributes:
         right: cells that are in their places as they should be.
         cells: how many there are.
-        similarity: of the trees of both tables, 0 to 1.
+        similarity: of the trees of both tables, 1 at most (`table_similarity`).
     """
 
     right: int

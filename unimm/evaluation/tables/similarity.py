@@ -37,6 +37,9 @@ def table_tree(cells: Cells) -> TableNode:
 def table_similarity(expected: Cells, answer: Cells) -> float:
     """Return how alike two tables are: 1 less their edit distance by the nodes of the larger, the roots not counted.
 
+    It is 1 where they are the same, and below 0 where so little of one is in the other that both are changed nearly
+    whole; published code does not cut it there either.
+
     Raises:
         UserError: `apted` or `rapidfuzz` is not installed.
 
