@@ -26,7 +26,7 @@ class Task:
         height: pixels of the largest image.
         width: likewise.
         tile: pixels a side of a tile.
-        stem: of encoders; what is read is read through standardised weights, which see no even colour.
+        stem: of encoders; what is read is read through standardised weights, which see no even grey.
         paper: of views: what their pixels are normalised by.
         tokenizer: as `model.text_tokenizer` of a recipe.
         data: section of a recipe.

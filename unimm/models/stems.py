@@ -41,7 +41,7 @@ def scaled_conv_stem(patch: int, channels: int, width: int) -> nn.Sequential:
     """Return two 3x3 convolutions for each halving of an image, their weights standardised, activations as they are.
 
     A norm at each pixel takes from strokes on an even ground what tells them from it; without any, a deep stack does
-    not begin to learn. Standardised weights keep the scale of a signal and need neither.
+    not begin to learn. Standardised weights begin with the scale of the signal kept and need neither.
 
     Args:
         patch: pixels a side of a patch, a power of 2.
